@@ -1,0 +1,96 @@
+"""The arithmetic of batches and learning rates, done once at the start and printed in the banner."""
+
+import math
+from dataclasses import dataclass
+
+from cifar.config import TrainConfig
+from cifar.errors import UserError
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How the images of one optimizer step are spread over processes and micro-batches.
+
+    Attributes:
+        world_size: processes that train together.
+        local_batch_size: images in a micro-batch, what one process runs at once.
+        global_batch_size: images that one optimizer step sees.
+        steps_per_epoch: optimizer steps in an epoch; the images left over are dropped (others every epoch).
+    """
+
+    world_size: int
+    local_batch_size: int
+    global_batch_size: int
+    steps_per_epoch: int
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches whose gradients each process adds up before an update."""
+        return self.global_batch_size // (self.local_batch_size * self.world_size)
+
+    @classmethod
+    def make(cls, config: TrainConfig, world_size: int, train_size: int) -> "BatchPlan":
+        """The plan for `train_size` training images.
+
+        Raises:
+            UserError: the sizes don't divide, or a batch is larger than the training set.
+        """
+        unit = config.local_batch_size * world_size
+        size = config.global_batch_size or unit
+        if size % unit:
+            below, above = size // unit * unit, (size // unit + 1) * unit
+            nearest = f"{below} or {above}" if below else f"{above}"
+            raise UserError(
+                f"--global-batch-size {size} is not a multiple of local batch {config.local_batch_size} x "
+                f"{count(world_size, 'process', 'es')} = {unit}: the nearest that fit are {nearest}"
+                if below
+                else f"--global-batch-size {size} is less than local batch {config.local_batch_size} x "
+                f"{count(world_size, 'process', 'es')} = {unit}: the nearest that fits is {nearest}, "
+                f"or lower --local-batch-size"
+            )
+        if size > train_size:
+            raise UserError(f"a global batch of {size} images is more than the {train_size} training images")
+        return cls(world_size, config.local_batch_size, size, train_size // size)
+
+    def total_steps(self, config: TrainConfig) -> int:
+        """Optimizer steps of the whole run, `--max-steps` left aside."""
+        return config.epochs * self.steps_per_epoch
+
+
+def base_learning_rate(config: TrainConfig, plan: BatchPlan) -> float:
+    """The learning rate for this global batch: linear scaling after Goyal et al. 2017 (arXiv 1706.02677)."""
+    if config.lr_scaling == "none":
+        return config.lr
+    return config.lr * plan.global_batch_size / config.lr_batch_size
+
+
+def learning_rate(config: TrainConfig, plan: BatchPlan, step: int) -> float:
+    """The learning rate of optimizer step `step` (from 0): a function of the step, with no state to save.
+
+    "cosine" is Loshchilov & Hutter 2017 (arXiv 1608.03983) without restarts.
+    """
+    lr = base_learning_rate(config, plan)
+    if config.schedule == "cosine":
+        lr *= (1 + math.cos(math.pi * step / plan.total_steps(config))) / 2
+    return lr
+
+
+def describe(config: TrainConfig, plan: BatchPlan) -> tuple[str, str]:
+    """The arithmetic of the batches and of the learning rate, a line each."""
+    batches = (
+        f"{plan.local_batch_size} local x {count(plan.world_size, 'process', 'es')} x {plan.accumulation} accumulated "
+        f"= {plan.global_batch_size} global; {plan.steps_per_epoch:,} steps an epoch, {count(config.epochs, 'epoch')}"
+    )
+    base = base_learning_rate(config, plan)
+    if config.lr_scaling == "none":
+        rate = f"{config.lr:g}, not scaled"
+    elif plan.global_batch_size == config.lr_batch_size:
+        rate = f"{base:g}, stated for this global batch"
+    else:
+        rate = f"{config.lr:g} x {plan.global_batch_size} / {config.lr_batch_size} = {base:g} (linear scaling)"
+    return batches, f"{rate}; {config.schedule}"
+
+
+def count(number: int, noun: str, plural: str = "s") -> str:
+    """ "1 epoch", "2 epochs"."""
+    return f"{number} {noun}" + (plural if number != 1 else "")

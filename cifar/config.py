@@ -1,0 +1,198 @@
+"""The configuration of a run: one frozen dataclass, made from a recipe and the command line."""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cifar.errors import UserError
+from cifar.nets import NETS
+from cifar.recipes import RECIPES, Recipe
+
+try:
+    import tyro
+except ModuleNotFoundError as error:
+    raise SystemExit("The command line needs the package tyro: pip install tyro") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Recipe):
+    """Train a net on CIFAR-10 in one process or, under torchrun, in many."""
+
+    recipe: str = "tutorial"
+    """The named set of defaults: tutorial or wide."""
+    dataset: Literal["auto", "cifar10", "synthetic"] = "auto"
+    """auto: CIFAR-10 if it is on disk or can be fetched, else the built-in stand-in, with a warning."""
+    data_dir: Path = Path("data")
+    """Folder that holds or receives cifar-10-batches-py/ (default: $CIFAR_DATA_DIR, then data)."""
+    data_url: str | None = None
+    """URL of cifar-10-python.tar.gz to try before the built-in sources."""
+    max_steps: int | None = None
+    """End training after this many optimizer steps; evaluation and records follow as usual."""
+    global_batch_size: int | None = None
+    """Images that one optimizer step sees (default: local batch x world size); more accumulates gradients."""
+    lr_scaling: Literal["linear", "none"] = "linear"
+    """linear: lr x global batch / the recipe's own global batch (Goyal et al. 2017)."""
+    seed: int = 0
+    """Seed of the weights, the shuffling and the augmentation."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the forward and backward pass; the weights stay fp32."""
+    compile: bool = False
+    """Compile the net with torch.compile."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: CUDA if there is a GPU, else MPS in a single process, else the CPU."""
+    run_dir: Path | None = None
+    """Folder of this run, new or empty (default: a fresh one under runs/)."""
+    resume: Path | None = None
+    """Folder of a run to continue from its newest good checkpoint, with its own configuration."""
+    checkpoint_steps: int | None = None
+    """Save a checkpoint every so many optimizer steps, besides each epoch's end and the run's."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online where a W&B key is configured, else offline; never a prompt."""
+    evaluate: Path | None = None
+    """Print the test accuracy of this checkpoint instead of training."""
+
+    lr_batch_size: Annotated[int, tyro.conf.Suppress] = 4
+    """The recipe's own global batch, for which lr is stated."""
+
+    @classmethod
+    def from_recipe(cls, name: str, **changes: Any) -> "TrainConfig":
+        """The defaults of the recipe `name`, with `changes` applied.
+
+        Raises:
+            UserError: there is no such recipe.
+        """
+        if name not in RECIPES:
+            raise UserError(f"unknown recipe {name!r}: choose from {', '.join(RECIPES)}")
+        recipe = RECIPES[name]
+        fields = dataclasses.asdict(recipe) | {"recipe": name, "lr_batch_size": recipe.local_batch_size}
+        return cls(**(fields | changes))
+
+    def check(self) -> None:
+        """Refuse values that no run can have.
+
+        Raises:
+            UserError: names the flag, the value and what would do.
+        """
+        if self.model not in NETS:
+            raise UserError(f"unknown model {self.model!r}: choose from {', '.join(NETS)}")
+        for name in (
+            "epochs", "local_batch_size", "global_batch_size", "max_steps", "log_steps", "checkpoint_steps",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{flag(name)} is {value}: it must be at least 1")
+        # Written so that NaN, which compares false with everything, is refused too.
+        if not 0 < self.lr < float("inf"):
+            raise UserError(f"--lr is {self.lr}: it must be a number above 0")
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"--momentum is {self.momentum}: it must be at least 0 and below 1")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise UserError(f"--weight-decay is {self.weight_decay}: it must be at least 0")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed is {self.seed}: it must be at least 0 and below 2**63")
+        if self.nesterov and self.momentum == 0:
+            raise UserError("--nesterov needs a --momentum above 0")
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field as JSON has it: paths become strings."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "TrainConfig":
+        """The inverse of `to_json`.
+
+        Raises:
+            UserError: the fields are not those of this version's configuration.
+        """
+        paths = {k: Path(fields[k]) for k in ("data_dir", "run_dir", "resume", "evaluate") if fields.get(k)}
+        try:
+            return cls(**(fields | paths))
+        except TypeError as error:
+            raise UserError(f"this configuration is from another version of the program: {error}") from error
+
+
+# What a resumed run may be told anew; every other flag has to agree with the run's own configuration.
+_MAY_CHANGE = {
+    "resume", "epochs", "max_steps", "log_steps", "checkpoint_steps", "local_batch_size",
+    "data_dir", "data_url", "device", "compile", "wandb",
+}  # fmt: skip
+
+
+def parse_args(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") -> TrainConfig:
+    """The configuration that the command line asks for (`argv`, or that of this process).
+
+    Raises:
+        UserError: a flag or value is unknown, impossible or, with `--resume`, contradicts the run's own.
+        SystemExit: after `--help`.
+    """
+    # Two flags decide what the other flags' defaults are, so they are read first.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--recipe", default="tutorial")
+    first.add_argument("--resume", type=Path)
+    try:
+        early, _ = first.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from error
+    if early.resume is None:
+        defaults = TrainConfig.from_recipe(early.recipe, data_dir=Path(os.environ.get("CIFAR_DATA_DIR") or "data"))
+    else:
+        defaults = dataclasses.replace(read_config(early.resume), resume=early.resume)
+
+    config = _parse_with_tyro(argv, prog, defaults)
+    config.check()
+    if config.resume is not None:
+        for name, asked, own in differences(config, defaults):
+            if name not in _MAY_CHANGE:
+                raise UserError(
+                    f"{flag(name)} {asked} contradicts {own} of the run in {config.resume}: leave it out, "
+                    f"or start a new run without --resume"
+                )
+    return config
+
+
+def read_config(run_dir: Path) -> TrainConfig:
+    """The configuration that a run recorded in its folder.
+
+    Raises:
+        UserError: there is none, or it can't be read.
+    """
+    import json
+
+    path = run_dir / "config.json"
+    try:
+        return TrainConfig.from_json(json.loads(path.read_text())["config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--resume {run_dir}: no run is there to continue ({path}: {error})") from error
+
+
+def differences(a: TrainConfig, b: TrainConfig) -> list[tuple[str, Any, Any]]:
+    """(field, value in `a`, value in `b`) of every field in which the two differ."""
+    pairs = ((field.name, getattr(a, field.name), getattr(b, field.name)) for field in dataclasses.fields(a))
+    return [(name, x, y) for name, x, y in pairs if x != y]
+
+
+def flag(field: str) -> str:
+    """`local_batch_size` as it is written on the command line."""
+    return "--" + field.replace("_", "-")
+
+
+def _parse_with_tyro(argv: Sequence[str] | None, prog: str, defaults: TrainConfig) -> TrainConfig:
+    # tyro draws a box around its complaint on standard error; caught here, it becomes one line in one voice.
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(TrainConfig, prog=prog, args=argv, default=defaults)
+    except SystemExit as exit_:
+        if not exit_.code:
+            raise
+    lines = [line.strip("│╭╮╰╯ ") for line in said.getvalue().splitlines()[1:]]
+    text = " ".join(line for line in lines if line.strip("─"))
+    text = re.split(r"Argument helptext:|For full helptext", text)[0].strip()
+    raise UserError(f"{text} ({prog} --help lists every flag)")

@@ -1,0 +1,89 @@
+"""What a person reads while it runs: the banner, the running loss in the tutorial's words, the accuracies."""
+
+import math
+
+from cifar.batches import BatchPlan, describe
+from cifar.config import TrainConfig
+from cifar.data import CLASSES, Data
+from cifar.evaluation import Evaluation
+from cifar.loop import LogPoint, TrainState
+from cifar.runtime import Runtime
+
+STAND_IN = "WARNING: these are the built-in stand-in images, not CIFAR-10: no accuracy here compares with CIFAR-10's"
+
+
+class Console:
+    """Rank zero's voice during a run; on the other ranks it says nothing."""
+
+    def __init__(self, config: TrainConfig, runtime: Runtime, data: Data, plan: BatchPlan) -> None:
+        self._config, self._runtime, self._data, self._plan = config, runtime, data, plan
+        self._bar = None
+
+    def banner(self, state: TrainState, run_dir: str, wandb: str) -> None:
+        """Say what will happen, before it does."""
+        batches, rate = describe(self._config, self._plan)
+        parameters = sum(parameter.numel() for parameter in state.net.parameters())
+        where = f", from {self._config.data_dir}" if self._data.name == "cifar10" else ", the built-in stand-in"
+        lines = {
+            "processes": self._runtime.describe(),
+            "dataset": f"{self._data.name}{where}: {len(self._data.train):,} training, {len(self._data.test):,} test",
+            "net": f"{self._config.model}, {parameters:,} parameters, {self._config.precision}"
+            + (", compiled" if self._config.compile else ""),
+            "recipe": f"{self._config.recipe}, augmentation {self._config.augment}, seed {self._config.seed}",
+            "batches": batches,
+            "lr": rate,
+            "run folder": run_dir,
+            "W&B": wandb,
+        }
+        if state.step:
+            lines["resumes"] = f"after step {state.step:,} of {self.last_step:,}"
+        for name, text in lines.items():
+            self._runtime.say(f"{name:<11} {text}")
+        if self._data.name == "synthetic":
+            self._runtime.say(STAND_IN)
+        self._runtime.say()
+
+    @property
+    def last_step(self) -> int:
+        """The optimizer step at which the run ends."""
+        return min(self._plan.total_steps(self._config), self._config.max_steps or 2**62)
+
+    def start_bar(self, state: TrainState) -> None:
+        """Show images/s and the time left, where standard error is a terminal."""
+        if self._runtime.is_main:
+            from tqdm import tqdm
+
+            size = self._plan.global_batch_size
+            self._bar = tqdm(
+                total=self.last_step * size, initial=state.step * size, unit=" images", unit_scale=True,
+                dynamic_ncols=True, mininterval=0.5, disable=None, leave=False,
+            )  # fmt: skip
+
+    def on_step(self) -> None:
+        """Move the bar by one optimizer step."""
+        if self._bar is not None:
+            self._bar.update(self._plan.global_batch_size)
+
+    def on_log(self, point: LogPoint) -> None:
+        """The running loss, as the tutorial prints it."""
+        self._runtime.say(f"[{point.epoch}, {point.batch:5d}] loss: {point.loss:.3f}")
+
+    def on_test(self, epoch: int, test: Evaluation) -> None:
+        """One line at an epoch's end."""
+        self._runtime.say(f"epoch {epoch}: test accuracy {100 * test.accuracy:.2f} %, loss {test.loss:.3f}")
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def print_test(runtime: Runtime, data: Data, test: Evaluation) -> None:
+    """The accuracies in the tutorial's words; whole percents are rounded down, as there."""
+    percent = math.floor(100 * test.accuracy)
+    runtime.say(f"Accuracy of the network on the {test.total} test images: {percent} %")
+    runtime.say(f"({test.correct:,} of {test.total:,} correct, loss {test.loss:.4f})")
+    for name, accuracy in zip(CLASSES, test.class_accuracies(), strict=True):
+        runtime.say(f"Accuracy for class: {name:5s} is {100 * accuracy:.1f} %")
+    if data.name == "synthetic":
+        runtime.say(STAND_IN)

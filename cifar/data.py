@@ -1,0 +1,145 @@
+"""CIFAR-10, or its stand-in, as tensors that live on the device, behind DistributedSampler loaders."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from cifar.augment import CropFlip
+from cifar.batches import BatchPlan
+from cifar.cifar10 import load_cifar10, prepare_cifar10
+from cifar.config import TrainConfig
+from cifar.runtime import Runtime
+from cifar.seeds import derive_seed
+from cifar.synthetic import make_synthetic
+
+CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+EVAL_BATCH_SIZE = 1000
+
+
+class DeviceImages(Dataset[tuple[Tensor, Tensor]]):
+    """Images and labels on one device, read by whole batches.
+
+    Attributes:
+        images: uint8 [n, 3, 32, 32].
+        labels: int64 [n].
+        augment: applied to every batch before normalization, or None.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, device: torch.device) -> None:
+        self.images, self.labels = images.to(device), labels.to(device)
+        self.augment: CropFlip | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch of `indices`, int64 [batch]: images, float32 [batch, 3, 32, 32] in [-1, 1]; labels, int64 [batch]."""
+        images = self.images[indices]
+        if self.augment is not None:
+            images = self.augment(images, indices)
+        return normalize(images), self.labels[indices]
+
+
+def normalize(images: Tensor) -> Tensor:
+    """ToTensor and Normalize(0.5, 0.5): uint8 0..255 becomes float32 -1..1, the same bits as torchvision's."""
+    return images.float().div_(255).sub_(0.5).div_(0.5)
+
+
+class BatchedDistributedSampler(DistributedSampler[Tensor]):
+    """torch's DistributedSampler, whose items are the indices of whole micro-batches: int64 [batch], on the device.
+
+    The ranks' k-th micro-batches together are the k-th slice of one permutation, whatever the world size.
+    """
+
+    def __init__(self, dataset: DeviceImages, rank: int, world_size: int, batch_size: int, seed: int) -> None:
+        super().__init__(
+            dataset, num_replicas=world_size, rank=rank, seed=derive_seed(seed, "shuffle"), drop_last=True
+        )
+        self.batch_size = batch_size
+        self.first = 0
+        self.device = dataset.labels.device
+
+    def __len__(self) -> int:
+        return self.num_samples // self.batch_size
+
+    def __iter__(self) -> Iterator[Tensor]:
+        # What DistributedSampler.__iter__ computes, without making a Python list of 50,000 numbers.
+        draws = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.dataset), generator=draws)  # type: ignore[arg-type]
+        own = order[self.rank : self.total_size : self.num_replicas].to(self.device)
+        yield from own.split(self.batch_size)[self.first : len(self)]
+
+
+class TrainLoader(DataLoader[Any]):
+    """Micro-batches of this rank, shuffled anew every epoch."""
+
+    sampler: BatchedDistributedSampler
+    dataset: DeviceImages
+
+    def __init__(self, dataset: DeviceImages, plan: BatchPlan, rank: int, seed: int) -> None:
+        sampler = BatchedDistributedSampler(dataset, rank, plan.world_size, plan.local_batch_size, seed)
+        super().__init__(dataset, batch_size=None, sampler=sampler)
+
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """Choose the epoch's permutation and augmentation, and begin at its micro-batch `first`."""
+        self.sampler.set_epoch(epoch)
+        self.sampler.first = first
+        if self.dataset.augment is not None:
+            self.dataset.augment.set_epoch(epoch)
+
+
+class EvalLoader(DataLoader[Any]):
+    """Batches of this rank's share of the test set: every image once, none repeated to make the shares even.
+
+    (DistributedSampler repeats images to that end, which is what spoils distributed accuracies:
+    pytorch/pytorch#25162.)
+    """
+
+    sampler: Iterable[Tensor]
+    dataset: DeviceImages
+
+    def __init__(self, dataset: DeviceImages, rank: int, world_size: int) -> None:
+        own = torch.arange(rank, len(dataset), world_size, device=dataset.labels.device)
+        super().__init__(dataset, batch_size=None, sampler=own.split(EVAL_BATCH_SIZE))
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains and tests on; `name` is "cifar10" or "synthetic"."""
+
+    name: str
+    train: DeviceImages
+    test: DeviceImages
+
+
+def load_data(config: TrainConfig, runtime: Runtime) -> Data:
+    """Find, fetch or make the data, the same on every rank, and put it on the device.
+
+    Local rank zero downloads while the others wait.
+
+    Raises:
+        UserError: a file is damaged, or CIFAR-10 was asked for by name and can't be had.
+    """
+    missing = None
+    if config.dataset != "synthetic":
+        with runtime.together():
+            if runtime.local_rank == 0:
+                missing = prepare_cifar10(config.data_dir, config.data_url, required=config.dataset == "cifar10")
+    # One host without the data is enough for all to take the stand-in: they have to train on the same images.
+    reasons = [reason for reason in runtime.gather(missing) if reason is not None]
+    if config.dataset == "synthetic" or reasons:
+        if reasons:
+            runtime.say(f"WARNING: training on the built-in stand-in, not on CIFAR-10: {reasons[0]}")
+        name, (train, test) = "synthetic", make_synthetic()
+    else:
+        with runtime.together():
+            name, (train, test) = "cifar10", load_cifar10(config.data_dir)
+
+    data = Data(name, DeviceImages(*train, runtime.device), DeviceImages(*test, runtime.device))
+    if config.augment == "crop-flip":
+        data.train.augment = CropFlip(len(data.train), config.seed, runtime.device)
+    return data

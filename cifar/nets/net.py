@@ -1,0 +1,31 @@
+"""The tutorial's Net: LeNet-5 (LeCun et al. 1998) with ReLU, max-pooling and three input channels."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Net(nn.Module):
+    """Two convolutions and three linear layers; 62,006 parameters at width 1.
+
+    Args:
+        width: multiplies the channels of both convolutions (6 and 16) and the hidden units (120 and 84).
+    """
+
+    def __init__(self, width: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6 * width, 5)
+        self.pool = nn.MaxPool2d(2, 2)
+        self.conv2 = nn.Conv2d(6 * width, 16 * width, 5)
+        self.fc1 = nn.Linear(16 * width * 5 * 5, 120 * width)
+        self.fc2 = nn.Linear(120 * width, 84 * width)
+        self.fc3 = nn.Linear(84 * width, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class scores (logits), float [batch, 10], of normalized images, float [batch, 3, 32, 32]."""
+        x = self.pool(F.relu(self.conv1(images)))  # [batch, 6, 14, 14]
+        x = self.pool(F.relu(self.conv2(x)))  # [batch, 16, 5, 5]
+        x = torch.flatten(x, 1)  # [batch, 400]
+        x = F.relu(self.fc1(x))
+        x = F.relu(self.fc2(x))
+        return self.fc3(x)

@@ -1,0 +1,60 @@
+"""Train a net on CIFAR-10, in one process or in many.
+
+    python train_ddp.py                              # one process: the GPU if there is one, else the CPU
+    torchrun --nproc_per_node=4 train_ddp.py         # 4 GPUs of one host (or 4 CPU processes)
+    torchrun --nproc_per_node=2 train_ddp.py --device cpu --recipe wide --global-batch-size 512
+    python train_ddp.py --resume runs/NAME           # continue a run
+    python train_ddp.py --evaluate runs/NAME/checkpoints/step-00050000.pt
+    python -m pdb train_ddp.py --dataset synthetic   # one process has no process group: debug it as any script
+
+The four steps are those of the classic PyTorch tutorial. Each process runs this whole script; what makes them
+one training run is that they start from the same weights, take turns at the same permutation of the images, and
+average their gradients before every update. `--help` lists the flags.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from cifar import batches, checkpoint, console, data, evaluation, loop, nets, optim, session
+from cifar.config import parse_args
+from cifar.runtime import Runtime, one_voice
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = parse_args(argv)
+    runtime = Runtime(config)
+
+    # 1. Load CIFAR-10: uint8 tensors on the device; every rank reads its own shard of the same permutation.
+    images = data.load_data(config, runtime)
+    plan = batches.BatchPlan.make(config, runtime.world_size, len(images.train))
+    train_loader = data.TrainLoader(images.train, plan, runtime.rank, config.seed)
+    test_loader = data.EvalLoader(images.test, runtime.rank, runtime.world_size)
+
+    # 2. Define the net. DistributedDataParallel hands rank zero's weights to all and averages gradients.
+    torch.manual_seed(config.seed)
+    net = nets.build_net(config.model)
+    model = runtime.wrap(net, config.compile)
+
+    if config.evaluate is not None:
+        checkpoint.load_net(net, checkpoint.read_checkpoint(config.evaluate), config.model, config.evaluate)
+        console.print_test(runtime, images, evaluation.evaluate(net, test_loader, runtime))
+        return runtime.close()
+
+    optimizer = optim.build_optimizer(net.parameters(), config)
+    state = loop.TrainState(net, optimizer, runtime.scaler)
+    with session.Session(config, runtime, images, plan, state) as run:
+        while not run.finished:
+            # 3. Train for an epoch: forward, loss, backward, update.
+            loop.train_epoch(model, train_loader, state, config, plan, runtime, run.on_log, run.on_step, run.save)
+
+            # 4. Test on the 10,000 images: each counts once, whatever the number of processes.
+            test = evaluation.evaluate(net, test_loader, runtime)
+            run.end_epoch(test)
+        run.finish(test)
+    runtime.close()
+
+
+if __name__ == "__main__":
+    with one_voice("train_ddp.py"):
+        main()
