@@ -55,7 +55,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except Exception as error:  # a forged file can make the unpickler raise anything
-        raise DamagedCheckpointError(f"{path} holds what no checkpoint of this program holds, and was not run") from error
+        raise DamagedCheckpointError(
+            f"{path} holds what no checkpoint of this program holds, and was not run"
+        ) from error
     if not isinstance(content, dict) or not {"config", "state", "dataset"} <= content.keys():
         raise DamagedCheckpointError(f"{path} is not a checkpoint of this program")
     return content

@@ -110,7 +110,9 @@ def unpack(archive: Path, data_dir: Path) -> None:
                     path = Path(member.name)
                     inside = path.parts[:1] == (FOLDER,) and len(path.parts) <= 2 and ".." not in path.parts
                     if not inside or not (member.isfile() or member.isdir()):
-                        raise UserError(f"{archive} holds {member.name!r}, which has no place in CIFAR-10: not unpacked")
+                        raise UserError(
+                            f"{archive} holds {member.name!r}, which has no place in CIFAR-10: not unpacked"
+                        )
                 for member in members:
                     source = tar.extractfile(member)
                     if source is not None:

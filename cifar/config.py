@@ -4,12 +4,13 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import json
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from cifar.errors import UserError
 from cifar.nets import NETS
@@ -19,6 +20,8 @@ try:
     import tyro
 except ModuleNotFoundError as error:
     raise SystemExit("The command line needs the package tyro: pip install tyro") from error
+
+C = TypeVar("C")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +148,7 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") ->
     else:
         defaults = dataclasses.replace(read_config(early.resume), resume=early.resume)
 
-    config = _parse_with_tyro(argv, prog, defaults)
+    config = run_tyro(TrainConfig, argv, prog, defaults)
     config.check()
     if config.resume is not None:
         for name, asked, own in differences(config, defaults):
@@ -163,8 +166,6 @@ def read_config(run_dir: Path) -> TrainConfig:
     Raises:
         UserError: there is none, or it can't be read.
     """
-    import json
-
     path = run_dir / "config.json"
     try:
         return TrainConfig.from_json(json.loads(path.read_text())["config"])
@@ -183,12 +184,20 @@ def flag(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-def _parse_with_tyro(argv: Sequence[str] | None, prog: str, defaults: TrainConfig) -> TrainConfig:
+def run_tyro(cls: type[C], argv: Sequence[str] | None, prog: str, defaults: C | None = None) -> C:
+    """A `cls` from the command line.
+
+    Raises:
+        UserError: what tyro says of the command line, in one line.
+        SystemExit: after `--help`.
+    """
     # tyro draws a box around its complaint on standard error; caught here, it becomes one line in one voice.
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(TrainConfig, prog=prog, args=argv, default=defaults)
+            if defaults is None:
+                return tyro.cli(cls, prog=prog, args=argv)
+            return tyro.cli(cls, prog=prog, args=argv, default=defaults)
     except SystemExit as exit_:
         if not exit_.code:
             raise

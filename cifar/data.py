@@ -56,9 +56,7 @@ class BatchedDistributedSampler(DistributedSampler[Tensor]):
     """
 
     def __init__(self, dataset: DeviceImages, rank: int, world_size: int, batch_size: int, seed: int) -> None:
-        super().__init__(
-            dataset, num_replicas=world_size, rank=rank, seed=derive_seed(seed, "shuffle"), drop_last=True
-        )
+        super().__init__(dataset, num_replicas=world_size, rank=rank, seed=derive_seed(seed, "shuffle"), drop_last=True)
         self.batch_size = batch_size
         self.first = 0
         self.device = dataset.labels.device
@@ -128,7 +126,8 @@ def load_data(config: TrainConfig, runtime: Runtime) -> Data:
     if config.dataset != "synthetic":
         with runtime.together():
             if runtime.local_rank == 0:
-                missing = prepare_cifar10(config.data_dir, config.data_url, required=config.dataset == "cifar10")
+                required = config.dataset == "cifar10"
+                missing = prepare_cifar10(config.data_dir, config.data_url, required, show=runtime.is_main)
     # One host without the data is enough for all to take the stand-in: they have to train on the same images.
     reasons = [reason for reason in runtime.gather(missing) if reason is not None]
     if config.dataset == "synthetic" or reasons:

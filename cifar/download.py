@@ -48,14 +48,12 @@ def fetch(archive: Archive, urls: Sequence[str], folder: Path, show: bool = True
     part.touch()
     failures = []
     for url in urls:
-        if show:
-            print(f"downloading {url}", flush=True)
         reason = _fetch_from(url, archive, part, show, timeout)
         if reason is None:
             return part
         failures.append(f"{url}: {reason}")
-        if show:
-            print(f"  failed: {reason}", flush=True)
+    if part.stat().st_size == 0:
+        part.unlink()
     raise DownloadError("; ".join(failures))
 
 
@@ -97,6 +95,8 @@ def _receive(url: str, archive: Archive, part: Path, show: bool, timeout: float)
         resumes = response.status == 206 and f"bytes {have}-" in response.headers.get("Content-Range", "")
         if not resumes:
             have = 0  # the server sends the whole file
+        if show:
+            print(f"downloading {url}" + (f", from byte {have:,} on" if have else ""), flush=True)
         with part.open("r+b") as file, _progress(archive, have, show) as advance:
             file.truncate(have)
             file.seek(have)

@@ -88,7 +88,9 @@ class LogPoint:
     images_per_second: float
 
 
-def forward_backward(model: nn.Module, images: Tensor, labels: Tensor, scaler: torch.amp.GradScaler, share: float) -> Tensor:
+def forward_backward(
+    model: nn.Module, images: Tensor, labels: Tensor, scaler: torch.amp.GradScaler, share: float
+) -> Tensor:
     """One micro-batch: forward, loss, backward. Gradients are added to what `.grad` already holds.
 
     Args:

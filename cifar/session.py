@@ -25,9 +25,7 @@ class Session:
     Every rank holds one and calls the same methods; rank zero writes and speaks.
     """
 
-    def __init__(
-        self, config: TrainConfig, runtime: Runtime, data: Data, plan: BatchPlan, state: TrainState
-    ) -> None:
+    def __init__(self, config: TrainConfig, runtime: Runtime, data: Data, plan: BatchPlan, state: TrainState) -> None:
         """Make the run's folder, or read that of `--resume` into `state`; then print the banner.
 
         Raises:
@@ -112,7 +110,9 @@ class Session:
             save_checkpoint(path, {"config": self.config.to_json(), "dataset": self._data.name, "state": state})
             self._last_checkpoint = path
         except OSError as error:
-            self._runtime.say(f"WARNING: no checkpoint at step {self._state.step}: {error}; the earlier ones are as they were")
+            self._runtime.say(
+                f"WARNING: no checkpoint at step {self._state.step}: {error}; the earlier ones are as they were"
+            )
 
     def finish(self, test: Evaluation) -> None:
         """Print the accuracies of the finished run, write result.json and draw report.png."""

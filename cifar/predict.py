@@ -1,0 +1,80 @@
+"""The classes of picture files: python -m cifar.predict CHECKPOINT IMAGE [IMAGE ...]"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from cifar.checkpoint import load_net, read_checkpoint
+from cifar.config import run_tyro
+from cifar.console import STAND_IN
+from cifar.data import CLASSES, normalize
+from cifar.errors import UserError
+from cifar.nets import NETS, build_net
+from cifar.runtime import one_voice
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Name the three most probable classes of each picture."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """A checkpoint of train_ddp.py, runs/NAME/checkpoints/step-NNNNNNNN.pt."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Pictures in any format that Pillow reads; the middle square is scaled to 32 x 32."""
+
+
+def read_image(path: Path) -> Tensor:
+    """A picture file as the nets know pictures: uint8 [3, 32, 32].
+
+    Raises:
+        UserError: the file can't be read as a picture.
+    """
+    try:
+        with Image.open(path) as file:
+            upright = ImageOps.exif_transpose(file).convert("RGB")
+        pixels = np.asarray(ImageOps.fit(upright, (32, 32), Image.Resampling.LANCZOS))
+    except UnidentifiedImageError as error:
+        raise UserError(f"{path} is not a picture in a format that Pillow knows") from error
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} can't be read as a picture: {error}") from error
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+
+@torch.no_grad()
+def predict(net: torch.nn.Module, images: Tensor) -> Tensor:
+    """Class probabilities, float32 [n, 10], of `images`, uint8 [n, 3, 32, 32]."""
+    net.eval()
+    return net(normalize(images)).softmax(1)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print a line for each picture."""
+    asked = run_tyro(Prediction, argv, prog="python -m cifar.predict")
+    if not asked.images:
+        raise UserError("no picture is named: python -m cifar.predict CHECKPOINT IMAGE [IMAGE ...]")
+    content = read_checkpoint(asked.checkpoint)
+    model = content["config"].get("model")
+    if model not in NETS:
+        raise UserError(f"{asked.checkpoint} holds a net {model!r}, which this version doesn't know")
+    net = build_net(model)
+    load_net(net, content, model, asked.checkpoint)
+    probabilities = predict(net, torch.stack([read_image(path) for path in asked.images]))
+    for path, row in zip(asked.images, probabilities, strict=True):
+        top = row.topk(3)
+        ranking = [f"{CLASSES[i]} {100 * p:.1f} %" for p, i in zip(top.values, top.indices, strict=True)]
+        print(f"{path}: {', '.join(ranking)}")
+    if content["dataset"] == "synthetic":
+        print(STAND_IN, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    with one_voice("cifar.predict"):
+        main()

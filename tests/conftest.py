@@ -1,0 +1,43 @@
+"""What the tests share: where the real data is, one runtime in this process, and real runs in others."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.processes import ROOT
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder that holds the real cifar-10-batches-py."""
+    folder = Path(os.environ.get("CIFAR_DATA_DIR", ROOT / "data"))
+    if not (folder / "cifar-10-batches-py").is_dir():
+        pytest.skip(f"no CIFAR-10 in {folder}: set CIFAR_DATA_DIR to the folder that holds cifar-10-batches-py")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def runtime():
+    """One process on the CPU, in fp32."""
+    from cifar.config import TrainConfig
+    from cifar.runtime import Runtime
+
+    return Runtime(TrainConfig(device="cpu"))
+
+
+@pytest.fixture(scope="session")
+def synthetic(runtime):
+    """The stand-in, on the CPU."""
+    from cifar.config import TrainConfig
+    from cifar.data import load_data
+
+    return load_data(TrainConfig(dataset="synthetic"), runtime)
+
+
+@pytest.fixture(autouse=True)
+def _no_wandb_account(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reaches the W&B account of whoever runs it."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", os.devnull)

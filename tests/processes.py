@@ -1,0 +1,54 @@
+"""Starting the program as its users do: as a process of its own, or as several under torchrun."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def clean_environment(**extra: str) -> dict[str, str]:
+    """This environment without what a launcher or a W&B account would have left in it."""
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "ACCELERATE_", "TORCHELASTIC_", "WANDB_", "OMP_NUM_THREADS")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    return kept | {"NETRC": os.devnull, "PYTHONPATH": str(ROOT)} | extra
+
+
+def run(
+    command: Sequence[str | Path], cwd: Path, timeout: float = 240, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `command` with this Python's environment; output as text, standard error separate."""
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd, env=clean_environment(**environment), capture_output=True, text=True, timeout=timeout,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def train(*flags: str | Path, cwd: Path, processes: int = 1, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python train_ddp.py FLAGS` or, with several processes, `torchrun --nproc_per_node=N train_ddp.py FLAGS`.
+
+    On the CPU and without W&B unless the flags or the environment say otherwise.
+    """
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    given = [str(flag) for flag in flags]
+    defaults = [] if "--wandb" in given else ["--wandb", "disabled"]
+    defaults += [] if "--device" in given else ["--device", "cpu"]
+    return run([*launcher, ROOT / "train_ddp.py", *given, *defaults], cwd, **environment)
+
+
+def records(run_dir: Path, name: str) -> list[tuple[int, Any]]:
+    """(step, value) of every record of `name` in a run's metrics.jsonl."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line[name]) for line in lines if name in line]
+
+
+def result(run_dir: Path) -> dict[str, Any]:
+    """A run's result.json."""
+    return json.loads((run_dir / "result.json").read_text())
