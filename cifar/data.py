@@ -37,7 +37,7 @@ class DeviceImages(Dataset[tuple[Tensor, Tensor]]):
         return len(self.labels)
 
     def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch of `indices`, int64 [batch]: images, float32 [batch, 3, 32, 32] in [-1, 1]; labels, int64 [batch]."""
+        """Images, float32 [batch, 3, 32, 32] in [-1, 1], and labels, int64 [batch], of `indices`, int64 [batch]."""
         images = self.images[indices]
         if self.augment is not None:
             images = self.augment(images, indices)

@@ -106,7 +106,9 @@ class Runtime:
         if self.device.type == "cpu" and launch.local_world_size > 1:
             torch.set_num_threads(threads_per_process(launch.local_world_size))
         # Talk between the hosts' CPUs goes through gloo, so that it never waits for, or on, a GPU's stream.
-        self._host_group = dist.new_group(backend="gloo", timeout=_HOST_TIMEOUT) if dist.is_initialized() else None
+        self._host_group: Any = None
+        if dist.is_initialized():
+            self._host_group = dist.new_group(backend="gloo", timeout=_HOST_TIMEOUT)
 
     @property
     def is_main(self) -> bool:
@@ -171,7 +173,7 @@ class Runtime:
             mistake = f"{error}" + (f" [on host {socket.gethostname()}]" if not self.is_main else "")
         for said in self.gather(mistake):
             if said is not None:
-                raise UserError(said)
+                raise UserError(said) from None
 
     def describe(self) -> str:
         """Processes and devices in one phrase, for the banner."""

@@ -40,7 +40,7 @@ def train(*flags: str | Path, cwd: Path, processes: int = 1, **environment: str)
     given = [str(flag) for flag in flags]
     defaults = [] if "--wandb" in given else ["--wandb", "disabled"]
     defaults += [] if "--device" in given else ["--device", "cpu"]
-    return run([*launcher, ROOT / "train_ddp.py", *given, *defaults], cwd, **environment)
+    return run([*launcher, ROOT / "train_ddp.py", *given, *defaults], cwd, 240, **environment)
 
 
 def records(run_dir: Path, name: str) -> list[tuple[int, Any]]:

@@ -1,0 +1,131 @@
+"""World size changes nothing but speed: real torchrun runs of the same global batch, against each other."""
+
+import re
+import shutil
+import sys
+
+import pytest
+import torch
+
+from cifar.checkpoint import checkpoint_path, load_checkpoint
+from tests.processes import ROOT, records, result, run, train
+
+STEPS = 50
+GLOBAL_BATCH = 48
+# processes: local batch. Two of them accumulate, over 2 and over 4 micro-batches.
+RUNS = {1: 12, 2: 24, 3: 8, 4: 12}
+
+
+@pytest.fixture(scope="module")
+def data_flags(request):
+    """The real data where it is, the stand-in elsewhere."""
+    try:
+        return ["--dataset", "cifar10", "--data-dir", request.getfixturevalue("real_data")]
+    except pytest.skip.Exception:
+        return ["--dataset", "synthetic"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, data_flags):
+    """Folder and output of a run of 50 steps, with augmentation, at each world size."""
+    folder = tmp_path_factory.mktemp("world")
+    flags = ["--recipe", "wide", "--model", "net", "--lr", "0.1", "--lr-scaling", "none", "--max-steps", STEPS,
+             "--global-batch-size", GLOBAL_BATCH, "--log-steps", 1, "--checkpoint-steps", 20, *data_flags]  # fmt: skip
+    done = {}
+    for processes, local in RUNS.items():
+        output = train(
+            *flags, "--local-batch-size", local, "--run-dir", folder / f"{processes}", cwd=folder, processes=processes
+        )
+        assert output.returncode == 0, output.stderr
+        done[processes] = (folder / f"{processes}", output)
+    return done
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_the_loss_curve_is_that_of_one_process(runs, processes):
+    one, several = (records(runs[n][0], "train/loss") for n in (1, processes))
+    assert [step for step, _ in several] == list(range(1, STEPS + 1))
+    assert dict(several) == pytest.approx(dict(one), abs=1e-4)
+    assert one[0][1] - one[-1][1] > 0.01, "nothing was learned, so nothing was compared"
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_the_weights_are_those_of_one_process(runs, processes):
+    one, several = (load_checkpoint(checkpoint_path(runs[n][0], STEPS))["state"] for n in (1, processes))
+    for name, weight in one["net"].items():
+        assert torch.allclose(weight, several["net"][name], atol=1e-4), name
+    for mine, theirs in zip(several["optimizer"]["state"].values(), one["optimizer"]["state"].values(), strict=True):
+        assert torch.allclose(mine["momentum_buffer"], theirs["momentum_buffer"], atol=1e-3)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+def test_result_and_banner_say_what_ran(runs, processes):
+    folder, output = runs[processes]
+    got = result(folder)
+    local, accumulated = RUNS[processes], GLOBAL_BATCH // RUNS[processes] // processes
+    assert (got["world_size"], got["local_batch_size"], got["global_batch_size"]) == (processes, local, GLOBAL_BATCH)
+    assert (got["steps"], got["test_total"]) == (STEPS, 10_000)
+    noun = "process" if processes == 1 else "processes"
+    assert f"{local} local x {processes} {noun} x {accumulated} accumulated = 48 global" in output.stdout
+    assert ("gloo" in output.stdout) == (processes > 1)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+def test_only_rank_zero_speaks(runs, processes):
+    said = runs[processes][1].stdout
+    for line in ("[1,     1] loss: ", "Finished Training", "Accuracy of the network on the 10000 test images: "):
+        assert said.count(line) == 1
+    assert len(re.findall(r"\[1, +\d+\] loss: \d\.\d{3}\n", said)) == STEPS
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 7])
+def test_a_checkpoint_has_one_accuracy_at_every_world_size(runs, data_flags, tmp_path, processes):
+    """7 does not divide 10,000, nor does 3: where DistributedSampler would have repeated images."""
+    path = checkpoint_path(runs[1][0], STEPS)
+    output = train("--evaluate", path, *data_flags, cwd=tmp_path, processes=processes)
+    assert output.returncode == 0, output.stderr
+    got = result(runs[1][0])
+    line = f"({got['test_correct']:,} of 10,000 correct, loss {got['test_loss']:.4f})"
+    assert output.stdout.count(line) == 1, output.stdout
+    assert not (tmp_path / "runs").exists(), "evaluating is no run"
+
+
+def test_resume_is_exact_at_two_processes(runs, tmp_path, data_flags):
+    """From step 20: the checkpoints of the resumed run hold the very bits of the one that was not stopped."""
+    folder = tmp_path / "run"
+    shutil.copytree(runs[2][0], folder)
+    for step in (40, STEPS):
+        checkpoint_path(folder, step).unlink()
+    output = train("--resume", folder, "--wandb", "disabled", cwd=tmp_path, processes=2)
+    assert output.returncode == 0, output.stderr
+    assert "after step 20 of 50" in output.stdout
+    for step in (40, STEPS):
+        mine, theirs = (load_checkpoint(checkpoint_path(place, step))["state"] for place in (folder, runs[2][0]))
+        for name in mine["net"]:
+            assert torch.equal(mine["net"][name], theirs["net"][name])
+        assert mine["window_loss"] == theirs["window_loss"]
+    assert records(folder, "train/loss") == records(runs[2][0], "train/loss")
+    assert result(folder)["test_loss"] == result(runs[2][0])["test_loss"]
+
+
+def test_resume_with_another_world_size_keeps_the_global_batch(runs, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(runs[2][0], folder)
+    for step in (40, STEPS):
+        checkpoint_path(folder, step).unlink()
+    output = train("--resume", folder, "--wandb", "disabled", cwd=tmp_path)
+    assert output.returncode == 0, output.stderr
+    assert "24 local x 1 process x 2 accumulated = 48 global" in output.stdout
+    assert dict(records(folder, "train/loss")) == pytest.approx(dict(records(runs[2][0], "train/loss")), abs=1e-4)
+
+
+def test_accelerate_launch_trains_the_same_as_torchrun(runs, tmp_path, data_flags):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "launch" / "accelerate.yaml",
+               "--num_processes", 2, "--main_process_port", 0, ROOT / "train_ddp.py", "--recipe", "wide", "--model", "net",
+               "--lr", "0.1", "--lr-scaling", "none", "--max-steps", 10, "--global-batch-size", GLOBAL_BATCH,
+               "--local-batch-size", RUNS[2], "--log-steps", 1, "--run-dir", tmp_path / "run", "--device", "cpu",
+               "--wandb", "disabled", *data_flags]  # fmt: skip
+    output = run(command, tmp_path)
+    assert output.returncode == 0, output.stderr
+    assert "2 processes on CPU (gloo)" in output.stdout
+    assert records(tmp_path / "run", "train/loss") == records(runs[2][0], "train/loss")[:10]

@@ -1,0 +1,108 @@
+"""What two ranks find out together; started by test_ranks.py under torchrun. A failed assertion fails the run."""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from cifar.batches import BatchPlan
+from cifar.config import TrainConfig
+from cifar.data import EvalLoader, TrainLoader, load_data
+from cifar.errors import UserError
+from cifar.evaluation import evaluate
+from cifar.loop import TrainState, train_step
+from cifar.nets import build_net
+from cifar.optim import build_optimizer
+from cifar.runtime import Runtime
+
+
+def main() -> None:
+    config = TrainConfig(device="cpu", dataset="synthetic", local_batch_size=8, global_batch_size=64, lr=0.1)
+    runtime = Runtime(config)
+    assert dist.get_backend() == "gloo"
+    assert runtime.world_size == dist.get_world_size() == 2
+    data = load_data(config, runtime)
+
+    exchanges_gradients_once_a_step(config, runtime, data)
+    gives_every_rank_rank_zeros_weights(runtime)
+    evaluates_with_rank_zeros_buffers(runtime, data)
+    shares_mistakes_and_values(runtime)
+    runtime.say("all is well")
+    runtime.close()
+    assert not dist.is_initialized()
+
+
+def exchanges_gradients_once_a_step(config, runtime, data):
+    plan = BatchPlan.make(config, runtime.world_size, len(data.train))
+    assert plan.accumulation == 4
+    loader = TrainLoader(data.train, plan, runtime.rank, seed=0)
+    torch.manual_seed(0)
+    net = build_net("net")
+    model = runtime.wrap(net)
+    assert isinstance(model, nn.parallel.DistributedDataParallel)
+    exchanged = []
+
+    def averaged(state, bucket):
+        exchanged.append(bucket.buffer().numel())
+        work = dist.all_reduce(bucket.buffer().div_(runtime.world_size), async_op=True)
+        return work.get_future().then(lambda done: done.value()[0])
+
+    model.register_comm_hook(None, averaged)
+    state = TrainState(net, build_optimizer(net.parameters(), config), runtime.scaler)
+    micro_batches = iter(loader)
+    for _ in range(3):
+        train_step(model, micro_batches, state, plan, runtime)
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+    assert sum(exchanged) == 3 * parameters, "4 micro-batches a step, and one exchange"
+    weights = torch.cat([parameter.flatten() for parameter in net.parameters()]).detach()
+    assert torch.equal(runtime.mean(weights.clone()), weights), "the ranks' weights drifted apart"
+
+
+def gives_every_rank_rank_zeros_weights(runtime):
+    torch.manual_seed(runtime.rank)  # ranks that start differently
+    net = nn.Linear(3, 3)
+    runtime.wrap(net)
+    norms = runtime.gather(net.weight.norm().item())
+    assert len(set(norms)) == 1
+
+
+def evaluates_with_rank_zeros_buffers(runtime, data):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3072), nn.Linear(3072, 10))
+    net[1].running_mean.fill_(runtime.rank / 2)
+    test = evaluate(net, EvalLoader(data.test, runtime.rank, runtime.world_size), runtime)
+    assert net[1].running_mean.max() == 0, "rank zero's"
+    assert len(set(runtime.gather((test.loss, test.correct)))) == 1
+
+    class Alone:
+        """This rank by itself over all images: the metrics have to be those of both together."""
+
+        device = runtime.device
+
+        def broadcast_buffers(self, net):
+            pass
+
+        def sum(self, tensor):
+            return tensor
+
+    alone = evaluate(net, EvalLoader(data.test, 0, 1), Alone())
+    assert (alone.correct, alone.total) == (test.correct, 10_000)
+    assert abs(alone.loss - test.loss) < 1e-6
+
+
+def shares_mistakes_and_values(runtime):
+    assert runtime.gather(runtime.rank * 10) == [0, 10]
+    assert runtime.from_main("zero" if runtime.is_main else None) == "zero"
+    try:
+        with runtime.together():
+            if runtime.rank == 1:
+                raise UserError("only rank one noticed")
+    except UserError as error:
+        assert "only rank one noticed" in str(error)
+    else:
+        raise AssertionError("rank one's mistake was lost on this rank")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""The loop: one process through whole programs, to the numbers the tutorial's own loop gives, and exactly again."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import train_ddp
+from cifar.checkpoint import checkpoint_path, load_checkpoint
+from cifar.errors import TrainingDivergedError, UserError
+from cifar.nets import build_net
+from tests.processes import records, result
+
+HERE = ["--dataset", "synthetic", "--device", "cpu", "--wandb", "disabled"]
+# Everything that could go wrong on the way: augmentation, accumulation, a schedule, checkpoints between log points.
+SHORT = [*HERE, "--recipe", "wide", "--model", "net", "--local-batch-size", "500", "--global-batch-size", "1000",
+         "--lr-scaling", "none", "--epochs", "2", "--log-steps", "7", "--checkpoint-steps", "10"]  # fmt: skip
+
+
+def test_net_is_the_tutorials():
+    net = build_net("net")
+    shapes = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
+    assert shapes == {
+        "conv1.weight": (6, 3, 5, 5), "conv1.bias": (6,), "conv2.weight": (16, 6, 5, 5), "conv2.bias": (16,),
+        "fc1.weight": (120, 400), "fc1.bias": (120,), "fc2.weight": (84, 120), "fc2.bias": (84,),
+        "fc3.weight": (10, 84), "fc3.bias": (10,),
+    }  # fmt: skip
+    assert sum(parameter.numel() for parameter in net.parameters()) == 62_006
+
+
+class TutorialNet(nn.Module):
+    """The tutorial's layers, written down a second time."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10),
+        )  # fmt: skip
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def test_the_program_is_the_tutorials_loop(tmp_path, synthetic):
+    train_ddp.main([*HERE, "--run-dir", str(tmp_path / "run"), "--max-steps", "60", "--log-steps", "20"])
+    torch.manual_seed(0)
+    net = TutorialNet()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.001, momentum=0.9)
+    sampler = train_ddp.data.BatchedDistributedSampler(synthetic.train, 0, 1, 4, seed=0)
+    running, losses = 0.0, []
+    for i, rows in enumerate(sampler):
+        images = (synthetic.train.images[rows] / 255 - 0.5) / 0.5
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(images), synthetic.train.labels[rows])
+        loss.backward()
+        optimizer.step()
+        running += loss.item()
+        if i % 20 == 19:
+            losses.append((i + 1, running / 20))
+            running = 0.0
+        if i == 59:
+            break
+    for (step, ours), (theirs_step, theirs) in zip(records(tmp_path / "run", "train/loss"), losses, strict=True):
+        assert step == theirs_step
+        assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    train_ddp.main([*SHORT, "--run-dir", str(folder)])
+    return folder
+
+
+def numbers(folder):
+    """Every record but those that depend on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "train/images_per_second"} for line in lines]
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k != "train_seconds")
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def test_a_run_is_a_folder_with_its_records(undisturbed):
+    names = {path.name for path in undisturbed.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "result.json", "report.png", "checkpoints"}
+    got = result(undisturbed)
+    assert got["steps"] == 100
+    assert (got["recipe"], got["model"], got["dataset"], got["epochs"]) == ("wide", "net", "synthetic", 2)
+    assert (got["world_size"], got["local_batch_size"], got["global_batch_size"]) == (1, 500, 1000)
+    assert (got["seed"], got["precision"], got["device"], got["test_total"]) == (0, "fp32", "cpu", 10_000)
+    assert got["test_accuracy"] == got["test_correct"] / 10_000
+    assert got["train_seconds"] > 0
+    assert got["images_per_second"] == pytest.approx(100_000 / got["train_seconds"])
+    assert math.isfinite(got["test_loss"])
+    assert records(undisturbed, "test/accuracy")[-1] == (100, got["test_accuracy"])
+    config = json.loads((undisturbed / "config.json").read_text())["config"]
+    assert (config["global_batch_size"], config["lr"], config["run_dir"]) == (1000, 0.05, str(undisturbed))
+
+
+def test_log_points_are_within_the_epoch_and_cover_all_of_it(undisturbed):
+    steps = [step for step, _ in records(undisturbed, "train/loss")]
+    assert steps == [*range(7, 50, 7), 50, *range(57, 100, 7), 100]
+
+
+def test_checkpoints_come_at_their_steps_and_at_epoch_ends(undisturbed):
+    names = sorted(path.name for path in (undisturbed / "checkpoints").iterdir())
+    assert names == [f"step-{step:08d}.pt" for step in range(10, 101, 10)]
+
+
+def test_the_recorded_lr_is_the_schedules(undisturbed):
+    for step, lr in records(undisturbed, "train/lr"):
+        assert lr == pytest.approx(0.05 * (1 + math.cos(math.pi * (step - 1) / 100)) / 2)
+
+
+@pytest.mark.parametrize("step", [50, 20])
+def test_resuming_after_any_checkpoint_changes_nothing(undisturbed, tmp_path, step):
+    """At an epoch's end, and in the middle of an epoch, of a log window and of an accumulation."""
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    for path in (folder / "checkpoints").iterdir():
+        if path.name > checkpoint_path(folder, step).name:
+            path.unlink()
+    (folder / "result.json").unlink()
+    train_ddp.main(["--resume", str(folder)])
+    for later in range(step + 10, 101, 10):
+        mine, theirs = (load_checkpoint(checkpoint_path(run, later))["state"] for run in (folder, undisturbed))
+        assert same(mine, theirs), f"step {later} differs"
+    assert numbers(folder) == numbers(undisturbed)
+    assert result(folder)["test_loss"] == result(undisturbed)["test_loss"]
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(undisturbed, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    newest = checkpoint_path(folder, 100)
+    raw = bytearray(newest.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    newest.write_bytes(raw)
+    train_ddp.main(["--resume", str(folder)])
+    said = capsys.readouterr().out
+    assert "WARNING" in said
+    assert newest.name in said
+    assert numbers(folder) == numbers(undisturbed)
+
+
+def test_a_finished_run_is_not_resumed(undisturbed):
+    with pytest.raises(UserError, match=r"finished.*--epochs"):
+        train_ddp.main(["--resume", str(undisturbed)])
+
+
+def test_a_run_with_data_of_another_name_is_not_resumed(undisturbed, tmp_path, real_data):
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["config"] |= {"dataset": "auto", "epochs": 3}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"synthetic.*cifar10"):
+        train_ddp.main(["--resume", str(folder), "--data-dir", str(real_data)])
+
+
+def test_an_infinite_loss_stops_at_the_log_point_and_names_what_helps(tmp_path):
+    folder = tmp_path / "run"
+    flags = [*HERE, "--run-dir", str(folder), "--local-batch-size", "100", "--log-steps", "10", "--lr-scaling", "none",
+             "--checkpoint-steps", "1", "--max-steps", "100", "--lr", "50"]  # fmt: skip
+    with pytest.raises(TrainingDivergedError) as stopped:
+        train_ddp.main(flags)
+    text = str(stopped.value)
+    assert "lr 50" in text
+    assert "step " in text
+    assert "\n" not in text
+    newest = sorted((folder / "checkpoints").iterdir())[-1]
+    assert str(newest) in text
+    weights = load_checkpoint(newest)["state"]["net"]
+    assert not (folder / "result.json").exists()
+    assert weights.keys() == build_net("net").state_dict().keys()
+
+
+def test_max_steps_ends_early_with_records_as_usual(tmp_path, capsys):
+    folder = tmp_path / "run"
+    train_ddp.main([*HERE, "--run-dir", str(folder), "--max-steps", "30", "--local-batch-size", "50"])
+    said = capsys.readouterr().out
+    assert "[1,    30] loss: " in said
+    assert "Finished Training" in said
+    assert "Accuracy of the network on the 10000 test images: " in said
+    assert "Accuracy for class: plane is " in said
+    assert said.count("WARNING") == 2, "the stand-in is named at the start and beside the accuracy"
+    assert result(folder)["steps"] == 30
+    assert (folder / "report.png").exists()
+
+
+def test_the_losses_of_two_seeds_differ_and_of_one_agree(tmp_path):
+    def curve(name, seed):
+        flags = ["--max-steps", "5", "--log-steps", "1", "--seed", seed, "--run-dir", str(tmp_path / name)]
+        train_ddp.main([*HERE, "--recipe", "wide", "--model", "net", *flags])
+        return records(tmp_path / name, "train/loss")
+
+    first = curve("a", "1")
+    assert curve("b", "1") == first
+    assert curve("c", "2") != first
