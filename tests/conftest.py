@@ -1,6 +1,10 @@
 """What the tests share: where the real data is, one runtime in this process, and real runs in others."""
 
 import os
+
+# Before torch is imported: two busily waiting threads in each of several test processes would starve one another.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 from pathlib import Path
 
 import pytest

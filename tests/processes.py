@@ -15,7 +15,7 @@ def clean_environment(**extra: str) -> dict[str, str]:
     """This environment without what a launcher or a W&B account would have left in it."""
     ours = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "ACCELERATE_", "TORCHELASTIC_", "WANDB_", "OMP_NUM_THREADS")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    return kept | {"NETRC": os.devnull, "PYTHONPATH": str(ROOT)} | extra
+    return kept | {"NETRC": os.devnull, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | extra
 
 
 def run(
