@@ -2,9 +2,11 @@
 
 import contextlib
 import os
+import re
 import shutil
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,9 +48,9 @@ def prepare_cifar10(data_dir: Path, data_url: str | None, required: bool, show: 
         UserError: an archive in `data_dir` is damaged or unsafe, or `required` and there is no way to get the files.
     """
     folder = data_dir / FOLDER
-    if folder.exists():
-        return None
     try:
+        if folder.exists():
+            return None
         data_dir.mkdir(parents=True, exist_ok=True)
         with _one_at_a_time(data_dir, show):
             if folder.exists():
@@ -108,8 +110,9 @@ def unpack(archive: Path, data_dir: Path) -> None:
                 members = tar.getmembers()
                 for member in members:
                     path = Path(member.name)
-                    inside = path.parts[:1] == (FOLDER,) and len(path.parts) <= 2 and ".." not in path.parts
-                    if not inside or not (member.isfile() or member.isdir()):
+                    inside = path.parts[:1] == (FOLDER,) and ".." not in path.parts
+                    plain = (member.isdir() and len(path.parts) == 1) or (member.isfile() and len(path.parts) == 2)
+                    if not (inside and plain):
                         raise UserError(
                             f"{archive} holds {member.name!r}, which has no place in CIFAR-10: not unpacked"
                         )
@@ -120,7 +123,7 @@ def unpack(archive: Path, data_dir: Path) -> None:
                         target.parent.mkdir(exist_ok=True)
                         with source, target.open("wb") as file:
                             shutil.copyfileobj(source, file)
-        except (tarfile.TarError, EOFError, OSError) as error:
+        except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # the disk's complaint, not the archive's
             raise UserError(f"{archive} can't be unpacked: {error}") from error
@@ -146,6 +149,8 @@ def load_cifar10(data_dir: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, T
         return split(train=True), split(train=False)
     except RuntimeError as error:
         raise UserError(f"{_damaged_file(reader, data_dir)}: CIFAR-10 as it is there can't be used") from error
+    except OSError as error:
+        raise UserError(f"{error.filename or data_dir / FOLDER} can't be read: {error.strerror or error}") from error
 
 
 def _damaged_file(reader: Any, data_dir: Path) -> str:
@@ -165,18 +170,21 @@ def _torchvision_cifar10() -> Any:
     """torchvision's CIFAR10, even where torchvision's compiled operators don't fit this torch.
 
     There, `import torchvision` ends with "operator torchvision::nms does not exist", as it registers a shape rule for
-    that operator. Nothing here needs the operator, so it is declared, without a body, and the import tried again.
+    that operator and, in newer ones, for qnms. Nothing here needs these operators, so each that it misses is
+    declared, without a body, and the import tried again.
     """
-    try:
-        from torchvision.datasets import CIFAR10
-    except RuntimeError as error:
-        if "torchvision::nms" not in str(error):
-            raise
-        global _declared
-        _declared = torch.library.Library("torchvision", "FRAGMENT")
-        _declared.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        from torchvision.datasets import CIFAR10
-    return CIFAR10
+    while True:
+        try:
+            from torchvision.datasets import CIFAR10
+        except RuntimeError as error:
+            missing = re.search(r"operator torchvision::(\w+) does not exist", str(error))
+            if missing is None:
+                raise
+            library = torch.library.Library("torchvision", "FRAGMENT")
+            library.define(f"{missing[1]}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            _declared.append(library)
+        else:
+            return CIFAR10
 
 
-_declared: torch.library.Library | None = None  # the declaration lasts as long as this object
+_declared: list[torch.library.Library] = []  # a declaration lasts as long as its object

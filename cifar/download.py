@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from email.message import Message
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,8 @@ def _fetch_from(url: str, archive: Archive, part: Path, show: bool, timeout: flo
         start = part.stat().st_size
         try:
             _receive(url, archive, part, show, timeout)
-        except TimeoutError:
-            reason = f"no data for {timeout:g} s"
-        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, ValueError) as error:
-            reason = str(getattr(error, "reason", error)) or type(error).__name__
-            if isinstance(error, urllib.error.HTTPError):
-                reason = f"HTTP {error.code} {error.reason}"
+        except _SourceError as error:
+            reason = str(error)
         else:
             digest = sha256(part)
             if digest == archive.sha256:
@@ -84,30 +81,70 @@ def _fetch_from(url: str, archive: Archive, part: Path, show: bool, timeout: flo
 
 
 def _receive(url: str, archive: Archive, part: Path, show: bool, timeout: float) -> None:
-    """Append to `part` what is missing of it. Returns when the file has its full size."""
+    """Append to `part` what is missing of it. Returns when the file has its full size.
+
+    Raises:
+        _SourceError: the source has something else, or stopped before the end.
+    """
     have = part.stat().st_size
     if have >= archive.size:
         return
-    request = urllib.request.Request(url, headers={"User-Agent": "cifar-ddp"})
-    if have:
-        request.add_header("Range", f"bytes={have}-")
-    with urllib.request.urlopen(request, timeout=timeout) as response:
+    with contextlib.ExitStack() as stack:
+        with _blaming_source(timeout):
+            request = urllib.request.Request(url, headers={"User-Agent": "cifar-ddp"})
+            if have:
+                request.add_header("Range", f"bytes={have}-")
+            response = stack.enter_context(urllib.request.urlopen(request, timeout=timeout))
         resumes = response.status == 206 and f"bytes {have}-" in response.headers.get("Content-Range", "")
         if not resumes:
             have = 0  # the server sends the whole file
+        _check_offer(response.headers, archive, have)
         if show:
             print(f"downloading {url}" + (f", from byte {have:,} on" if have else ""), flush=True)
-        with part.open("r+b") as file, _progress(archive, have, show) as advance:
-            file.truncate(have)
-            file.seek(have)
-            while chunk := response.read1(_CHUNK):
-                have += len(chunk)
-                if have > archive.size:
-                    raise ValueError(f"sends more than the {archive.size:,} bytes of the archive")
-                file.write(chunk)
-                advance(len(chunk))
+        file = stack.enter_context(part.open("r+b"))
+        advance = stack.enter_context(_progress(archive, have, show))
+        file.truncate(have)
+        file.seek(have)
+        while True:
+            with _blaming_source(timeout):
+                chunk = response.read1(_CHUNK)
+            if not chunk:
+                break
+            have += len(chunk)
+            if have > archive.size:
+                file.truncate(0)  # none of it can be trusted
+                raise _SourceError(f"sends more than the {archive.size:,} bytes of the archive")
+            file.write(chunk)
+            advance(len(chunk))
     if have < archive.size:
-        raise ValueError(f"ended after {have:,} of {archive.size:,} bytes")
+        raise _SourceError(f"ended after {have:,} of {archive.size:,} bytes")
+
+
+def _check_offer(headers: Message, archive: Archive, have: int) -> None:
+    """Refuse what can't be the archive before a byte of it is kept, so that the next source needn't repair it."""
+    if headers.get_content_type() == "text/html":
+        raise _SourceError("sends a web page, not the archive")
+    length = headers.get("Content-Length", "")
+    if length.isdecimal() and have + int(length) != archive.size:
+        raise _SourceError(f"has {have + int(length):,} bytes, not the {archive.size:,} of the archive")
+
+
+class _SourceError(Exception):
+    """Why a source failed."""
+
+
+@contextlib.contextmanager
+def _blaming_source(timeout: float) -> Iterator[None]:
+    """Tell the network's failures, which are the source's, from the disk's, which no other source would mend."""
+    try:
+        yield
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise _SourceError(f"HTTP {error.code} {error.reason}") from error
+    except TimeoutError as error:
+        raise _SourceError(f"no data for {timeout:g} s") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise _SourceError(str(getattr(error, "reason", "") or error) or type(error).__name__) from error
 
 
 def sha256(path: Path) -> str:
