@@ -58,7 +58,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise DamagedCheckpointError(
             f"{path} holds what no checkpoint of this program holds, and was not run"
         ) from error
-    if not isinstance(content, dict) or not {"config", "state", "dataset"} <= content.keys():
+    parts = (content.get("config"), content.get("state")) if isinstance(content, dict) else (None,)
+    if not all(isinstance(part, dict) for part in parts) or "dataset" not in content:
         raise DamagedCheckpointError(f"{path} is not a checkpoint of this program")
     return content
 
@@ -74,8 +75,9 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any], list[str]]:
     Raises:
         UserError: the run has none.
     """
-    complaints = []
-    for path in sorted((run_dir / "checkpoints").glob("step-*.pt"), reverse=True):
+    complaints: list[str] = []
+    found = (run_dir / "checkpoints").glob("step-*.pt")
+    for path in sorted(found, key=lambda path: (len(path.name), path.name), reverse=True):
         try:
             return path, load_checkpoint(path), complaints
         except DamagedCheckpointError as error:
@@ -107,4 +109,5 @@ def load_net(net: torch.nn.Module, content: dict[str, Any], model: str, path: Pa
     try:
         net.load_state_dict(content["state"]["net"])
     except (RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} doesn't fit the net {model!r}: {str(error).splitlines()[0]}") from error
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        raise UserError(f"{path} doesn't fit the net {model!r}: {reason}") from error

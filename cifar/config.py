@@ -193,11 +193,11 @@ def run_tyro(cls: type[C], argv: Sequence[str] | None, prog: str, defaults: C | 
     """
     # tyro draws a box around its complaint on standard error; caught here, it becomes one line in one voice.
     said = io.StringIO()
+    speaks = os.environ.get("RANK", "0") == "0"  # --help, too, is printed once
+    default = tyro.MISSING_NONPROP if defaults is None else defaults
     try:
         with contextlib.redirect_stderr(said):
-            if defaults is None:
-                return tyro.cli(cls, prog=prog, args=argv)
-            return tyro.cli(cls, prog=prog, args=argv, default=defaults)
+            return tyro.cli(cls, prog=prog, args=argv, default=default, console_outputs=speaks)
     except SystemExit as exit_:
         if not exit_.code:
             raise

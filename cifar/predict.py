@@ -1,6 +1,7 @@
 """The classes of picture files: python -m cifar.predict CHECKPOINT IMAGE [IMAGE ...]"""
 
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,14 +39,28 @@ def read_image(path: Path) -> Tensor:
         UserError: the file can't be read as a picture.
     """
     try:
-        with Image.open(path) as file:
-            upright = ImageOps.exif_transpose(file).convert("RGB")
+        with warnings.catch_warnings():
+            # Large is fine; what is ten times larger than any camera's Pillow refuses by itself.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as file:
+                upright = _to_rgb(ImageOps.exif_transpose(file))
         pixels = np.asarray(ImageOps.fit(upright, (32, 32), Image.Resampling.LANCZOS))
     except UnidentifiedImageError as error:
         raise UserError(f"{path} is not a picture in a format that Pillow knows") from error
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} can't be read as a picture: {error}") from error
+    except Exception as error:  # a damaged or hostile file can make a decoder raise anything
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(f"{path} can't be read as a picture: {reason}") from error
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """What a viewer shows of `image`: 16-bit gray is scaled, where Pillow would clip it; white shows through holes."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """A run is a folder: made before training, proven writable, never another run's."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -28,12 +29,13 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    # The rename itself lasts once the folder is on the disk.
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    # The rename itself lasts once the folder is on the disk. Not every file system can do that; `path` is new anyhow.
+    with contextlib.suppress(OSError):
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -73,11 +75,16 @@ def create_run(wanted: Path | None, recipe: str) -> Path:
 def check_writable(run_dir: Path, need: int) -> None:
     """Prove now, not after an epoch, that `need` bytes can be written into `run_dir`.
 
+    Files that a killed process left half-written are removed.
+
     Raises:
-        UserError: they can't.
+        UserError: they can't; a folder that was empty is empty again, so that the same command can be repeated.
     """
+    checkpoints = run_dir / "checkpoints"
     try:
-        (run_dir / "checkpoints").mkdir(exist_ok=True)
+        checkpoints.mkdir(exist_ok=True)
+        for leftover in checkpoints.glob(".*.tmp"):
+            leftover.unlink()
         probe = run_dir / ".space-probe"
         try:
             with probe.open("wb") as file:
@@ -88,6 +95,8 @@ def check_writable(run_dir: Path, need: int) -> None:
         finally:
             probe.unlink(missing_ok=True)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            checkpoints.rmdir()  # only if it is empty
         raise UserError(
             f"the run folder {run_dir} does not take the {need / 1e6:.1f} MB of this run's records: {error}; "
             f"free space or name another with --run-dir"

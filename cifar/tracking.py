@@ -1,7 +1,11 @@
 """The records of a run, made by rank zero: W&B, metrics.jsonl and result.json."""
 
+import contextlib
 import json
 import logging
+import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ from cifar.config import TrainConfig
 from cifar.data import CLASSES, Data
 from cifar.evaluation import Evaluation
 from cifar.loop import LogPoint
+from cifar.run import write_atomically
 from cifar.runtime import Runtime
 
 PROJECT = "cifar-ddp"
@@ -34,10 +39,13 @@ class MetricsFile(GeneralTracker):
 
     @on_main_process
     def keep_until(self, step: int) -> None:
-        """Drop the lines after `step`, which a resumed run is about to write again."""
+        """Drop the lines after `step`, which a resumed run is about to write again, and any that is cut short."""
         if self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= step]
-            self.path.write_text("".join(line + "\n" for line in lines))
+            kept = []
+            for line in self.path.read_text().splitlines():
+                with contextlib.suppress(ValueError):
+                    kept += [line + "\n"] if json.loads(line)["step"] <= step else []
+            write_atomically(self.path, lambda file: file.write("".join(kept).encode()))
 
     @property
     def tracker(self) -> Path:
@@ -71,10 +79,12 @@ class Tracking:
         self.metrics = MetricsFile(run_dir / "metrics.jsonl")
         self._accelerator.trackers = [self.metrics]
         self._wandb = start_wandb(config, runtime, run_dir)
+        self._started = self._wandb is not None
         if self._wandb is not None:
             self._accelerator.trackers.append(self._wandb)
-            self._wandb.store_init_configuration(config.to_json() | facts)
-            _lay_out(self._wandb.tracker)
+            with self._surviving_wandb():
+                self._wandb.store_init_configuration(config.to_json() | facts)
+                _lay_out(self._wandb.tracker)
 
     def describe(self) -> str:
         """Where W&B's record goes, for the banner."""
@@ -103,41 +113,66 @@ class Tracking:
         self._log(step, {"epoch": epoch, "test/loss": test.loss, "test/accuracy": test.accuracy, **classes})
 
     def finish(self, step: int, result: dict[str, Any], test: Evaluation) -> None:
-        """Record the end of the run: the result, and W&B's confusion matrix and table of wrong images."""
-        if self._wandb is not None and self._runtime.is_main:
-            import wandb
-
-            run = self._wandb.tracker
-            run.log(
-                {
-                    "test/confusion_matrix": wandb.plot.confusion_matrix(
-                        y_true=test.labels.tolist(), preds=test.predicted.tolist(), class_names=list(CLASSES)
-                    ),
-                    "test/most_confidently_wrong": self._wrong_images(test),
-                },
-                step=step,
-            )
-            run.summary.update(result)
+        """Record the end of the run in W&B: the result, the confusion matrix and the wrong images."""
+        with self._surviving_wandb():
+            if self._wandb is not None:
+                run = self._wandb.tracker
+                # The pictures first, so that the table's are the same files.
+                for name, value in self._pictures(test).items():
+                    run.log({name: value}, step=step)
+                run.summary.update(result)
 
     def close(self, exit_code: int = 0) -> None:
         """Finish the W&B run; waits for its server no longer than half a minute."""
-        if self._wandb is not None and self._runtime.is_main:
-            self._wandb.tracker.finish(exit_code=exit_code)
+        with self._surviving_wandb():
+            if self._wandb is not None:
+                self._wandb.tracker.finish(exit_code=exit_code)
+        if self._started:
+            # What W&B would do when Python ends, but then with a traceback, should its process have been killed.
+            with contextlib.suppress(Exception):
+                import wandb
+
+                wandb.teardown()
 
     def _log(self, step: int, values: dict[str, Any]) -> None:
-        self._accelerator.log({"trainer/step": step, **values}, step=step)
+        with self._surviving_wandb():
+            self._accelerator.log({"trainer/step": step, **values}, step=step)
 
-    def _wrong_images(self, test: Evaluation) -> Any:
+    @contextlib.contextmanager
+    def _surviving_wandb(self) -> Iterator[None]:
+        """Should W&B fail in the block (its process was killed, the disk is full), the run goes on without it."""
+        try:
+            yield
+        except Exception as error:
+            if self._wandb is None:
+                raise
+            self._runtime.say(f"WARNING: W&B's record ends here: {type(error).__name__}: {_first_line(error)}")
+            self._accelerator.trackers.remove(self._wandb)
+            self._wandb = None
+
+    def _pictures(self, test: Evaluation) -> dict[str, Any]:
+        """W&B's confusion matrix and most confidently wrong images, as a panel and as a table."""
         import wandb
 
+        images = []
         table = wandb.Table(columns=["image", "index", "class", "predicted", "confidence"])
         for i in test.most_confidently_wrong(_WRONG_IMAGES):
             # Four times the size, or a dashboard shows a postage stamp.
             pixels = self._data.test.images[i].cpu().permute(1, 2, 0).numpy().repeat(4, axis=0).repeat(4, axis=1)
-            truth, guess = CLASSES[test.labels[i]], CLASSES[test.predicted[i]]
-            caption = f"{truth}, taken for {guess}"
-            table.add_data(wandb.Image(pixels, caption=caption), i, truth, guess, round(float(test.confidence[i]), 4))
-        return table
+            truth, guess, confidence = CLASSES[test.labels[i]], CLASSES[test.predicted[i]], float(test.confidence[i])
+            images.append(wandb.Image(pixels, caption=f"{truth}, taken for {guess} ({100 * confidence:.0f} %)"))
+            table.add_data(images[-1], i, truth, guess, round(confidence, 4))
+        matrix = wandb.plot.confusion_matrix(
+            y_true=test.labels.tolist(),
+            preds=test.predicted.tolist(),
+            class_names=list(CLASSES),
+            title="Confusion matrix",
+        )
+        return {
+            "test/most_confidently_wrong_images": images,
+            "test/most_confidently_wrong": table,
+            "test/confusion_matrix": matrix,
+        }
 
 
 def start_wandb(config: TrainConfig, runtime: Runtime, run_dir: Path) -> WandBTracker | None:
@@ -148,6 +183,11 @@ def start_wandb(config: TrainConfig, runtime: Runtime, run_dir: Path) -> WandBTr
     """
     if config.wandb == "disabled" or not runtime.is_main:
         return None
+    # W&B takes these two from the environment only. Pictures in tables wait for their upload in its data folder,
+    # by default in the home folder: here they are part of the run. Its error reports to a server that doesn't answer
+    # make the program wait 12 seconds at its end.
+    os.environ["WANDB_DATA_DIR"] = str(run_dir.resolve() / "wandb")
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     try:
         import wandb
     except ImportError as error:
@@ -155,32 +195,43 @@ def start_wandb(config: TrainConfig, runtime: Runtime, run_dir: Path) -> WandBTr
         return None
 
     logging.getLogger("wandb").setLevel(logging.ERROR)
-    settings = {"silent": True, "console": "off", "init_timeout": _INIT_SECONDS, "finish_timeout": _FINISH_SECONDS}
 
-    def start(mode: str | None) -> WandBTracker:
-        tracker = WandBTracker(
-            PROJECT, dir=str(run_dir), name=run_dir.name, mode=mode, settings=wandb.Settings(**settings)
+    def start(mode: str) -> WandBTracker:
+        # Not verified here: the server's first answer, or that there is none, comes with wandb.init and its limit.
+        if mode == "online" and not wandb.login(prompt=False, verify=False):
+            if config.wandb == "online":
+                runtime.say("WARNING: W&B has no key (wandb login): recording offline")
+            mode = "offline"
+        settings = wandb.Settings(
+            silent=True, console="off", init_timeout=_INIT_SECONDS, finish_timeout=_FINISH_SECONDS
         )
+        tracker = WandBTracker(PROJECT, dir=str(run_dir), name=run_dir.name, mode=mode, settings=settings)
         tracker.start()
         return tracker
 
     try:
-        wandb.setup(wandb.Settings(silent=True))  # silent before the first look at the credentials, too
-        mode = wandb.setup().settings.mode if config.wandb == "auto" else config.wandb
-        if mode == "online" and not wandb.login(prompt=False):
-            if config.wandb == "online":
-                runtime.say("WARNING: W&B has no key (wandb login): recording offline")
-            mode = "offline"
+        # Silent before the first look at the credentials, too. A flag goes before WANDB_MODE, which "auto" follows.
+        wanted = wandb.Settings(silent=True)
+        if config.wandb != "auto":
+            wanted.mode = config.wandb
+        mode = wandb.setup(wanted).settings.mode
+        before = set(run_dir.glob("wandb/run-*"))
         try:
             return start(mode)
         except Exception as error:  # no server, no answer, a refused key, ...: training matters more
             if mode != "online":
                 raise
-            runtime.say(f"WARNING: W&B can't be reached, recording offline: {str(error).splitlines()[0]}")
+            runtime.say(f"WARNING: W&B can't be reached, recording offline: {_first_line(error)}")
+            for attempt in set(run_dir.glob("wandb/run-*")) - before:
+                shutil.rmtree(attempt, ignore_errors=True)  # empty, and `wandb sync` would upload it as a run
             return start("offline")
     except Exception as error:
-        runtime.say(f"WARNING: no W&B record: {error}")
+        runtime.say(f"WARNING: no W&B record: {_first_line(error)}")
         return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _lay_out(run: Any) -> None:

@@ -19,7 +19,7 @@ def clean_environment(**extra: str) -> dict[str, str]:
 
 
 def run(
-    command: Sequence[str | Path], cwd: Path, timeout: float = 240, **environment: str
+    command: Sequence[object], cwd: Path, timeout: float = 240, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run `command` with this Python's environment; output as text, standard error separate."""
     return subprocess.run(

@@ -91,10 +91,29 @@ def test_help_lists_every_flag_of_the_design(capsys):
         parse_args(["--help"])
     assert done.value.code == 0
     said = capsys.readouterr().out
-    for name in (
-        "recipe dataset data-dir data-url model epochs max-steps local-batch-size global-batch-size lr lr-scaling seed "
-        "precision compile device run-dir resume checkpoint-steps wandb evaluate"
-    ).split():
+    names = [
+        "recipe",
+        "dataset",
+        "data-dir",
+        "data-url",
+        "model",
+        "epochs",
+        "max-steps",
+        "local-batch-size",
+        "global-batch-size",
+        "lr",
+        "lr-scaling",
+        "seed",
+        "precision",
+        "compile",
+        "device",
+        "run-dir",
+        "resume",
+        "checkpoint-steps",
+        "wandb",
+        "evaluate",
+    ]
+    for name in names:
         assert f"--{name}" in said
 
 

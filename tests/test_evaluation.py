@@ -97,7 +97,7 @@ def made(labels, predicted, confidence):
 
 def test_confusion_and_class_accuracies():
     labels = list(range(10)) * 2
-    predicted = list(range(10)) + [1, 1, *range(2, 10)]
+    predicted = [*range(10), 1, 1, *range(2, 10)]
     got = made(labels, predicted, [0.5] * 20)
     confusion = got.confusion()
     assert confusion.sum() == 20

@@ -1,10 +1,14 @@
 """Several real ranks: what they agree on, how they speak, and how a mistake ends all of them."""
 
+import hashlib
 import sys
+import tarfile
 
 import pytest
 
+from cifar.cifar10 import FOLDER
 from tests.processes import ROOT, run, train
+from tests.test_download import Server, serves
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
@@ -89,3 +93,40 @@ def test_explain_shows_that_ranks_agree_after_the_all_reduce(tmp_path):
     assert len(before) == 2
     assert len(after) == 1
     assert output.stdout.count("FORWARD") == 1
+
+
+def test_only_local_rank_zero_downloads(real_data, tmp_path):
+    """Two ranks, no data, one source: it is asked once, and both train on the real images."""
+    packed = tmp_path / "packed.tar.gz"
+    with tarfile.open(packed, "w:gz", compresslevel=0) as tar:
+        tar.add(real_data / FOLDER, FOLDER)
+    content = packed.read_bytes()
+    driver = tmp_path / "driver.py"
+    driver.write_text(
+        "import dataclasses, sys\n"
+        "import cifar.cifar10, cifar.runtime, train_ddp\n"
+        "size, sha256, *urls = sys.argv[1:4]\n"
+        "changed = dataclasses.replace(cifar.cifar10.ARCHIVE, size=int(size), sha256=sha256, urls=tuple(urls))\n"
+        "cifar.cifar10.ARCHIVE = changed\n"
+        "with cifar.runtime.one_voice('driver'):\n"
+        "    train_ddp.main(sys.argv[4:])\n"
+    )
+    flags = [
+        "--dataset",
+        "cifar10",
+        "--data-dir",
+        "fetched",
+        "--max-steps",
+        "2",
+        "--device",
+        "cpu",
+        "--wandb",
+        "disabled",
+    ]
+    with Server() as server:
+        source = [len(content), hashlib.sha256(content).hexdigest(), server.plays("/a", serves(content))]
+        output = run([*TORCHRUN, "--nproc_per_node=2", driver, *source, *flags, "--run-dir", "run"], tmp_path)
+        assert output.returncode == 0, output.stderr
+        assert server.paths == ["/a"]
+    assert output.stdout.count("downloading ") == 1
+    assert "dataset     cifar10, from fetched: 50,000 training, 10,000 test" in output.stdout

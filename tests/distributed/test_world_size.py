@@ -121,8 +121,8 @@ def test_resume_with_another_world_size_keeps_the_global_batch(runs, tmp_path):
 
 def test_accelerate_launch_trains_the_same_as_torchrun(runs, tmp_path, data_flags):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "launch" / "accelerate.yaml",
-               "--num_processes", 2, "--main_process_port", 0, ROOT / "train_ddp.py", "--recipe", "wide", "--model", "net",
-               "--lr", "0.1", "--lr-scaling", "none", "--max-steps", 10, "--global-batch-size", GLOBAL_BATCH,
+               "--num_processes", 2, "--main_process_port", 0, ROOT / "train_ddp.py", "--recipe", "wide",
+               "--model", "net", "--lr", "0.1", "--lr-scaling", "none", "--max-steps", 10, "--global-batch-size", GLOBAL_BATCH,
                "--local-batch-size", RUNS[2], "--log-steps", 1, "--run-dir", tmp_path / "run", "--device", "cpu",
                "--wandb", "disabled", *data_flags]  # fmt: skip
     output = run(command, tmp_path)
