@@ -67,9 +67,12 @@ def base_learning_rate(config: TrainConfig, plan: BatchPlan) -> float:
 def learning_rate(config: TrainConfig, plan: BatchPlan, step: int) -> float:
     """The learning rate of optimizer step `step` (from 0): a function of the step, with no state to save.
 
-    "cosine" is Loshchilov & Hutter 2017 (arXiv 1608.03983) without restarts.
+    "cosine" is Loshchilov & Hutter 2017 (arXiv 1608.03983) without restarts; the warm-up is that of Goyal et al.,
+    which large batches need for their scaled rates.
     """
     lr = base_learning_rate(config, plan)
+    if config.warmup_epochs:
+        lr *= min(1.0, (step + 1) / (config.warmup_epochs * plan.steps_per_epoch))
     if config.schedule == "cosine":
         lr *= (1 + math.cos(math.pi * step / plan.total_steps(config))) / 2
     return lr
@@ -88,7 +91,8 @@ def describe(config: TrainConfig, plan: BatchPlan) -> tuple[str, str]:
         rate = f"{base:g}, stated for this global batch"
     else:
         rate = f"{config.lr:g} x {plan.global_batch_size} / {config.lr_batch_size} = {base:g} (linear scaling)"
-    return batches, f"{rate}; {config.schedule}"
+    warmup = f", warm-up over epochs 0 to {config.warmup_epochs:g}" if config.warmup_epochs else ""
+    return batches, f"{rate}; {config.schedule}{warmup}"
 
 
 def count(number: int, noun: str, plural: str = "s") -> str:

@@ -98,6 +98,8 @@ class TrainConfig(Recipe):
             raise UserError(f"--momentum is {self.momentum}: it must be at least 0 and below 1")
         if not 0 <= self.weight_decay < float("inf"):
             raise UserError(f"--weight-decay is {self.weight_decay}: it must be at least 0")
+        if not 0 <= self.warmup_epochs <= self.epochs:
+            raise UserError(f"--warmup-epochs is {self.warmup_epochs:g}: it must be from 0 to --epochs, {self.epochs}")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed is {self.seed}: it must be at least 0 and below 2**63")
         if self.nesterov and self.momentum == 0:

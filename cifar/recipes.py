@@ -27,6 +27,8 @@ class Recipe:
     """Weight decay of SGD."""
     schedule: Literal["constant", "cosine"] = "constant"
     """How the learning rate moves over the run: not at all, or to zero along half a cosine."""
+    warmup_epochs: float = 0.0
+    """Epochs over which the learning rate grows from nothing to what it should be."""
     augment: Literal["none", "crop-flip"] = "none"
     """Augmentation: none, or a random crop with padding 4 and a random horizontal flip."""
     log_steps: int = 2000
@@ -37,7 +39,8 @@ RECIPES: dict[str, Recipe] = {
     # The classic four-step PyTorch tutorial, number for number.
     "tutorial": Recipe(),
     # The tutorial's closing exercise, a wider net, with what it needs to be worth its width: batches that
-    # fill a device, augmentation, weight decay and a learning rate that ends at zero.
+    # fill a device, augmentation, weight decay, and a learning rate that begins low, so that it may be high in
+    # the middle, and ends at zero.
     "wide": Recipe(
         model="net-wide",
         epochs=20,
@@ -46,6 +49,7 @@ RECIPES: dict[str, Recipe] = {
         nesterov=True,
         weight_decay=5e-4,
         schedule="cosine",
+        warmup_epochs=1.0,
         augment="crop-flip",
         log_steps=100,
     ),

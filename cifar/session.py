@@ -48,8 +48,9 @@ class Session:
         self.config = dataclasses.replace(
             config, run_dir=self.dir, resume=None, global_batch_size=plan.global_batch_size
         )
-        if runtime.is_main:
-            write_json(self.dir / "config.json", {"config": self.config.to_json(), **self._facts()})
+        with runtime.together():
+            if runtime.is_main:
+                self._write_config()
         self._tracking = Tracking(self.config, runtime, self.dir, data, self._facts())
         self._tracking.metrics.keep_until(state.step)
         self._console.banner(state, str(self.dir), self._tracking.describe())
@@ -131,6 +132,12 @@ class Session:
             self._runtime.say(f"records and report.png are in {self.dir}")
         except OSError as error:
             self._runtime.say(f"WARNING: the result could not be written into {self.dir}: {error}")
+
+    def _write_config(self) -> None:
+        try:
+            write_json(self.dir / "config.json", {"config": self.config.to_json(), **self._facts()})
+        except OSError as error:
+            raise UserError(f"the configuration can't be written into {self.dir}: {error}") from error
 
     def _restore(self, config: TrainConfig) -> None:
         path, content, complaints = newest_checkpoint(self.dir)

@@ -45,10 +45,16 @@ def test_lr_scales_with_the_global_batch_unless_told_not_to():
 
 
 def test_the_cosine_goes_from_the_whole_rate_to_zero():
-    config, plan = plan_of("--recipe wide --epochs 2")
+    config, plan = plan_of("--recipe wide --epochs 2 --warmup-epochs 0")
     total = plan.total_steps(config)
     rates = [learning_rate(config, plan, step) for step in (0, total // 2, total)]
     assert rates == pytest.approx([0.05, 0.025, 0.0])
+
+
+def test_the_warm_up_grows_to_the_whole_rate_and_then_stays_out_of_the_way():
+    config, plan = plan_of("--lr 1 --warmup-epochs 0.5 --local-batch-size 500 --lr-scaling none")
+    rates = [learning_rate(config, plan, step) for step in (0, 24, 49, 50, 99)]
+    assert rates == pytest.approx([0.02, 0.5, 1.0, 1.0, 1.0])
 
 
 def test_the_constant_stays():

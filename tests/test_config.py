@@ -61,6 +61,7 @@ def test_the_data_folder_comes_from_the_environment(monkeypatch):
         (["--lr", "nan"], ["--lr", "nan"]),
         (["--lr", "inf"], ["--lr", "inf"]),
         (["--momentum", "1"], ["--momentum", "1"]),
+        (["--warmup-epochs", "5"], ["--warmup-epochs", "5", "4"]),
         (["--weight-decay", "-1"], ["--weight-decay", "-1"]),
         (["--seed", "-1"], ["--seed", "-1"]),
         (["--nesterov", "--momentum", "0"], ["--nesterov", "--momentum"]),

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cifar import tracking
+from cifar import tracking, wandb_run
 from cifar.config import TrainConfig
 from cifar.data import CLASSES, Data, DeviceImages
 from cifar.evaluation import Evaluation
@@ -180,7 +180,7 @@ def wandb(monkeypatch):
 
 
 def start(runtime, folder, choice):
-    return tracking.start_wandb(TrainConfig(device="cpu", wandb=choice), runtime, folder)
+    return wandb_run.start_wandb(TrainConfig(device="cpu", wandb=choice), runtime, folder)
 
 
 def runs(folder):
@@ -223,12 +223,11 @@ def test_the_package_may_be_missing(tmp_path):
 import sys
 sys.modules["wandb"] = None
 from pathlib import Path
-from typing import Any
-from cifar import tracking
+from cifar import wandb_run
 from cifar.config import TrainConfig
 from cifar.runtime import Runtime
 config = TrainConfig(device="cpu")
-print(tracking.start_wandb(config, Runtime(config), Path()))
+print(wandb_run.start_wandb(config, Runtime(config), Path()))
 """
     done = run([sys.executable, "-c", script], tmp_path)
     warning, none = done.stdout.splitlines()
@@ -240,13 +239,12 @@ print(tracking.start_wandb(config, Runtime(config), Path()))
 def test_there_is_no_prompt_even_at_a_terminal(tmp_path):
     script = """
 from pathlib import Path
-from typing import Any
-from cifar import tracking
+from cifar import wandb_run
 from cifar.config import TrainConfig
 from cifar.runtime import Runtime
 for choice in ("auto", "online"):
     config = TrainConfig(device="cpu", wandb=choice)
-    tracking.start_wandb(config, Runtime(config), Path()).tracker.finish()
+    wandb_run.start_wandb(config, Runtime(config), Path()).tracker.finish()
 print("done")
 """
     screen, terminal = pty.openpty()

@@ -96,8 +96,12 @@ def shares_mistakes_and_values(runtime):
     assert runtime.gather(runtime.rank * 10) == [0, 10]
     assert runtime.from_main("zero" if runtime.is_main else None) == "zero"
     with pytest.raises(UserError, match="only rank one noticed"), runtime.together():  # on both
-        if runtime.rank == 1:
-            raise UserError("only rank one noticed")
+        raise_on_rank_one(runtime)
+
+
+def raise_on_rank_one(runtime):
+    if runtime.rank == 1:
+        raise UserError("only rank one noticed")
 
 
 if __name__ == "__main__":

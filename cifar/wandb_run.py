@@ -1,0 +1,117 @@
+"""The W&B run: started whatever W&B's state, readable without touching the dashboard."""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import WandBTracker
+
+from cifar.config import TrainConfig
+from cifar.data import CLASSES, Data
+from cifar.evaluation import Evaluation
+from cifar.runtime import Runtime
+
+PROJECT = "cifar-ddp"
+_INIT_SECONDS = 8  # a W&B server that hasn't answered by then is done without
+_FINISH_SECONDS = 30  # nor does the program wait longer than this for the last upload
+_WRONG_IMAGES = 32
+
+
+def start_wandb(config: TrainConfig, runtime: Runtime, run_dir: Path) -> WandBTracker | None:
+    """One W&B run, on rank zero; whatever goes wrong costs one warning and leaves an offline record, if any.
+
+    Returns:
+        The tracker, or None where there is nothing to record with; on other ranks always None.
+    """
+    if config.wandb == "disabled" or not runtime.is_main:
+        return None
+    # W&B takes these two from the environment only. Pictures in tables wait for their upload in its data folder,
+    # by default in the home folder: here they are part of the run. Its error reports to a server that doesn't answer
+    # make the program wait 12 seconds at its end.
+    os.environ["WANDB_DATA_DIR"] = str(run_dir.resolve() / "wandb")
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    try:
+        import wandb
+    except ImportError as error:
+        runtime.say(f"WARNING: no W&B record: {error} (pip install wandb)")
+        return None
+
+    logging.getLogger("wandb").setLevel(logging.ERROR)
+
+    def start(mode: str) -> WandBTracker:
+        # Not verified here: the server's first answer, or that there is none, comes with wandb.init and its limit.
+        if mode == "online" and not wandb.login(prompt=False, verify=False):
+            if config.wandb == "online":
+                runtime.say("WARNING: W&B has no key (wandb login): recording offline")
+            mode = "offline"
+        settings = wandb.Settings(
+            silent=True, console="off", init_timeout=_INIT_SECONDS, finish_timeout=_FINISH_SECONDS
+        )
+        tracker = WandBTracker(PROJECT, dir=str(run_dir), name=run_dir.name, mode=mode, settings=settings)
+        tracker.start()
+        return tracker
+
+    try:
+        # Silent before the first look at the credentials, too. A flag goes before WANDB_MODE, which "auto" follows.
+        wanted = wandb.Settings(silent=True)
+        if config.wandb != "auto":
+            wanted.mode = config.wandb
+        mode = wandb.setup(wanted).settings.mode
+        before = set(run_dir.glob("wandb/run-*"))
+        try:
+            return start(mode)
+        except Exception as error:  # no server, no answer, a refused key, ...: training matters more
+            if mode != "online":
+                raise
+            runtime.say(f"WARNING: W&B can't be reached, recording offline: {first_line(error)}")
+            for attempt in set(run_dir.glob("wandb/run-*")) - before:
+                shutil.rmtree(attempt, ignore_errors=True)  # empty, and `wandb sync` would upload it as a run
+            return start("offline")
+    except Exception as error:
+        runtime.say(f"WARNING: no W&B record: {first_line(error)}")
+        return None
+
+
+def lay_out(run: Any) -> None:
+    """Give every chart its axis and every column of the runs table its best or last value."""
+    run.define_metric("trainer/step", hidden=True)
+    run.define_metric("epoch", hidden=True)
+    run.define_metric("train/*", step_metric="trainer/step")
+    run.define_metric("train/loss", step_metric="trainer/step", summary="min")
+    run.define_metric("train/images_per_second", step_metric="trainer/step", summary="mean")
+    run.define_metric("test/*", step_metric="epoch")
+    run.define_metric("test/loss", step_metric="epoch", summary="min")
+    run.define_metric("test/accuracy", step_metric="epoch", summary="max")
+    run.define_metric("test_class/*", step_metric="epoch", summary="last")
+
+
+def pictures(data: Data, test: Evaluation) -> dict[str, Any]:
+    """W&B's confusion matrix and most confidently wrong images, as a panel and as a table."""
+    import wandb
+
+    images = []
+    table = wandb.Table(columns=["image", "index", "class", "predicted", "confidence"])
+    for i in test.most_confidently_wrong(_WRONG_IMAGES):
+        # Four times the size, or a dashboard shows a postage stamp.
+        pixels = data.test.images[i].cpu().permute(1, 2, 0).numpy().repeat(4, axis=0).repeat(4, axis=1)
+        truth, guess, confidence = CLASSES[test.labels[i]], CLASSES[test.predicted[i]], float(test.confidence[i])
+        images.append(wandb.Image(pixels, caption=f"{truth}, taken for {guess} ({100 * confidence:.0f} %)"))
+        table.add_data(images[-1], i, truth, guess, round(confidence, 4))
+    matrix = wandb.plot.confusion_matrix(
+        y_true=test.labels.tolist(),
+        preds=test.predicted.tolist(),
+        class_names=list(CLASSES),
+        title="Confusion matrix",
+    )
+    return {
+        "test/most_confidently_wrong_images": images,
+        "test/most_confidently_wrong": table,
+        "test/confusion_matrix": matrix,
+    }
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, or is, in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
