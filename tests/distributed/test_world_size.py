@@ -30,7 +30,8 @@ def runs(tmp_path_factory, data_flags):
     """Folder and output of a run of 50 steps, with augmentation, at each world size."""
     folder = tmp_path_factory.mktemp("world")
     flags = ["--recipe", "wide", "--model", "net", "--lr", "0.1", "--lr-scaling", "none", "--warmup-epochs", 0,
-             "--max-steps", STEPS, "--global-batch-size", GLOBAL_BATCH, "--log-steps", 1, "--checkpoint-steps", 20, *data_flags]  # fmt: skip
+             "--max-steps", STEPS, "--global-batch-size", GLOBAL_BATCH, "--log-steps", 1,
+             "--checkpoint-steps", 20, *data_flags]  # fmt: skip
     done = {}
     for processes, local in RUNS.items():
         output = train(
