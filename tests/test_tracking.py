@@ -204,7 +204,7 @@ def runs(folder):
 def test_trouble_costs_one_warning_and_leaves_an_offline_record(
     runtime, tmp_path, wandb, monkeypatch, capfd, choice, environment, warnings, made
 ):
-    monkeypatch.setattr(tracking, "_INIT_SECONDS", 2)
+    monkeypatch.setattr(wandb_run, "_INIT_SECONDS", 2)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     tracker = start(runtime, tmp_path, choice)
