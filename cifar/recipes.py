@@ -43,7 +43,7 @@ RECIPES: dict[str, Recipe] = {
     # the middle, and ends at zero.
     "wide": Recipe(
         model="net-wide",
-        epochs=20,
+        epochs=10,
         local_batch_size=128,
         lr=0.05,
         nesterov=True,

@@ -14,7 +14,7 @@ from cifar.evaluation import Evaluation
 from cifar.loop import LogPoint
 from cifar.run import write_atomically
 from cifar.runtime import Runtime
-from cifar.wandb_run import first_line, lay_out, pictures, start_wandb
+from cifar.wandb_run import STEP_AXIS, first_line, lay_out, pictures, start_wandb
 
 # accelerate logs through trackers of its own kind, to which any of its others (TensorBoard, MLflow, ...) can be added.
 
@@ -52,7 +52,7 @@ class MetricsFile(GeneralTracker):
     @on_main_process
     def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
         """Append the numbers among `values`. A full disk costs the line and one warning, not the run."""
-        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and k != STEP_AXIS}
         try:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": step, **numbers}) + "\n")
@@ -129,7 +129,7 @@ class Tracking:
 
     def _log(self, step: int, values: dict[str, Any]) -> None:
         with self._surviving_wandb():
-            self._accelerator.log({"trainer/step": step, **values}, step=step)
+            self._accelerator.log({STEP_AXIS: step, **values}, step=step)
 
     @contextlib.contextmanager
     def _surviving_wandb(self) -> Iterator[None]:

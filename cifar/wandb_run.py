@@ -14,6 +14,7 @@ from cifar.evaluation import Evaluation
 from cifar.runtime import Runtime
 
 PROJECT = "cifar-ddp"
+STEP_AXIS = "trainer/step"  # what the charts of training are drawn over
 _INIT_SECONDS = 8  # a W&B server that hasn't answered by then is done without
 _FINISH_SECONDS = 30  # nor does the program wait longer than this for the last upload
 _WRONG_IMAGES = 32
@@ -76,11 +77,11 @@ def start_wandb(config: TrainConfig, runtime: Runtime, run_dir: Path) -> WandBTr
 
 def lay_out(run: Any) -> None:
     """Give every chart its axis and every column of the runs table its best or last value."""
-    run.define_metric("trainer/step", hidden=True)
+    run.define_metric(STEP_AXIS, hidden=True)
     run.define_metric("epoch", hidden=True)
-    run.define_metric("train/*", step_metric="trainer/step")
-    run.define_metric("train/loss", step_metric="trainer/step", summary="min")
-    run.define_metric("train/images_per_second", step_metric="trainer/step", summary="mean")
+    run.define_metric("train/*", step_metric=STEP_AXIS)
+    run.define_metric("train/loss", step_metric=STEP_AXIS, summary="min")
+    run.define_metric("train/images_per_second", step_metric=STEP_AXIS, summary="mean")
     run.define_metric("test/*", step_metric="epoch")
     run.define_metric("test/loss", step_metric="epoch", summary="min")
     run.define_metric("test/accuracy", step_metric="epoch", summary="max")

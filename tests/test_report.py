@@ -31,7 +31,7 @@ def result(**changes):
 
 
 def log(step, loss):
-    return {"step": step, "trainer/step": step, "epoch": 1, "train/loss": loss, "train/lr": 0.1}
+    return {"step": step, "epoch": 1, "train/loss": loss, "train/lr": 0.1}
 
 
 def epoch(step, loss, accuracy):
