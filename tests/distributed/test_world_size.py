@@ -29,7 +29,7 @@ def data_flags(request):
 def runs(tmp_path_factory, data_flags):
     """Folder and output of a run of 50 steps, with augmentation, at each world size."""
     folder = tmp_path_factory.mktemp("world")
-    flags = ["--recipe", "wide", "--model", "net", "--lr", "0.03", "--lr-scaling", "none", "--warmup-epochs", 0,
+    flags = ["--recipe", "wide", "--model", "net", "--lr", "0.05", "--lr-scaling", "none", "--warmup-epochs", 0,
              "--max-steps", STEPS, "--global-batch-size", GLOBAL_BATCH, "--log-steps", 1,
              "--checkpoint-steps", 20, *data_flags]  # fmt: skip
     done = {}
@@ -139,7 +139,7 @@ def test_accelerate_launch_trains_the_same_as_torchrun(runs, tmp_path, data_flag
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     command = [*launcher, "--config_file", ROOT / "launch" / "accelerate.yaml",
                "--num_processes", 2, "--main_process_port", 0, ROOT / "train_ddp.py", "--recipe", "wide",
-               "--model", "net", "--lr", "0.03", "--lr-scaling", "none", "--warmup-epochs", 0, "--max-steps", 10,
+               "--model", "net", "--lr", "0.05", "--lr-scaling", "none", "--warmup-epochs", 0, "--max-steps", 10,
                "--global-batch-size", GLOBAL_BATCH, "--local-batch-size", RUNS[2], "--log-steps", 1,
                "--run-dir", tmp_path / "run", "--device", "cpu", "--wandb", "disabled", *data_flags]  # fmt: skip
     output = run(command, tmp_path)
