@@ -29,18 +29,26 @@ def run(
     )  # fmt: skip
 
 
-def train(*flags: str | Path, cwd: Path, processes: int = 1, **environment: str) -> subprocess.CompletedProcess[str]:
+def train(*flags: object, cwd: Path, processes: int = 1, **environment: str) -> subprocess.CompletedProcess[str]:
     """`python train_ddp.py FLAGS` or, with several processes, `torchrun --nproc_per_node=N train_ddp.py FLAGS`.
 
-    On the CPU and without W&B unless the flags or the environment say otherwise.
+    On the CPU and without W&B unless the flags say otherwise.
     """
-    launcher = [sys.executable]
     if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        return torchrun(processes, *flags, cwd=cwd, **environment)
+    return run([sys.executable, ROOT / "train_ddp.py", *_quietly(flags)], cwd, 240, **environment)
+
+
+def torchrun(processes: int, *flags: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`torchrun --nproc_per_node=PROCESSES train_ddp.py FLAGS`, on the CPU and without W&B as `train`."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return run([*launcher, ROOT / "train_ddp.py", *_quietly(flags)], cwd, 240, **environment)
+
+
+def _quietly(flags: Sequence[object]) -> list[str]:
     given = [str(flag) for flag in flags]
-    defaults = [] if "--wandb" in given else ["--wandb", "disabled"]
-    defaults += [] if "--device" in given else ["--device", "cpu"]
-    return run([*launcher, ROOT / "train_ddp.py", *given, *defaults], cwd, 240, **environment)
+    defaults = {"--wandb": "disabled", "--device": "cpu"}
+    return given + [part for name, value in defaults.items() if name not in given for part in (name, value)]
 
 
 def records(run_dir: Path, name: str) -> list[tuple[int, Any]]:

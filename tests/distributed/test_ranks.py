@@ -7,7 +7,7 @@ import tarfile
 import pytest
 
 from cifar.cifar10 import FOLDER
-from tests.processes import ROOT, run, train
+from tests.processes import run, train
 from tests.test_download import Server, serves
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -19,14 +19,6 @@ def test_two_ranks_at_work(tmp_path):
     assert output.stdout.count("all is well") == 1
 
 
-def test_one_process_under_torchrun(tmp_path):
-    command = [*TORCHRUN, "--nproc_per_node=1", ROOT / "train_ddp.py", "--dataset", "synthetic", "--max-steps", "2",
-               "--wandb", "disabled", "--device", "cpu", "--run-dir", "run"]  # fmt: skip
-    output = run(command, tmp_path)
-    assert output.returncode == 0, output.stderr
-    assert "Finished Training" in output.stdout
-
-
 def test_a_mistake_is_said_once_by_three_processes(tmp_path):
     output = train("--epochs", "none", cwd=tmp_path, processes=3)
     assert output.returncode != 0
@@ -34,15 +26,6 @@ def test_a_mistake_is_said_once_by_three_processes(tmp_path):
     assert len(lines) == 1
     assert "--epochs" in lines[0]
     assert "exitcode  : 2" in output.stderr, "torchrun's report of the rank that ended the run"
-
-
-def test_sizes_that_do_not_divide_are_said_once_and_before_any_run(tmp_path):
-    flags = ["--dataset", "synthetic", "--global-batch-size", "10"]
-    output = train(*flags, cwd=tmp_path, processes=2)
-    lines = [line for line in output.stderr.splitlines() if "train_ddp.py: error:" in line]
-    assert len(lines) == 1
-    assert "8 or 16" in lines[0]
-    assert not (tmp_path / "runs").exists()
 
 
 def test_separate_copies_are_found_out(tmp_path):

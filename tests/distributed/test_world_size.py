@@ -3,13 +3,14 @@
 import re
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from cifar.checkpoint import checkpoint_path, load_checkpoint
 from cifar.nets import build_net
-from tests.processes import ROOT, records, result, run, train
+from tests.processes import ROOT, records, result, run, torchrun, train
 
 STEPS = 50
 GLOBAL_BATCH = 48
@@ -36,13 +37,16 @@ def runs(tmp_path_factory, data_flags):
     flags = ["--recipe", "wide", "--model", "net", "--lr", LR, "--lr-scaling", "none", "--warmup-epochs", 0,
              "--max-steps", STEPS, "--global-batch-size", GLOBAL_BATCH, "--log-steps", 1,
              "--checkpoint-steps", 20, *data_flags]  # fmt: skip
-    done = {}
-    for processes, local in RUNS.items():
-        output = train(
-            *flags, "--local-batch-size", local, "--run-dir", folder / f"{processes}", cwd=folder, processes=processes
-        )
+
+    def start(processes):
+        local, run_dir = RUNS[processes], folder / f"{processes}"
+        # torchrun for the one process, too; that a plain `python` does the same is what the resumed run shows.
+        output = torchrun(processes, *flags, "--local-batch-size", local, "--run-dir", run_dir, cwd=folder)
         assert output.returncode == 0, output.stderr
-        done[processes] = (folder / f"{processes}", output)
+        return run_dir, output
+
+    with ThreadPoolExecutor(2) as pool:  # most of their time is start-up, which a few processes spend on one core
+        done = dict(zip(RUNS, pool.map(start, RUNS), strict=True))
     return done
 
 
@@ -76,7 +80,7 @@ def test_result_and_banner_say_what_ran(runs, processes):
     assert (got["steps"], got["test_total"]) == (STEPS, 10_000)
     noun = "process" if processes == 1 else "processes"
     assert f"{local} local x {processes} {noun} x {accumulated} accumulated = 48 global" in output.stdout
-    assert ("gloo" in output.stdout) == (processes > 1)
+    assert "(gloo)" in output.stdout or processes == 1
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
@@ -99,19 +103,13 @@ def evaluate_flags(runs):
     return ["--evaluate", checkpoint_path(runs[1][0], STEPS), "--dataset", "synthetic"]
 
 
-@pytest.mark.parametrize("processes", [2, 3, 7])
+@pytest.mark.parametrize("processes", [3, 7])
 def test_a_checkpoint_has_one_accuracy_at_every_world_size(runs, accuracy_line, tmp_path, processes):
     """Neither 3 nor 7 divides 10,000: where DistributedSampler would have repeated images."""
     output = train(*evaluate_flags(runs), cwd=tmp_path, processes=processes)
     assert output.returncode == 0, output.stderr
     assert output.stdout.count(accuracy_line) == 1, output.stdout
     assert not (tmp_path / "runs").exists(), "evaluating is no run"
-
-
-def test_evaluating_gives_the_runs_own_accuracy(runs, data_flags, tmp_path):
-    output = train("--evaluate", checkpoint_path(runs[1][0], STEPS), *data_flags, cwd=tmp_path)
-    got = result(runs[1][0])
-    assert f"({got['test_correct']:,} of 10,000 correct, loss {got['test_loss']:.4f})" in output.stdout
 
 
 def test_resume_is_exact_at_two_processes(runs, tmp_path, data_flags):
