@@ -132,6 +132,8 @@ class Session:
             self._runtime.say(f"records and report.png are in {self.dir}")
         except OSError as error:
             self._runtime.say(f"WARNING: the result could not be written into {self.dir}: {error}")
+        except ImportError as error:  # the training is done, and result.json written
+            self._runtime.say(f"WARNING: no report.png: {error} (pip install matplotlib)")
 
     def _write_config(self) -> None:
         try:
