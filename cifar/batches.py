@@ -56,6 +56,10 @@ class BatchPlan:
         """Optimizer steps of the whole run, `--max-steps` left aside."""
         return config.epochs * self.steps_per_epoch
 
+    def last_step(self, config: TrainConfig) -> int:
+        """The optimizer step at which the run ends."""
+        return min(self.total_steps(config), config.max_steps or self.total_steps(config))
+
 
 def base_learning_rate(config: TrainConfig, plan: BatchPlan) -> float:
     """The learning rate for this global batch: linear scaling after Goyal et al. 2017 (arXiv 1706.02677)."""

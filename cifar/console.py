@@ -36,26 +36,21 @@ class Console:
             "W&B": wandb,
         }
         if state.step:
-            lines["resumes"] = f"after step {state.step:,} of {self.last_step:,}"
+            lines["resumes"] = f"after step {state.step:,} of {self._plan.last_step(self._config):,}"
         for name, text in lines.items():
             self._runtime.say(f"{name:<11} {text}")
         if self._data.name == "synthetic":
             self._runtime.say(STAND_IN)
         self._runtime.say()
 
-    @property
-    def last_step(self) -> int:
-        """The optimizer step at which the run ends."""
-        return min(self._plan.total_steps(self._config), self._config.max_steps or 2**62)
-
     def start_bar(self, state: TrainState) -> None:
         """Show images/s and the time left, where standard error is a terminal."""
         if self._runtime.is_main:
             from tqdm import tqdm
 
-            size = self._plan.global_batch_size
+            size, last_step = self._plan.global_batch_size, self._plan.last_step(self._config)
             self._bar = tqdm(
-                total=self.last_step * size, initial=state.step * size, unit=" images", unit_scale=True,
+                total=last_step * size, initial=state.step * size, unit=" images", unit_scale=True,
                 dynamic_ncols=True, mininterval=0.5, disable=None, leave=False,
             )  # fmt: skip
 

@@ -149,7 +149,7 @@ def train_epoch(
     epoch, batch = divmod(state.step, plan.steps_per_epoch)
     loader.set_epoch(epoch, first=batch * plan.accumulation)
     micro_batches = iter(loader)
-    last = min(plan.steps_per_epoch, (config.max_steps or math.inf) - epoch * plan.steps_per_epoch)
+    last = min(plan.steps_per_epoch, plan.last_step(config) - epoch * plan.steps_per_epoch)
     model.train()
 
     began, images = time.perf_counter(), 0

@@ -32,6 +32,7 @@ class Session:
             UserError: the folder can't be used, or there is nothing to resume.
         """
         self._runtime, self._data, self._plan, self._state = runtime, data, plan, state
+        self._last_step = plan.last_step(config)
         self._last_checkpoint: Path | None = None
         run_dir: Path | None = None
         with runtime.together():
@@ -71,7 +72,7 @@ class Session:
     @property
     def finished(self) -> bool:
         """Whether the last step has been done."""
-        return self._state.step >= self._console.last_step
+        return self._state.step >= self._last_step
 
     def on_log(self, point: LogPoint) -> None:
         """Record and print a log point."""
@@ -160,7 +161,7 @@ class Session:
         if self.finished:
             raise UserError(
                 f"--resume {self.dir}: that run has finished, with step {self._state.step:,} of "
-                f"{self._console.last_step:,}; more --epochs or --max-steps would continue it"
+                f"{self._last_step:,}; more --epochs or --max-steps would continue it"
             )
 
     def _facts(self) -> dict[str, Any]:
