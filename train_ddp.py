@@ -16,14 +16,16 @@ from collections.abc import Sequence
 
 import torch
 
-from cifar import batches, checkpoint, console, data, evaluation, loop, nets, optim, session
+from cifar import batches, checkpoint, claim, console, data, evaluation, loop, nets, optim, session
 from cifar.config import parse_args
-from cifar.runtime import Runtime, one_voice
+from cifar.runtime import Runtime
+from cifar.voice import one_voice
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse_args(argv)
     runtime = Runtime(config)
+    config = claim.continue_own_run(config, runtime)  # if torchrun has restarted this launch
 
     # 1. Load CIFAR-10: uint8 tensors on the device; every rank reads its own shard of the same permutation.
     images = data.load_data(config, runtime)
@@ -44,9 +46,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     optimizer = optim.build_optimizer(net.parameters(), config)
     state = loop.TrainState(net, optimizer, runtime.scaler)
     with session.Session(config, runtime, images, plan, state) as run:
+        if run.finished:  # but for its result: it was killed after its last step
+            test = evaluation.evaluate(net, test_loader, runtime)
         while not run.finished:
             # 3. Train for an epoch: forward, loss, backward, update.
-            loop.train_epoch(model, train_loader, state, config, plan, runtime, run.on_log, run.on_step, run.save)
+            loop.train_epoch(model, train_loader, state, config, plan, runtime, run)
 
             # 4. Test on the 10,000 images: each counts once, whatever the number of processes.
             test = evaluation.evaluate(net, test_loader, runtime)

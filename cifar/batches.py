@@ -32,25 +32,31 @@ class BatchPlan:
     def make(cls, config: TrainConfig, world_size: int, train_size: int) -> "BatchPlan":
         """The plan for `train_size` training images.
 
+        A resumed run keeps its global batch on any number of processes: where the local batch doesn't fit, the
+        largest smaller one that does is taken.
+
         Raises:
             UserError: the sizes don't divide, or a batch is larger than the training set.
         """
-        unit = config.local_batch_size * world_size
-        size = config.global_batch_size or unit
+        local = config.local_batch_size
+        size = config.global_batch_size or local * world_size
+        if config.resume is not None:
+            local = next((n for n in range(local, 0, -1) if size % (n * world_size) == 0), local)
+        unit = local * world_size
         if size % unit:
             below, above = size // unit * unit, (size // unit + 1) * unit
             nearest = f"{below} or {above}" if below else f"{above}"
             raise UserError(
-                f"--global-batch-size {size} is not a multiple of local batch {config.local_batch_size} x "
+                f"--global-batch-size {size} is not a multiple of local batch {local} x "
                 f"{count(world_size, 'process', 'es')} = {unit}: the nearest that fit are {nearest}"
                 if below
-                else f"--global-batch-size {size} is less than local batch {config.local_batch_size} x "
+                else f"--global-batch-size {size} is less than local batch {local} x "
                 f"{count(world_size, 'process', 'es')} = {unit}: the nearest that fits is {nearest}, "
                 f"or lower --local-batch-size"
             )
         if size > train_size:
             raise UserError(f"a global batch of {size} images is more than the {train_size} training images")
-        return cls(world_size, config.local_batch_size, size, train_size // size)
+        return cls(world_size, local, size, train_size // size)
 
     def total_steps(self, config: TrainConfig) -> int:
         """Optimizer steps of the whole run, `--max-steps` left aside."""

@@ -69,20 +69,29 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:08d}.pt"
 
 
-def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any], list[str]]:
-    """The newest checkpoint of a run that verifies: its path, its content, and what was wrong with newer ones.
+def checkpoints(run_dir: Path) -> dict[int, Path]:
+    """The run's checkpoint files, whole or not, by their step, newest first."""
+    found = {path.stem[len("step-") :]: path for path in (run_dir / "checkpoints").glob("step-*.pt")}
+    return {int(step): found[step] for step in sorted(filter(str.isdigit, found), key=int, reverse=True)}
+
+
+def newest_checkpoint(run_dir: Path) -> tuple[tuple[Path, dict[str, Any]] | None, list[str]]:
+    """The newest checkpoint of a run that verifies, its path and its content, and what was wrong with newer ones.
+
+    None for a run that ended before it wrote any.
 
     Raises:
-        UserError: the run has none.
+        UserError: there are some, and all are damaged.
     """
     complaints: list[str] = []
-    found = (run_dir / "checkpoints").glob("step-*.pt")
-    for path in sorted(found, key=lambda path: (len(path.name), path.name), reverse=True):
+    for path in checkpoints(run_dir).values():
         try:
-            return path, load_checkpoint(path), complaints
+            return (path, load_checkpoint(path)), complaints
         except DamagedCheckpointError as error:
             complaints.append(str(error))
-    raise UserError(f"--resume {run_dir}: no good checkpoint is there" + "".join(f"; {text}" for text in complaints))
+    if complaints:
+        raise UserError(f"--resume {run_dir}: no good checkpoint is there; {'; '.join(complaints)}")
+    return None, complaints
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

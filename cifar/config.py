@@ -56,6 +56,10 @@ class TrainConfig(Recipe):
     """Folder of a run to continue from its newest good checkpoint, with its own configuration."""
     checkpoint_steps: int | None = None
     """Save a checkpoint every so many optimizer steps, besides each epoch's end and the run's."""
+    keep_checkpoints: int = 3
+    """Checkpoints to keep: so many of the newest, and the one with the best test accuracy."""
+    timeout: float = 120
+    """Seconds after which a process that doesn't answer ends the run, instead of the default 30 minutes."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: online where a W&B key is configured, else offline; never a prompt."""
     evaluate: Path | None = None
@@ -87,10 +91,13 @@ class TrainConfig(Recipe):
             raise UserError(f"unknown model {self.model!r}: choose from {', '.join(NETS)}")
         for name in (
             "epochs", "local_batch_size", "global_batch_size", "max_steps", "log_steps", "checkpoint_steps",
+            "keep_checkpoints",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{flag(name)} is {value}: it must be at least 1")
+        if not 5 <= self.timeout <= 86_400:
+            raise UserError(f"--timeout is {self.timeout:g}: it must be from 5 seconds to a day")
         # Written so that NaN, which compares false with everything, is refused too.
         if not 0 < self.lr < float("inf"):
             raise UserError(f"--lr is {self.lr}: it must be a number above 0")
@@ -124,10 +131,10 @@ class TrainConfig(Recipe):
 
 
 # What a resumed run may be told anew; every other flag has to agree with the run's own configuration.
-_MAY_CHANGE = {
-    "resume", "epochs", "max_steps", "log_steps", "checkpoint_steps", "local_batch_size",
+MAY_CHANGE = frozenset({
+    "resume", "epochs", "max_steps", "log_steps", "checkpoint_steps", "keep_checkpoints", "local_batch_size", "timeout",
     "data_dir", "data_url", "device", "compile", "wandb",
-}  # fmt: skip
+})  # fmt: skip
 
 
 def parse_args(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") -> TrainConfig:
@@ -148,13 +155,13 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") ->
     if early.resume is None:
         defaults = TrainConfig.from_recipe(early.recipe, data_dir=Path(os.environ.get("CIFAR_DATA_DIR") or "data"))
     else:
-        defaults = dataclasses.replace(read_config(early.resume), resume=early.resume)
+        defaults = read_config(early.resume)
 
     config = run_tyro(TrainConfig, argv, prog, defaults)
     config.check()
     if config.resume is not None:
         for name, asked, own in differences(config, defaults):
-            if name not in _MAY_CHANGE:
+            if name not in MAY_CHANGE:
                 raise UserError(
                     f"{flag(name)} {asked} contradicts {own} of the run in {config.resume}: leave it out, "
                     f"or start a new run without --resume"
@@ -163,14 +170,14 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") ->
 
 
 def read_config(run_dir: Path) -> TrainConfig:
-    """The configuration that a run recorded in its folder.
+    """The configuration that a run recorded in its folder, with `resume` set to continue it.
 
     Raises:
         UserError: there is none, or it can't be read.
     """
     path = run_dir / "config.json"
     try:
-        return TrainConfig.from_json(json.loads(path.read_text())["config"])
+        return TrainConfig.from_json(json.loads(path.read_text())["config"] | {"resume": str(run_dir)})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--resume {run_dir}: no run is there to continue ({path}: {error})") from error
 

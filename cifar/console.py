@@ -7,6 +7,7 @@ from cifar.config import TrainConfig
 from cifar.data import CLASSES, Data
 from cifar.evaluation import Evaluation
 from cifar.loop import LogPoint, TrainState
+from cifar.resume import Resumed
 from cifar.runtime import Runtime
 
 STAND_IN = "WARNING: these are the built-in stand-in images, not CIFAR-10: no accuracy here compares with CIFAR-10's"
@@ -19,7 +20,7 @@ class Console:
         self._config, self._runtime, self._data, self._plan = config, runtime, data, plan
         self._bar = None
 
-    def banner(self, state: TrainState, run_dir: str, wandb: str) -> None:
+    def banner(self, state: TrainState, run_dir: str, wandb: str, resumed: Resumed | None) -> None:
         """Say what will happen, before it does."""
         batches, rate = describe(self._config, self._plan)
         parameters = sum(parameter.numel() for parameter in state.net.parameters())
@@ -35,8 +36,11 @@ class Console:
             "run folder": run_dir,
             "W&B": wandb,
         }
-        if state.step:
-            lines["resumes"] = f"after step {state.step:,} of {self._plan.last_step(self._config):,}"
+        if resumed is not None:
+            place = f"after step {state.step:,} of {self._plan.last_step(self._config):,}"
+            lines["resumes"] = place if resumed.newest else "from the start, as no checkpoint had been written"
+            if resumed.changes:
+                lines["changed"] = ", ".join(resumed.changes)
         for name, text in lines.items():
             self._runtime.say(f"{name:<11} {text}")
         if self._data.name == "synthetic":

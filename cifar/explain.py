@@ -20,7 +20,8 @@ from cifar.errors import UserError
 from cifar.loop import forward_backward
 from cifar.nets import build_net
 from cifar.optim import build_optimizer, set_learning_rate
-from cifar.runtime import Runtime, one_voice
+from cifar.runtime import Runtime
+from cifar.voice import one_voice
 
 Gradients = dict[str, Tensor]
 

@@ -2,10 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ class TrainState:
         window_loss: sum of the micro-batch losses of this rank since the last log point, float32 on the device.
         window_steps: optimizer steps since the last log point.
         train_seconds: seconds spent training, without evaluation, checkpoints and start-up.
-        best_accuracy: highest test accuracy at an epoch's end so far.
+        best_accuracy: highest test accuracy at an epoch's end so far, and `best_step` the step it was reached at.
     """
 
     net: nn.Module
@@ -40,6 +40,7 @@ class TrainState:
     step: int = 0
     train_seconds: float = 0.0
     best_accuracy: float = 0.0
+    best_step: int = 0
 
     def __post_init__(self) -> None:
         self.window_loss = torch.zeros((), device=next(self.net.parameters()).device)
@@ -55,6 +56,7 @@ class TrainState:
             "step": self.step,
             "train_seconds": self.train_seconds,
             "best_accuracy": self.best_accuracy,
+            "best_step": self.best_step,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -63,7 +65,7 @@ class TrainState:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.window_loss.fill_(state["window_loss"])
-        for name in ("window_steps", "step", "train_seconds", "best_accuracy"):
+        for name in ("window_steps", "step", "train_seconds", "best_accuracy", "best_step"):
             setattr(self, name, state[name])
 
 
@@ -86,6 +88,22 @@ class LogPoint:
     loss: float
     lr: float
     images_per_second: float
+
+
+class Observer(Protocol):
+    """What `train_epoch` tells of its progress; every rank's is called after the same steps."""
+
+    def on_step(self) -> bool:
+        """After every step; True, on all ranks after the same step, if the run has to stop."""
+
+    def on_log(self, point: LogPoint) -> None:
+        """At log points: every `log_steps` steps of an epoch, and at its end."""
+
+    def save(self) -> None:
+        """Every `checkpoint_steps` steps, and before a stop, within an epoch: its end is the caller's to save."""
+
+    def stop(self) -> NoReturn:
+        """After a step within an epoch at which the run has to stop."""
 
 
 def forward_backward(
@@ -130,18 +148,11 @@ def train_epoch(
     config: TrainConfig,
     plan: BatchPlan,
     runtime: Runtime,
-    on_log: Callable[[LogPoint], None],
-    on_step: Callable[[], None],
-    save: Callable[[], None],
+    run: Observer,
 ) -> None:
     """Train from `state.step` to the end of its epoch, or to `--max-steps`.
 
     The loss stays on the device between log points: reading it back would make the host wait for the device.
-
-    Args:
-        on_log: called at log points, every `log_steps` steps of an epoch and at its end.
-        on_step: called after every step.
-        save: called every `checkpoint_steps` steps.
 
     Raises:
         TrainingDivergedError: the mean loss since the last log point isn't finite; on all ranks alike.
@@ -159,10 +170,12 @@ def train_epoch(
         train_step(model, micro_batches, state, plan, runtime)
         batch += 1
         images += plan.global_batch_size
-        on_step()
 
+        # What comes with the epoch's end is saved after its evaluation, so that resuming never skips that.
+        at_stop = run.on_step() and batch < last
         at_log = batch % config.log_steps == 0 or batch == last
-        at_save = config.checkpoint_steps is not None and state.step % config.checkpoint_steps == 0
+        every = config.checkpoint_steps
+        at_save = at_stop or (every is not None and state.step % every == 0 and batch < last)
         if at_log or at_save:
             loss = runtime.mean(state.window_loss / (state.window_steps * plan.accumulation)).item()
             if not math.isfinite(loss):
@@ -170,9 +183,11 @@ def train_epoch(
             now = time.perf_counter()
             state.train_seconds += now - began
             if at_log:
-                on_log(LogPoint(state.step, epoch + 1, batch, loss, lr, images / (now - began)))
+                run.on_log(LogPoint(state.step, epoch + 1, batch, loss, lr, images / (now - began)))
                 state.window_loss.zero_()
                 state.window_steps = 0
-            if at_save and batch < plan.steps_per_epoch:  # the epoch's end saves anyway, after the evaluation
-                save()
+            if at_save:
+                run.save()
+            if at_stop:
+                run.stop()
             began, images = time.perf_counter(), 0

@@ -19,7 +19,7 @@ from cifar.console import STAND_IN
 from cifar.data import CLASSES, normalize
 from cifar.errors import UserError
 from cifar.nets import NETS, build_net
-from cifar.runtime import one_voice
+from cifar.voice import one_voice
 
 
 @dataclass(frozen=True)

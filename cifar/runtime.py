@@ -1,67 +1,29 @@
 """Processes and devices: accelerate's `Accelerator`, checked against what the launcher started."""
 
 import contextlib
-import os
 import socket
 import sys
-import time
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from cifar import rendezvous
 from cifar.config import TrainConfig
-from cifar.errors import TrainingDivergedError, UserError
+from cifar.errors import UserError
+from cifar.heartbeat import Heartbeat
+from cifar.launcher import Launch, threads_per_process
 
 T = TypeVar("T")
 
 # Ranks wait on the host for a download that local rank zero makes; the slowest known source needs an hour.
 _HOST_TIMEOUT = timedelta(hours=3)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What the launcher (torchrun, accelerate launch, mpirun, a plain `python`) says it started."""
-
-    rank: int = 0
-    local_rank: int = 0
-    world_size: int = 1
-    local_world_size: int = 1
-
-    @classmethod
-    def from_environment(cls) -> "Launch":
-        """Read the launcher's variables; without any, this is one process on its own."""
-        sizes = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-        world_size = int(next((os.environ[name] for name in sizes if name in os.environ), 1))
-        return cls(
-            rank=int(os.environ.get("RANK", 0)),
-            local_rank=int(os.environ.get("LOCAL_RANK", 0)),
-            world_size=world_size,
-            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
-        )
-
-    def check(self) -> None:
-        """Refuse a launch that asked for several processes and started one.
-
-        `accelerate launch --cpu --num_processes 2` starts a single process and sets no WORLD_SIZE; all it leaves
-        of the wish is the address at which the processes were to meet (accelerate 1.15).
-
-        Raises:
-            UserError: this is such a launch.
-        """
-        by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
-        if by_accelerate and "WORLD_SIZE" not in os.environ and self.world_size == 1:
-            raise UserError(
-                "accelerate launch was asked for several processes and started only this one: "
-                "use `accelerate launch --config_file launch/accelerate.yaml --num_processes N train_ddp.py`, "
-                "or `torchrun --nproc_per_node=N train_ddp.py`"
-            )
 
 
 class Runtime:
@@ -80,18 +42,23 @@ class Runtime:
             UserError: the device or precision isn't to be had here, there are more processes than GPUs, or the
                 processes that train are not those that the launcher started.
         """
-        launch = Launch.from_environment()
+        self.launch = launch = Launch.from_environment()
         launch.check()
         device_type = choose_device(config.device, launch)
         if config.precision == "fp16" and device_type == "cpu":
             raise UserError("--precision fp16 needs a GPU: use bf16 or fp32 on the CPU")
 
         # Without cpu=True, accelerate on a host without GPUs ignores the launcher and trains separate copies.
+        # accelerate warns when a single process leaves the number of threads to it.
+        warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")
         self.accelerator = Accelerator(
             cpu=device_type == "cpu",
             mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
-            # A gradient that is a view of its bucket is not copied before and after the exchange.
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            kwargs_handlers=[
+                # A gradient that is a view of its bucket is not copied before and after the exchange.
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(init_method=rendezvous.METHOD, timeout=timedelta(seconds=config.timeout)),
+            ],
         )
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
@@ -107,8 +74,12 @@ class Runtime:
             torch.set_num_threads(threads_per_process(launch.local_world_size))
         # Talk between the hosts' CPUs goes through gloo, so that it never waits for, or on, a GPU's stream.
         self._host_group: Any = None
+        self._vote_group: Any = None
+        self._heartbeat: Heartbeat | None = None
         if dist.is_initialized():
             self._host_group = dist.new_group(backend="gloo", timeout=_HOST_TIMEOUT)
+            self._vote_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout))
+            self._heartbeat = Heartbeat(self.rank, self.world_size, config.timeout, launch.meeting_point(), self.gather)
 
     @property
     def is_main(self) -> bool:
@@ -147,6 +118,10 @@ class Runtime:
             for buffer in net.buffers():
                 dist.broadcast(buffer, src=0)
 
+    def max_later(self, tensor: Tensor) -> "Later":
+        """Start finding the elementwise maximum of `tensor`, which is on the CPU, over all ranks."""
+        return Later(tensor, dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._vote_group, async_op=True))
+
     def gather(self, value: T) -> list[T]:
         """`value` of every rank, in rank order, on each of them. Host memory only: it never touches the device."""
         if self._host_group is None:
@@ -156,8 +131,11 @@ class Runtime:
         return values
 
     def from_main(self, value: T | None) -> T:
-        """Rank zero's `value`, on every rank."""
-        return self.gather(value)[0]  # type: ignore[return-value]
+        """Rank zero's `value`, on every rank. Host memory only."""
+        values = [value]
+        if self._host_group is not None:
+            dist.broadcast_object_list(values, src=0, group=self._host_group)
+        return values[0]  # type: ignore[return-value]
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -189,8 +167,22 @@ class Runtime:
 
     def close(self) -> None:
         """Leave the other processes in order."""
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+class Later:
+    """A tensor that other ranks still add to."""
+
+    def __init__(self, tensor: Tensor, work: Any) -> None:
+        self._tensor, self._work = tensor, work
+
+    def result(self) -> list[float]:
+        """The numbers, once they have come in."""
+        self._work.wait()
+        return self._tensor.tolist()
 
 
 def choose_device(wanted: str, launch: Launch) -> str:
@@ -216,27 +208,3 @@ def choose_device(wanted: str, launch: Launch) -> str:
     if wanted == "mps" and launch.world_size > 1:
         raise UserError(f"--device mps trains in one process, not {launch.world_size}; use --device cpu")
     return wanted
-
-
-def threads_per_process(local_world_size: int) -> int:
-    """CPU threads for each of a host's processes: the user's OMP_NUM_THREADS, else cores / processes.
-
-    torchrun sets OMP_NUM_THREADS to 1 when it is unset, so that a 1 says nothing of what the user wants.
-    """
-    wanted = int(os.environ.get("OMP_NUM_THREADS", 1))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return wanted if wanted > 1 else max(1, cores // local_world_size)
-
-
-@contextlib.contextmanager
-def one_voice(prog: str) -> Iterator[None]:
-    """End the program on a mistake with one line on standard error, however many processes there are."""
-    try:
-        yield
-    except (UserError, TrainingDivergedError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
-        else:
-            # A launcher ends all ranks as soon as one has left: rank zero has to have spoken by then.
-            time.sleep(5)
-        raise SystemExit(error.status) from None

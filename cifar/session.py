@@ -2,20 +2,24 @@
 
 import dataclasses
 import math
+import signal
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from cifar.batches import BatchPlan
-from cifar.checkpoint import checkpoint_path, load_net, newest_checkpoint, save_checkpoint
+from cifar.claim import Claim
 from cifar.config import TrainConfig
 from cifar.console import Console, print_test
 from cifar.data import Data
-from cifar.errors import TrainingDivergedError, UserError
+from cifar.errors import StoppedError, TrainingDivergedError, UserError
 from cifar.evaluation import Evaluation
 from cifar.loop import LogPoint, TrainState
+from cifar.resume import Resumed, restore
 from cifar.run import check_writable, create_run, write_json
 from cifar.runtime import Runtime
+from cifar.saving import CheckpointWriter
+from cifar.signals import StopAgreement, StopRequest
 from cifar.tracking import Tracking
 
 
@@ -30,33 +34,58 @@ class Session:
 
         Raises:
             UserError: the folder can't be used, or there is nothing to resume.
+            StoppedError: torchrun has started a run again that had finished.
         """
         self._runtime, self._data, self._plan, self._state = runtime, data, plan, state
         self._last_step = plan.last_step(config)
-        self._last_checkpoint: Path | None = None
+        self._claim: Claim | None = None
+        self._stopping = False
+        try:
+            resumed = self._open(config)
+        except (UserError, StoppedError):
+            if self._claim is not None:
+                self._claim.release(undo=True)
+            raise
+        self._writer = CheckpointWriter(
+            self.dir, config.keep_checkpoints, runtime.say, resumed.newest if resumed else None
+        )
+        self._tracking = Tracking(self.config, runtime, self.dir, data, self._facts(), state.step)
+        self._console = Console(config, runtime, data, plan)
+        self._console.banner(state, str(self.dir), self._tracking.describe(), resumed)
+        self._request = StopRequest(runtime.launch)
+        self._agreement = StopAgreement(runtime, self._request)
+
+    def _open(self, config: TrainConfig) -> Resumed | None:
+        """Take possession of the run's folder, and note there what is going on."""
+        runtime, state = self._runtime, self._state
+        agents = [agent for agent in runtime.gather(runtime.launch.agent()) if agent is not None]
         run_dir: Path | None = None
         with runtime.together():
             if runtime.is_main:
                 run_dir = config.resume or create_run(config.run_dir, config.recipe)
-                # Weights, momentum and the file being written beside its predecessor, with room for the records.
-                parameters = sum(parameter.numel() for parameter in state.net.parameters())
-                check_writable(run_dir, need=3 * 8 * parameters + (4 << 20))
+                self._claim = Claim(run_dir)
         self.dir = runtime.from_main(run_dir)
-        self._console = Console(config, runtime, data, plan)
+        resumed = None
         if config.resume is not None:
-            with runtime.together():
-                self._restore(config)
+            own = runtime.from_main(self._claim and self._claim.is_of(agents))
+            resumed = restore(config, runtime, self._data.name, self._plan, state, bool(own))
         self.config = dataclasses.replace(
-            config, run_dir=self.dir, resume=None, global_batch_size=plan.global_batch_size
+            config, run_dir=self.dir, resume=None, global_batch_size=self._plan.global_batch_size
         )
         with runtime.together():
-            if runtime.is_main:
-                self._write_config()
-        self._tracking = Tracking(self.config, runtime, self.dir, data, self._facts())
-        self._tracking.metrics.keep_until(state.step)
-        self._console.banner(state, str(self.dir), self._tracking.describe())
+            if self._claim is not None:
+                # Weights, momentum and the file being written beside its predecessor, with room for the records.
+                parameters = sum(parameter.numel() for parameter in state.net.parameters())
+                check_writable(self.dir, need=3 * 8 * parameters + (4 << 20))
+                try:
+                    write_json(self.dir / "config.json", {"config": self.config.to_json(), **self._facts()})
+                    self._claim.sign(agents)
+                except OSError as error:
+                    raise UserError(f"the configuration can't be written into {self.dir}: {error}") from error
+        return resumed
 
     def __enter__(self) -> "Session":
+        self._request.__enter__()
         self._console.start_bar(self._state)
         return self
 
@@ -64,9 +93,16 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._console.close()
-        self._tracking.close(exit_code=0 if kind is None else 1)
+        self._writer.flush()
+        stopped = isinstance(error, StoppedError)
+        self._tracking.close(exit_code=0 if kind is None else 1, preempting=stopped)
+        if stopped:
+            self._runtime.close()
+        self._request.__exit__(kind, error, trace)
+        if self._claim is not None:
+            self._claim.release()
         if isinstance(error, TrainingDivergedError):
-            good = self._last_checkpoint or "none yet"
+            good = self._writer.newest or "none yet"
             raise TrainingDivergedError(f"{error}; last good checkpoint: {good}; try a lower --lr") from None
 
     @property
@@ -79,42 +115,63 @@ class Session:
         self._console.on_log(point)
         self._tracking.log_train(point)
 
-    def on_step(self) -> None:
-        """Move the progress bar."""
+    def on_step(self) -> bool:
+        """Move the progress bar; True, on all ranks after the same step, once one of them was asked to stop."""
         self._console.on_step()
+        self._stopping = self._agreement.after_step() or self._stopping
+        return self._stopping
 
     def end_epoch(self, test: Evaluation) -> None:
         """Record the evaluation after an epoch, or after the last step, and save a checkpoint.
 
         Raises:
             TrainingDivergedError: the test loss isn't finite, so that there is nothing worth saving.
+            StoppedError: some rank was asked to stop.
         """
         if not math.isfinite(test.loss):
             raise TrainingDivergedError(
                 f"the test loss became {test.loss} after step {self._state.step}, "
                 f"with lr {self._state.optimizer.param_groups[0]['lr']:g}"
             )
-        self._state.best_accuracy = max(self._state.best_accuracy, test.accuracy)
+        if test.accuracy > self._state.best_accuracy:
+            self._state.best_accuracy, self._state.best_step = test.accuracy, self._state.step
         epoch = math.ceil(self._state.step / self._plan.steps_per_epoch)
         self._console.on_test(epoch, test)
         self._tracking.log_test(self._state.step, epoch, test)
         self.save()
+        if self._stopping and not self.finished:
+            self.stop()
 
     def save(self) -> None:
-        """Write a checkpoint of this step. A full disk costs the checkpoint and a warning; the earlier ones stay."""
+        """Have a checkpoint of this step written, in the background."""
         # Each rank has its own sum of losses since the last log point; all go in, so that resuming is exact.
         windows = self._runtime.gather(self._state.window_loss.item())
-        if not self._runtime.is_main:
-            return
-        path = checkpoint_path(self.dir, self._state.step)
-        state = self._state.state_dict() | {"window_loss": windows}
-        try:
-            save_checkpoint(path, {"config": self.config.to_json(), "dataset": self._data.name, "state": state})
-            self._last_checkpoint = path
-        except OSError as error:
-            self._runtime.say(
-                f"WARNING: no checkpoint at step {self._state.step}: {error}; the earlier ones are as they were"
+        if self._runtime.is_main:
+            state = self._state.state_dict() | {"window_loss": windows, "accumulation": self._plan.accumulation}
+            self._writer.save({"config": self.config.to_json(), "dataset": self._data.name, "state": state})
+
+    def stop(self) -> NoReturn:
+        """Leave after this step, which has been saved.
+
+        Raises:
+            StoppedError: always; says how to go on.
+        """
+        self._writer.flush()
+        launch = self._runtime.launch
+        asked = self._runtime.gather((launch.host, self._request.name))
+        leaving = {host for host, name in asked if name is not None}
+        names = ", ".join(sorted({name for _, name in asked if name is not None}))
+        text = f"Stopped by {names} after step {self._state.step:,} of {self._last_step:,}"
+        # With restarts left, the hosts that weren't asked go on without the others: torchrun takes this status for a
+        # failure, and starts them again. What torchrun itself stops is restarted or not whatever the status; what it
+        # doesn't know of would be restarted for any but 0.
+        if launch.restarts_left > 0 and len({host for host, _ in asked} - leaving):
+            raise StoppedError(
+                f"{text} on host {', '.join(map(str, sorted(leaving)))}; the others go on without it",
+                status=0 if launch.host in leaving else 1,
             )
+        number = getattr(signal, self._request.name or "", 1)
+        raise StoppedError(f"{text}; to go on: --resume {self.dir}", status=0 if launch.elastic else 128 + int(number))
 
     def finish(self, test: Evaluation) -> None:
         """Print the accuracies of the finished run, write result.json and draw report.png."""
@@ -136,34 +193,6 @@ class Session:
         except ImportError as error:  # the training is done, and result.json written
             self._runtime.say(f"WARNING: no report.png: {error} (pip install matplotlib)")
 
-    def _write_config(self) -> None:
-        try:
-            write_json(self.dir / "config.json", {"config": self.config.to_json(), **self._facts()})
-        except OSError as error:
-            raise UserError(f"the configuration can't be written into {self.dir}: {error}") from error
-
-    def _restore(self, config: TrainConfig) -> None:
-        path, content, complaints = newest_checkpoint(self.dir)
-        for complaint in complaints:
-            self._runtime.say(f"WARNING: passed over: {complaint}")
-        if content["dataset"] != self._data.name:
-            raise UserError(
-                f"--resume {self.dir}: that run trains on {content['dataset']}, and the data here is "
-                f"{self._data.name}: see --data-dir"
-            )
-        load_net(self._state.net, content, config.model, path)
-        windows = content["state"]["window_loss"]
-        # With another world size there is no rank to give each sum back to; their mean gives the same average.
-        same = len(windows) == self._runtime.world_size
-        own = windows[self._runtime.rank] if same else sum(windows) / len(windows)
-        self._state.load_state_dict(content["state"] | {"window_loss": own})
-        self._last_checkpoint = path
-        if self.finished:
-            raise UserError(
-                f"--resume {self.dir}: that run has finished, with step {self._state.step:,} of "
-                f"{self._last_step:,}; more --epochs or --max-steps would continue it"
-            )
-
     def _facts(self) -> dict[str, Any]:
         return {
             "dataset": self._data.name,
@@ -183,7 +212,7 @@ class Session:
             "epochs": config.epochs,
             "steps": state.step,
             "world_size": self._runtime.world_size,
-            "local_batch_size": config.local_batch_size,
+            "local_batch_size": self._plan.local_batch_size,
             "global_batch_size": self._plan.global_batch_size,
             "seed": config.seed,
             "precision": config.precision,
@@ -196,6 +225,8 @@ class Session:
             "test_accuracy": test.accuracy,
             "test_class_accuracy": test.class_accuracies(),
             "best_accuracy": state.best_accuracy,
+            "best_step": state.best_step,
+            "checkpoint_seconds": self._writer.waited_seconds,
         }
 
 

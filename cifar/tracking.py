@@ -65,12 +65,15 @@ class MetricsFile(GeneralTracker):
 class Tracking:
     """What a run records, on every rank; only rank zero writes."""
 
-    def __init__(self, config: TrainConfig, runtime: Runtime, run_dir: Path, data: Data, facts: dict[str, Any]) -> None:
+    def __init__(
+        self, config: TrainConfig, runtime: Runtime, run_dir: Path, data: Data, facts: dict[str, Any], step: int = 0
+    ) -> None:
         """Open the records. `facts` go into W&B's configuration beside `config`."""
         self._accelerator = runtime.accelerator
         self._runtime, self._data = runtime, data
         self.metrics = MetricsFile(run_dir / "metrics.jsonl")
         self._accelerator.trackers = [self.metrics]
+        self.metrics.keep_until(step)
         self._wandb = start_wandb(config, runtime, run_dir)
         self._started = self._wandb is not None
         if self._wandb is not None:
@@ -115,7 +118,7 @@ class Tracking:
                     run.log({name: value}, step=step)
                 run.summary.update(result)
 
-    def close(self, exit_code: int = 0) -> None:
+    def close(self, exit_code: int = 0, preempting: bool = False) -> None:
         """Finish the W&B run; waits for its server no longer than half a minute."""
         with self._surviving_wandb():
             if self._wandb is not None:

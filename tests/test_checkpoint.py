@@ -165,16 +165,19 @@ def test_another_nets_weights_are_refused(tmp_path):
 def test_the_newest_that_verifies_wins_and_damaged_ones_are_named(tmp_path):
     paths = [checkpoint_path(tmp_path, step) for step in (5, 99_999_999, 100_000_000)]
     paths[0].parent.mkdir()
+    assert newest_checkpoint(tmp_path) == (None, [])
     for step, path in enumerate(paths):
         save_checkpoint(path, content(step))
-    path, newest, complaints = newest_checkpoint(tmp_path)
-    assert (path, newest["state"]["step"], complaints) == (paths[2], 2, [])
+    found, complaints = newest_checkpoint(tmp_path)
+    assert found is not None
+    assert (found[0], found[1]["state"]["step"], complaints) == (paths[2], 2, [])
 
     paths[2].write_bytes(paths[2].read_bytes()[:-100])
     paths[1].write_bytes(b"")
     (tmp_path / "checkpoints" / ".step-99999999.pt.1.tmp").write_bytes(b"half")
-    path, oldest, complaints = newest_checkpoint(tmp_path)
-    assert (path, oldest["state"]["step"]) == (paths[0], 0)
+    found, complaints = newest_checkpoint(tmp_path)
+    assert found is not None
+    assert (found[0], found[1]["state"]["step"]) == (paths[0], 0)
     assert [str(paths[2]) in complaints[0], str(paths[1]) in complaints[1], len(complaints)] == [True, True, 2]
 
     paths[0].unlink()

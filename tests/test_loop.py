@@ -19,7 +19,7 @@ HERE = ["--dataset", "synthetic", "--device", "cpu", "--wandb", "disabled"]
 # Everything that could go wrong on the way: augmentation, accumulation, a schedule, checkpoints between log points.
 SHORT = [*HERE, "--recipe", "wide", "--model", "net", "--local-batch-size", "500", "--global-batch-size", "1000",
          "--lr-scaling", "none", "--epochs", "2", "--max-steps", "60", "--log-steps", "7",
-         "--checkpoint-steps", "10"]  # fmt: skip
+         "--checkpoint-steps", "10", "--keep-checkpoints", "9"]  # fmt: skip
 
 
 def test_net_is_the_tutorials():
@@ -96,7 +96,7 @@ def same(a, b):
 
 def test_a_run_is_a_folder_with_its_records(undisturbed):
     names = {path.name for path in undisturbed.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "result.json", "report.png", "checkpoints"}
+    assert names == {"config.json", "launch.json", ".lock", "metrics.jsonl", "result.json", "report.png", "checkpoints"}
     got = result(undisturbed)
     assert got["steps"] == 60
     assert (got["recipe"], got["model"], got["dataset"], got["epochs"]) == ("wide", "net", "synthetic", 2)

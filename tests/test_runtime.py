@@ -8,7 +8,9 @@ import torch
 
 from cifar.config import TrainConfig
 from cifar.errors import TrainingDivergedError, UserError
-from cifar.runtime import Launch, Runtime, choose_device, one_voice, threads_per_process
+from cifar.launcher import Launch, threads_per_process
+from cifar.runtime import Runtime, choose_device
+from cifar.voice import one_voice
 from tests.processes import ROOT, run
 
 

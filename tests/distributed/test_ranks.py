@@ -35,9 +35,9 @@ def test_separate_copies_are_found_out(tmp_path):
         "import functools, torch\n"
         "torch.cuda.is_available = lambda: False\n"
         "from accelerate import Accelerator\n"
-        "import cifar.runtime, train_ddp\n"
+        "import cifar.runtime, cifar.voice, train_ddp\n"
         "cifar.runtime.Accelerator = lambda cpu, **rest: Accelerator(**rest)\n"
-        "with cifar.runtime.one_voice('driver'):\n"
+        "with cifar.voice.one_voice('driver'):\n"
         "    train_ddp.main(['--dataset', 'synthetic', '--max-steps', '1', '--device', 'cpu', '--wandb', 'disabled'])\n"
     )
     output = run([*TORCHRUN, "--nproc_per_node=2", driver], tmp_path)
@@ -87,11 +87,11 @@ def test_only_local_rank_zero_downloads(real_data, tmp_path):
     driver = tmp_path / "driver.py"
     driver.write_text(
         "import dataclasses, sys\n"
-        "import cifar.cifar10, cifar.runtime, train_ddp\n"
+        "import cifar.cifar10, cifar.voice, train_ddp\n"
         "size, sha256, *urls = sys.argv[1:4]\n"
         "changed = dataclasses.replace(cifar.cifar10.ARCHIVE, size=int(size), sha256=sha256, urls=tuple(urls))\n"
         "cifar.cifar10.ARCHIVE = changed\n"
-        "with cifar.runtime.one_voice('driver'):\n"
+        "with cifar.voice.one_voice('driver'):\n"
         "    train_ddp.main(sys.argv[4:])\n"
     )
     flags = [

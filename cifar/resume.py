@@ -1,0 +1,119 @@
+"""Continuing a run: whether its folder allows it, what has changed since, and the state to go on from."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cifar.batches import BatchPlan
+from cifar.checkpoint import load_net, newest_checkpoint
+from cifar.config import MAY_CHANGE, TrainConfig, differences, flag, read_config
+from cifar.errors import StoppedError, UserError
+from cifar.loop import TrainState
+from cifar.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on.
+
+    Attributes:
+        newest: the checkpoint that was loaded; None if the run ended before it wrote any, and so begins again.
+        changes: what differs from the run's last start, in words.
+    """
+
+    newest: Path | None = None
+    changes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Found:
+    path: Path | None
+    state: dict[str, Any]
+    complaints: list[str]
+    finished: bool
+    changes: tuple[str, ...]
+
+
+def restore(
+    config: TrainConfig, runtime: Runtime, dataset: str, plan: BatchPlan, state: TrainState, own: bool
+) -> Resumed:
+    """Read the newest good checkpoint of `config.resume` into `state`. Collective; rank zero reads, and sends it on.
+
+    Args:
+        dataset: name of the data at hand.
+        own: whether this launch began the run, so that there is no mistake in starting it once more.
+
+    Raises:
+        UserError: the run can't go on with this configuration, or has finished.
+        StoppedError: the run has finished, and is this launch's own.
+    """
+    found = None
+    with runtime.together():
+        if runtime.is_main:
+            found = _find(config, runtime, dataset, plan, own)
+    found = runtime.from_main(found)
+    for complaint in found.complaints:
+        runtime.say(f"WARNING: passed over: {complaint}")
+    if found.finished and own:
+        raise StoppedError(f"the run in {config.resume} has finished", status=0)
+    if found.path is not None:
+        with runtime.together():
+            _load(found.path, found.state, config, runtime, plan, state)
+    return Resumed(found.path, found.changes)
+
+
+def _find(config: TrainConfig, runtime: Runtime, dataset: str, plan: BatchPlan, own: bool) -> _Found:
+    run_dir = config.resume
+    assert run_dir is not None
+    found, complaints = newest_checkpoint(run_dir)
+    was, facts = read_config(run_dir), json.loads((run_dir / "config.json").read_text())
+    changes = [f"{flag(name)} {before} -> {now}" for name, now, before in differences(config, was)]
+    if facts["world_size"] != runtime.world_size:
+        changes.append(f"world size {facts['world_size']} -> {runtime.world_size}")
+    if plan.local_batch_size != config.local_batch_size:
+        changes.append(f"--local-batch-size {config.local_batch_size} -> {plan.local_batch_size}")
+    if facts["dataset"] != dataset:
+        raise UserError(
+            f"--resume {run_dir}: that run trains on {facts['dataset']}, and the data here is {dataset}: see --data-dir"
+        )
+    if found is None:
+        return _Found(None, {}, complaints, False, tuple(changes))
+
+    path, content = found
+    for name, saved, recorded in differences(TrainConfig.from_json(content["config"]), was):
+        if name not in MAY_CHANGE | {"run_dir"}:
+            raise UserError(
+                f"--resume {run_dir}: its config.json says {flag(name)} {recorded}, and its checkpoint {path.name} "
+                f"was trained with {saved}: put {saved} back, or start a new run without --resume"
+            )
+    step, last = content["state"]["step"], plan.last_step(config)
+    finished = step >= last and _finished_steps(run_dir) >= last
+    if finished and not own:
+        raise UserError(
+            f"--resume {run_dir}: that run has finished, with step {step:,} of {last:,}; more --epochs or --max-steps "
+            f"would continue it"
+        )
+    return _Found(path, content["state"], complaints, finished, tuple(changes))
+
+
+def _finished_steps(run_dir: Path) -> int:
+    # A run can be killed between its last checkpoint and its result; then only the result is left to do.
+    try:
+        return json.loads((run_dir / "result.json").read_text())["steps"]
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
+def _load(
+    path: Path, saved: dict[str, Any], config: TrainConfig, runtime: Runtime, plan: BatchPlan, state: TrainState
+) -> None:
+    load_net(state.net, {"config": {"model": config.model}, "state": saved}, config.model, path)
+    windows = saved["window_loss"]
+    if len(windows) == runtime.world_size:
+        own = windows[runtime.rank]
+    else:
+        # There is no rank to give each sum back to. Their mean gives the same average, once it is of as many
+        # micro-batches as a rank now has in a step.
+        own = sum(windows) / len(windows) * plan.accumulation / saved["accumulation"]
+    state.load_state_dict(saved | {"window_loss": own})
