@@ -64,6 +64,10 @@ class Watched:
         """Wait until `text` has been printed so often."""
         return self.until(lambda: self.said().count(text) >= times, text, timeout)
 
+    def until_step(self, step: int, timeout: float = 90) -> float:
+        """Wait until `step` is in the records."""
+        return self.until(lambda: self.step() >= step, f"step {step}", timeout)
+
     def end(self, timeout: float) -> int:
         """torchrun's exit status, once it and all processes below it are gone."""
         below = self.agent.children(recursive=True) if self.process.poll() is None else []
@@ -88,13 +92,12 @@ class Watched:
 def damage_newest(run_dir: Path, at: float) -> None:
     """Flip a bit of the newest checkpoint, `at` (0 to 1) of its length from its beginning."""
     newest = sorted((run_dir / "checkpoints").glob("step-*.pt"))[-1]
-    with suppress(FileNotFoundError):  # thinned out meanwhile
-        with newest.open("r+b") as file:
-            size = os.fstat(file.fileno()).st_size
-            file.seek(int(at * (size - 1)))
-            byte = file.read(1)
-            file.seek(-1, os.SEEK_CUR)
-            file.write(bytes([byte[0] ^ 1]))
+    with suppress(FileNotFoundError), newest.open("r+b") as file:  # it may be thinned out meanwhile
+        size = os.fstat(file.fileno()).st_size
+        file.seek(int(at * (size - 1)))
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
 
 
 def send(process: psutil.Process, number: signal.Signals) -> None:

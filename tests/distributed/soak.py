@@ -42,14 +42,10 @@ def soak(folder: Path, disturbances: int, seed: int, seconds: float) -> dict[str
     run = Watched(disturbed, [*flags, "--run-dir", str(disturbed)], LAUNCHER, "disturbed.txt")
     try:
         while len(done) < disturbances and time.monotonic() - began < seconds:
-            after = run.step() + chance.randint(*STEPS_BETWEEN)
-            run.until(lambda after=after: run.step() >= after or run.process.poll() is not None, f"step {after}")
-            if run.process.poll() is not None:
-                break
+            run.until_step(run.step() + chance.randint(*STEPS_BETWEEN))
             # Every kind once, in random order, then at random.
-            kind = chance.choice(
-                [kind for kind in KINDS if len(done) >= len(KINDS) or kind not in [d[0] for d in done]]
-            )
+            seen = {kind for kind, *_ in done}
+            kind = chance.choice([kind for kind in KINDS if kind not in seen] or KINDS)
             run, lost, waited = disturb(run, kind, chance, flags)
             done.append((kind, lost, round(waited, 1)))
             print(f"{len(done):3d}. {kind}: {lost} steps lost, {waited:.1f} s to the first step after it", flush=True)
