@@ -9,7 +9,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import psutil
@@ -36,6 +35,7 @@ class Heartbeat:
         world_size: int,
         timeout: float,
         address: tuple[str, int],
+        store_of_rank_zero: bool,
         gather: Callable[[Any], list[Any]],
     ) -> None:
         """Begin to count. Collective.
@@ -43,16 +43,17 @@ class Heartbeat:
         Args:
             timeout: seconds without a sign of life after which the run ends.
             address: host and port of the store at which the ranks met.
+            store_of_rank_zero: whether that is in rank zero's process, not in the launcher's.
             gather: a value of every rank.
         """
         self._rank, self._timeout = rank, timeout
         self._every = min(_EVERY_SECONDS, timeout / 10)
+        self._store_freezes = store_of_rank_zero and rank != 0
         self._watched = [0] if rank else list(range(1, world_size))
         # A store outlives a restart by torchrun, so each start has a name of its own in it.
         name = gather(uuid.uuid4().hex)[0]
-        limit = timedelta(seconds=_LIMIT * timeout)
         self._store: Store = PrefixStore(
-            f"heartbeat/{name}", TCPStore(*address, is_master=False, wait_for_workers=False, timeout=limit)
+            f"heartbeat/{name}", TCPStore(*address, is_master=False, wait_for_workers=False)
         )
         self._store.set(f"{rank}", "0")
         me = psutil.Process()
@@ -71,14 +72,19 @@ class Heartbeat:
         seen: dict[int, tuple[bytes, float]] = {}
         while not self._stopped.wait(self._every):
             count += 1
+            # A store in a frozen process doesn't answer, and its client waits for it without an end.
+            guard = threading.Timer(_LIMIT * self._timeout, self._end, [[0]])
+            guard.daemon = True
+            if self._store_freezes:
+                guard.start()
             try:
                 self._store.set(f"{self._rank}", str(count))
                 beats = self._store.multi_get([f"{rank}" for rank in self._watched])
                 verdict = json.loads(self._store.get("silent")) if self._store.check(["silent"]) else []
-            except RuntimeError as error:
-                if "timeout" in str(error).lower() and not self._stopped.is_set():
-                    self._end([0])  # the store's own process is frozen: rank zero's, under launchers without an agent
-                return  # the store has gone, and with it the launcher
+            except RuntimeError:
+                return  # the store has gone, and with it the launcher or rank zero: no longer anyone's to watch
+            finally:
+                guard.cancel()
             now = time.monotonic()
             if now - looked > _LIMIT * self._timeout / 2:
                 seen = {}  # it was this process that was frozen, and the others weren't seen meanwhile

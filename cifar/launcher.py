@@ -67,9 +67,10 @@ class Launch:
         return os.getppid() if self.elastic else None
 
     @staticmethod
-    def meeting_point() -> tuple[str, int]:
-        """Host and port of the store at which the ranks met."""
-        return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    def store() -> tuple[tuple[str, int], bool]:
+        """Host and port of the store at which the ranks met, and whether rank zero's process holds it."""
+        by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        return (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), not by_agent
 
     def agent(self) -> str | None:
         """A name for torchrun's agent on this host: one and the same as long as it lives, and no other's ever."""

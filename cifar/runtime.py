@@ -79,7 +79,7 @@ class Runtime:
         if dist.is_initialized():
             self._host_group = dist.new_group(backend="gloo", timeout=_HOST_TIMEOUT)
             self._vote_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout))
-            self._heartbeat = Heartbeat(self.rank, self.world_size, config.timeout, launch.meeting_point(), self.gather)
+            self._heartbeat = Heartbeat(self.rank, self.world_size, config.timeout, *launch.store(), self.gather)
 
     @property
     def is_main(self) -> bool:

@@ -1,5 +1,6 @@
 """Checkpoints while training goes on: training waits for a copy of the state, a thread does the rest."""
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -36,14 +37,14 @@ class CheckpointWriter:
     def save(self, content: dict[str, Any]) -> None:
         """Have `content` written, as it is now. Returns once it is copied.
 
-        If the disk is slower than the checkpoints come, those between are left out, but never the best.
+        If the disk is slower than the checkpoints come, those between are left out, but never the best so far.
         """
         began = time.perf_counter()
         copied = copy_to_host(content)
         with self._changed:
             self._raise_failure()
             for waiting in list(self._pending):
-                if not _is_best(waiting):
+                if _step(waiting) != copied["state"]["best_step"]:
                     self._pending.remove(waiting)
                     self._say(f"WARNING: the disk is slower than the checkpoints: none of step {_step(waiting)}")
             self._pending.append(copied)
@@ -77,17 +78,19 @@ class CheckpointWriter:
         path = checkpoint_path(self._run_dir, step)
         try:
             save_checkpoint(path, content)
-            self.newest = path
-            self._thin_out(step, content["state"]["best_step"])
         except OSError as error:
             self._say(f"WARNING: no checkpoint at step {step}: {error}; the earlier ones are as they were")
+            return
+        self.newest = path
+        self._thin_out(step, content["state"]["best_step"])
 
     def _thin_out(self, step: int, best: int) -> None:
         # Later ones than this are there only after a resume that had to pass over them: they don't count.
         written = [path for found, path in checkpoints(self._run_dir).items() if found <= step]
         for old in written[self._keep :]:
             if old != checkpoint_path(self._run_dir, best):
-                old.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # one too many does no harm
+                    old.unlink()
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -107,7 +110,3 @@ def copy_to_host(content: Any) -> Any:
 
 def _step(content: dict[str, Any]) -> int:
     return content["state"]["step"]
-
-
-def _is_best(content: dict[str, Any]) -> bool:
-    return content["state"]["best_step"] == _step(content)

@@ -2,12 +2,16 @@
 
 import errno
 import hashlib
+import io
 import os
 import pickle
+import random
+import resource
 import signal
 import struct
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,6 +30,8 @@ from cifar.checkpoint import (
 )
 from cifar.errors import UserError
 from cifar.nets import build_net
+from tests.comparing import same
+from tests.forking import fork, wait
 from tests.processes import clean_environment, result, train
 
 
@@ -45,8 +51,6 @@ def forge(body_of):
 
 
 def zip_of(thing):
-    import io
-
     buffer = io.BytesIO()
     torch.save(thing, buffer)
     return buffer.getvalue()
@@ -246,6 +250,97 @@ def test_whatever_interrupts_a_write_the_earlier_checkpoint_stays(tmp_path, how)
     else:
         assert done.returncode == -signal.SIGKILL
     assert load_checkpoint(path)["state"]["step"] == 1
+
+
+@pytest.fixture
+def earlier(tmp_path):
+    """A run whose first checkpoint has been written."""
+    checkpoint_path(tmp_path, 1).parent.mkdir()
+    save_checkpoint(checkpoint_path(tmp_path, 1), content(1))
+    return tmp_path
+
+
+def step_found_after_the_kill(run_dir):
+    """Which checkpoint a resumed run would go on from; what the killed process left is cleared away."""
+    found, complaints = newest_checkpoint(run_dir)
+    assert found is not None
+    assert complaints == []  # not so much as a damaged file to pass over
+    path, loaded = found
+    step = loaded["state"]["step"]
+    assert path == checkpoint_path(run_dir, step)
+    assert same(loaded, content(step))
+    for leftover in path.parent.iterdir():
+        if leftover != checkpoint_path(run_dir, 1):
+            leftover.unlink()
+    return step
+
+
+def test_a_process_that_is_killed_at_any_byte_leaves_a_whole_newest_checkpoint(earlier):
+    path, second = checkpoint_path(earlier, 2), content(2)
+    save_checkpoint(path, second)
+    size = path.stat().st_size
+    path.unlink()
+
+    def write(limit):
+        # The kernel ends whoever writes beyond its limit; Python would turn that into an error.
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        save_checkpoint(path, second)
+
+    draw = random.Random(0)
+    for limit in [0, 1, size - 1, *(draw.randrange(2, size - 1) for _ in range(40))]:
+        assert wait(fork(partial(write, limit))) == -signal.SIGXFSZ
+        assert step_found_after_the_kill(earlier) == 1, f"killed at byte {limit} of {size}"
+    assert wait(fork(partial(write, size))) == 0
+    assert step_found_after_the_kill(earlier) == 2
+
+
+def test_a_process_that_is_killed_between_any_two_system_calls_leaves_a_whole_newest_checkpoint(earlier):
+    calls = ["open", "write", "write", "flush", "rename", "open the folder", "flush"]
+    moments = [f"{when} {call}" for call in calls for when in ("before", "after")]
+    for killed_at in range(len(moments) + 1):
+        read, write = os.pipe()
+        child = fork(partial(save_and_die, checkpoint_path(earlier, 2), killed_at, write))
+        os.close(write)
+        with open(read) as pipe:
+            passed = pipe.read().splitlines()
+        last = killed_at == len(moments)
+        assert wait(child) == (0 if last else -signal.SIGKILL)
+        assert passed == moments[: killed_at + 1]  # or it was killed elsewhere than this test says
+        assert step_found_after_the_kill(earlier) == (2 if "after rename" in passed else 1), passed
+
+
+def save_and_die(path, killed_at, pipe):
+    """Save step 2; kill this process at that moment before or after a system call. All moments are told to `pipe`."""
+    count = 0
+
+    def reach(moment):
+        nonlocal count
+        os.write(pipe, f"{moment}\n".encode())
+        if count == killed_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        count += 1
+
+    def watch(name, call):
+        def watched(*arguments):
+            reach(f"before {name}")
+            result = call(*arguments)
+            reach(f"after {name}")
+            return result
+
+        return watched
+
+    class Unbuffered(io.FileIO):
+        """Every write is a system call at once."""
+
+        write = watch("write", io.FileIO.write)
+
+    second = content(2)
+    Path.open = watch("open", Unbuffered)
+    os.fsync, os.replace = watch("flush", os.fsync), watch("rename", os.replace)
+    os.open = watch("open the folder", os.open)
+    save_checkpoint(path, second)
 
 
 def test_evaluate_gives_the_accuracy_of_the_run(run_dir):

@@ -13,6 +13,7 @@ import train_ddp
 from cifar.checkpoint import checkpoint_path, load_checkpoint
 from cifar.errors import TrainingDivergedError, UserError
 from cifar.nets import build_net
+from tests.comparing import numbers, same
 from tests.processes import records, result
 
 HERE = ["--dataset", "synthetic", "--device", "cpu", "--wandb", "disabled"]
@@ -76,22 +77,6 @@ def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     train_ddp.main([*SHORT, "--run-dir", str(folder)])
     return folder
-
-
-def numbers(folder):
-    """Every record but those that depend on the clock."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "train/images_per_second"} for line in lines]
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k != "train_seconds")
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def test_a_run_is_a_folder_with_its_records(undisturbed):

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import subprocess
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -12,10 +13,12 @@ import torch
 
 import train_ddp
 from cifar import run
-from cifar.checkpoint import checkpoint_path, load_checkpoint
+from cifar.checkpoint import checkpoint_path, checkpoints, load_checkpoint
 from cifar.data import Data, DeviceImages
 from cifar.errors import UserError
-from tests.processes import train
+from cifar.session import Session
+from tests.comparing import tiny_data
+from tests.processes import records, result, train
 
 
 def test_a_named_folder_is_made_with_its_parents(tmp_path):
@@ -53,11 +56,11 @@ def test_runs_of_the_same_second_get_names_of_their_own(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 4 MB."""
+def small_disk(tmp_path, request):
+    """A disk of 4 MB, or of as many as the test says."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={getattr(request, 'param', 4)}m", "tmpfs", str(disk)]
     try:
         subprocess.run(mount, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
@@ -152,6 +155,40 @@ def test_a_run_whose_disk_fills_up_goes_on_and_keeps_its_checkpoints(tmp_path, m
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000002.pt"]
     assert load_checkpoint(checkpoint_path(folder, 2))["state"]["step"] == 2
     assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()][-1] == 10
+
+
+@pytest.mark.parametrize("small_disk", [8], indirect=True)
+def test_a_run_whose_disk_is_full_for_a_while_writes_checkpoints_again(small_disk, monkeypatch, capsys):
+    monkeypatch.setattr("cifar.data.load_data", lambda *_: tiny_data())
+    monkeypatch.setattr("cifar.report.draw_report", lambda *_: None)
+    folder, ballast, save = small_disk / "run", small_disk / "ballast", Session.save
+
+    def save_on_a_disk_that_others_use(run):
+        run._writer.flush()
+        if run._state.step == 16:
+            with suppress(OSError), ballast.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(1 << 12))
+        elif run._state.step == 56:
+            ballast.unlink()
+        save(run)
+
+    monkeypatch.setattr(Session, "save", save_on_a_disk_that_others_use)
+    flags = "--device cpu --wandb disabled --local-batch-size 5 --epochs 2 --log-steps 1 --checkpoint-steps 8"
+    train_ddp.main([*flags.split(), "--keep-checkpoints", "2", "--run-dir", str(folder)])
+
+    said = capsys.readouterr().out.splitlines()
+    lost = [line for line in said if line.startswith("WARNING: no checkpoint at step")]
+    assert [line.split("step ")[1].split(":")[0] for line in lost] == ["16", "24", "32", "40", "48"]
+    assert all("No space left on device; the earlier ones are as they were" in line for line in lost)
+    assert sorted(checkpoints(folder)) == [72, 80]
+    for step, path in checkpoints(folder).items():
+        assert load_checkpoint(path)["state"]["step"] == step
+    assert sum("metrics.jsonl can't be written" in line for line in said) == 1
+    assert result(folder)["steps"] == 80
+    # What was logged before the disk was full, and from when there was room again, is all there.
+    with_room = [*range(1, 17), *range(57, 81)]
+    assert [step for step, _ in records(folder, "train/loss") if step in with_room] == with_room
 
 
 def test_the_program_says_before_training_that_its_disk_is_full(small_disk):

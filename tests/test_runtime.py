@@ -1,5 +1,6 @@
 """Processes and devices: what is asked for, what is there, and one voice about it."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -7,10 +8,9 @@ import pytest
 import torch
 
 from cifar.config import TrainConfig
-from cifar.errors import TrainingDivergedError, UserError
+from cifar.errors import UserError
 from cifar.launcher import Launch, threads_per_process
 from cifar.runtime import Runtime, choose_device
-from cifar.voice import one_voice
 from tests.processes import ROOT, run
 
 
@@ -85,29 +85,16 @@ def test_threads_are_the_hosts_cores_divided(monkeypatch):
     assert threads_per_process(2) == 3
 
 
-@pytest.mark.parametrize(("error", "status"), [(UserError("oh"), 2), (TrainingDivergedError("no"), 1)])
-def test_a_mistake_is_one_line_and_a_status(error, status, capsys, monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(SystemExit) as done, one_voice("prog"):
-        raise error
-    assert done.value.code == status
-    assert capsys.readouterr().err == f"prog: error: {error}\n"
-
-
-def test_other_ranks_leave_the_line_to_rank_zero_and_give_it_time(capsys, monkeypatch):
-    waits = []
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr("time.sleep", waits.append)
-    with pytest.raises(SystemExit) as done, one_voice("prog"):
-        raise UserError("oh")
-    assert done.value.code == 2
-    assert capsys.readouterr().err == ""
-    assert waits, "a launcher ends rank zero as soon as another rank has left"
-
-
-def test_a_program_error_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError), one_voice("prog"):
-        print(1 / 0)
+def test_what_torchrun_says_of_its_restarts_is_known(monkeypatch):
+    for name, value in {"RUN_ID": "none", "MAX_RESTARTS": "3", "RESTART_COUNT": "1"}.items():
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    monkeypatch.setenv("GROUP_RANK", "2")
+    launch = Launch.from_environment()
+    assert (launch.elastic, launch.restarts_left, launch.host) == (True, 2, 2)
+    assert launch.agent() == launch.agent()
+    assert launch.agent_pid == os.getppid()
+    assert f":{os.getppid()}:" in str(launch.agent())
+    assert Launch().agent() is None
 
 
 def test_one_process_has_no_process_group_and_no_wrapper(runtime):
