@@ -56,9 +56,9 @@ class Claim:
 
     def release(self, undo: bool = False) -> None:
         """Give it back; with `undo`, leave no trace in a folder that was new."""
-        self._lock.release()
         if undo and self._new:
-            self._path.unlink(missing_ok=True)
+            self._path.unlink(missing_ok=True)  # while it is still this process's own
+        self._lock.release()
 
 
 def continue_own_run(config: TrainConfig, runtime: Runtime) -> TrainConfig:
@@ -91,6 +91,7 @@ def _launchers(run_dir: Path) -> list[str]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}

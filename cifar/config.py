@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from cifar.errors import UserError
 from cifar.nets import NETS
@@ -121,13 +121,25 @@ class TrainConfig(Recipe):
         """The inverse of `to_json`.
 
         Raises:
-            UserError: the fields are not those of this version's configuration.
+            UserError: the fields are not those of this version's configuration, or not of their type.
         """
         paths = {k: Path(fields[k]) for k in ("data_dir", "run_dir", "resume", "evaluate") if fields.get(k)}
         try:
-            return cls(**(fields | paths))
+            config = cls(**(fields | paths))
         except TypeError as error:
             raise UserError(f"this configuration is from another version of the program: {error}") from error
+        for name, hint in get_type_hints(cls).items():
+            if not _is_a(getattr(config, name), hint):
+                raise UserError(f"{name} is {getattr(config, name)!r}, which is no {hint}")
+        return config
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_args(hint):  # a union
+        return any(_is_a(value, part) for part in get_args(hint))
+    return isinstance(value, int | float if hint is float else hint) and (hint is bool or not isinstance(value, bool))
 
 
 # What a resumed run may be told anew; every other flag has to agree with the run's own configuration.
@@ -180,6 +192,8 @@ def read_config(run_dir: Path) -> TrainConfig:
         return TrainConfig.from_json(json.loads(path.read_text())["config"] | {"resume": str(run_dir)})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--resume {run_dir}: no run is there to continue ({path}: {error})") from error
+    except UserError as error:
+        raise UserError(f"--resume {run_dir}: {path}: {error}") from error
 
 
 def differences(a: TrainConfig, b: TrainConfig) -> list[tuple[str, Any, Any]]:

@@ -68,6 +68,9 @@ def _find(config: TrainConfig, runtime: Runtime, dataset: str, plan: BatchPlan, 
     assert run_dir is not None
     found, complaints = newest_checkpoint(run_dir)
     was, facts = read_config(run_dir), json.loads((run_dir / "config.json").read_text())
+    for fact in ("dataset", "world_size"):
+        if fact not in facts:
+            raise UserError(f"--resume {run_dir}: its config.json has lost its {fact!r}: it can't be continued")
     changes = [f"{flag(name)} {before} -> {now}" for name, now, before in differences(config, was)]
     if facts["world_size"] != runtime.world_size:
         changes.append(f"world size {facts['world_size']} -> {runtime.world_size}")
@@ -77,8 +80,11 @@ def _find(config: TrainConfig, runtime: Runtime, dataset: str, plan: BatchPlan, 
         raise UserError(
             f"--resume {run_dir}: that run trains on {facts['dataset']}, and the data here is {dataset}: see --data-dir"
         )
+    last, ended = plan.last_step(config), _finished_steps(run_dir)
     if found is None:
-        return _Found(None, {}, complaints, False, tuple(changes))
+        if ended >= last and not own:
+            raise UserError(f"--resume {run_dir}: that run has finished, and none of its checkpoints is there")
+        return _Found(None, {}, complaints, ended >= last, tuple(changes))
 
     path, content = found
     for name, saved, recorded in differences(TrainConfig.from_json(content["config"]), was):
@@ -87,8 +93,8 @@ def _find(config: TrainConfig, runtime: Runtime, dataset: str, plan: BatchPlan, 
                 f"--resume {run_dir}: its config.json says {flag(name)} {recorded}, and its checkpoint {path.name} "
                 f"was trained with {saved}: put {saved} back, or start a new run without --resume"
             )
-    step, last = content["state"]["step"], plan.last_step(config)
-    finished = step >= last and _finished_steps(run_dir) >= last
+    step = content["state"]["step"]
+    finished = step >= last and ended >= last
     if finished and not own:
         raise UserError(
             f"--resume {run_dir}: that run has finished, with step {step:,} of {last:,}; more --epochs or --max-steps "
@@ -101,7 +107,7 @@ def _finished_steps(run_dir: Path) -> int:
     # A run can be killed between its last checkpoint and its result; then only the result is left to do.
     try:
         return json.loads((run_dir / "result.json").read_text())["steps"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return 0
 
 
@@ -110,10 +116,7 @@ def _load(
 ) -> None:
     load_net(state.net, {"config": {"model": config.model}, "state": saved}, config.model, path)
     windows = saved["window_loss"]
-    if len(windows) == runtime.world_size:
-        own = windows[runtime.rank]
-    else:
-        # There is no rank to give each sum back to. Their mean gives the same average, once it is of as many
-        # micro-batches as a rank now has in a step.
-        own = sum(windows) / len(windows) * plan.accumulation / saved["accumulation"]
-    state.load_state_dict(saved | {"window_loss": own})
+    # With other ranks there is nobody to give each sum back to; their mean gives the same average.
+    own = windows[runtime.rank] if len(windows) == runtime.world_size else sum(windows) / len(windows)
+    # As if it were of as many micro-batches as a rank now has in a step.
+    state.load_state_dict(saved | {"window_loss": own * (plan.accumulation / saved["accumulation"])})

@@ -1,7 +1,9 @@
 """The records of a run, made by rank zero: W&B, metrics.jsonl and result.json."""
 
 import contextlib
+import errno
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,9 +55,13 @@ class MetricsFile(GeneralTracker):
     def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
         """Append the numbers among `values`. A full disk costs the line and one warning, not the run."""
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and k != STEP_AXIS}
+        line = (json.dumps({"step": step, **numbers}) + "\n").encode()
         try:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, **numbers}) + "\n")
+            with self.path.open("ab", buffering=0) as file:
+                end = file.tell()
+                if file.write(line) < len(line):
+                    file.truncate(end)  # half a line would spoil the next one too
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             if not self._complained:
                 print(f"WARNING: {self.path} can't be written: {error}", flush=True)
