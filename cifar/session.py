@@ -113,7 +113,7 @@ class Session:
     def on_log(self, point: LogPoint) -> None:
         """Record and print a log point."""
         self._console.on_log(point)
-        self._tracking.log_train(point)
+        self._tracking.log_train(point, test_follows=point.batch == self._plan.steps_per_epoch or self.finished)
 
     def on_step(self) -> bool:
         """Move the progress bar; True, on all ranks after the same step, once one of them was asked to stop."""

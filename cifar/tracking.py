@@ -8,53 +8,43 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from accelerate.tracking import GeneralTracker, on_main_process
-
 from cifar.config import TrainConfig
 from cifar.data import CLASSES, Data
 from cifar.evaluation import Evaluation
 from cifar.loop import LogPoint
 from cifar.run import write_atomically
 from cifar.runtime import Runtime
-from cifar.wandb_run import STEP_AXIS, first_line, lay_out, pictures, start_wandb
-
-# accelerate logs through trackers of its own kind, to which any of its others (TensorBoard, MLflow, ...) can be added.
+from cifar.wandb_run import STEP_AXIS, finish, first_line, lay_out, pictures, replay, start_wandb
 
 
-class MetricsFile(GeneralTracker):
+class MetricsFile:
     """`metrics.jsonl`: a JSON object per line, with the step and the numbers logged at it."""
 
-    name = "metrics.jsonl"
-    requires_logging_directory = False
-
     def __init__(self, path: Path) -> None:
-        super().__init__()
         self.path = path
         self._complained = False
 
-    @on_main_process
-    def keep_until(self, step: int) -> None:
-        """Drop the lines after `step`, which a resumed run is about to write again, and any that is cut short."""
-        if self.path.exists():
-            kept = []
-            for line in self.path.read_text().splitlines():
-                with contextlib.suppress(ValueError):
-                    kept += [line + "\n"] if json.loads(line)["step"] <= step else []
-            write_atomically(self.path, lambda file: file.write("".join(kept).encode()))
+    def keep_until(self, step: int) -> list[dict[str, Any]]:
+        """Drop the lines after `step`, which a resumed run is about to write again, and any that is cut short.
 
-    @property
-    def tracker(self) -> Path:
-        """The file."""
-        return self.path
+        Returns:
+            What the lines that are kept hold.
+        """
+        if not self.path.exists():
+            return []
+        kept, rows = [], []
+        for line in self.path.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                if row["step"] <= step:
+                    kept.append(line + "\n")
+                    rows.append(row)
+        write_atomically(self.path, lambda file: file.write("".join(kept).encode()))
+        return rows
 
-    @on_main_process
-    def store_init_configuration(self, values: dict[str, Any]) -> None:
-        """Nothing: the run folder holds config.json."""
-
-    @on_main_process
-    def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+    def log(self, step: int, values: dict[str, Any]) -> None:
         """Append the numbers among `values`. A full disk costs the line and one warning, not the run."""
-        numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and k != STEP_AXIS}
+        numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
         line = (json.dumps({"step": step, **numbers}) + "\n").encode()
         try:
             with self.path.open("ab", buffering=0) as file:
@@ -78,8 +68,10 @@ class Tracking:
         self._accelerator = runtime.accelerator
         self._runtime, self._data = runtime, data
         self.metrics = MetricsFile(run_dir / "metrics.jsonl")
-        self._accelerator.trackers = [self.metrics]
-        self.metrics.keep_until(step)
+        # accelerate logs through trackers of its own kind; others of them (TensorBoard, MLflow, ...) can be added here.
+        self._accelerator.trackers = []
+        recorded = self.metrics.keep_until(step) if runtime.is_main else []
+        self._held: dict[str, Any] = {}
         self._wandb = start_wandb(config, runtime, run_dir)
         self._started = self._wandb is not None
         if self._wandb is not None:
@@ -87,6 +79,7 @@ class Tracking:
             with self._surviving_wandb():
                 self._wandb.store_init_configuration(config.to_json() | facts)
                 lay_out(self._wandb.tracker)
+                replay(self._wandb.tracker, recorded, run_dir)
 
     def describe(self) -> str:
         """Where W&B's record goes, for the banner."""
@@ -97,22 +90,21 @@ class Tracking:
             return "no record"
         return f"offline, upload with: wandb sync {Path(run.dir).parent}" if run.offline else str(run.url)
 
-    def log_train(self, point: LogPoint) -> None:
-        """Record a log point."""
-        self._log(
-            point.step,
-            {
-                "epoch": point.epoch,
-                "train/loss": point.loss,
-                "train/lr": point.lr,
-                "train/images_per_second": point.images_per_second,
-            },
-        )
+    def log_train(self, point: LogPoint, test_follows: bool = False) -> None:
+        """Record a log point, after whose step an evaluation may be recorded, too."""
+        values = {
+            "epoch": point.epoch,
+            "train/loss": point.loss,
+            "train/lr": point.lr,
+            "train/images_per_second": point.images_per_second,
+        }
+        self._log(point.step, values, hold=test_follows)
 
     def log_test(self, step: int, epoch: int, test: Evaluation) -> None:
         """Record an evaluation."""
         classes = {f"test_class/{name}": x for name, x in zip(CLASSES, test.class_accuracies(), strict=True)}
-        self._log(step, {"epoch": epoch, "test/loss": test.loss, "test/accuracy": test.accuracy, **classes})
+        values = {"epoch": epoch, "test/loss": test.loss, "test/accuracy": test.accuracy, **classes}
+        self._log(step, values)
 
     def finish(self, step: int, result: dict[str, Any], test: Evaluation) -> None:
         """Record the end of the run in W&B: the result, the confusion matrix and the wrong images."""
@@ -121,14 +113,14 @@ class Tracking:
                 run = self._wandb.tracker
                 # The pictures first, so that the table's are the same files.
                 for name, value in pictures(self._data, test).items():
-                    run.log({name: value}, step=step)
+                    run.log({name: value}, step=max(step, run.step))  # an earlier start may have ended that row
                 run.summary.update(result)
 
     def close(self, exit_code: int = 0, preempting: bool = False) -> None:
-        """Finish the W&B run; waits for its server no longer than half a minute."""
+        """Finish the W&B run; waits for its server no longer than half a minute, or 4 seconds after a failure."""
         with self._surviving_wandb():
             if self._wandb is not None:
-                self._wandb.tracker.finish(exit_code=exit_code)
+                finish(self._wandb.tracker, exit_code, preempting)
         if self._started:
             # What W&B would do when Python ends, but then with a traceback, should its process have been killed.
             with contextlib.suppress(Exception):
@@ -136,9 +128,16 @@ class Tracking:
 
                 wandb.teardown()
 
-    def _log(self, step: int, values: dict[str, Any]) -> None:
-        with self._surviving_wandb():
-            self._accelerator.log({STEP_AXIS: step, **values}, step=step)
+    def _log(self, step: int, values: dict[str, Any], hold: bool = False) -> None:
+        if not self._runtime.is_main:
+            return
+        self.metrics.log(step, values)
+        # W&B takes one row per step. Were the run killed before the rest is there, half a row would be all it ever got.
+        self._held |= values
+        if not hold:
+            with self._surviving_wandb():
+                self._accelerator.log({STEP_AXIS: step, **self._held}, step=step)
+            self._held = {}
 
     @contextlib.contextmanager
     def _surviving_wandb(self) -> Iterator[None]:

@@ -1,22 +1,28 @@
 """The W&B run: started whatever W&B's state, readable without touching the dashboard."""
 
+import contextlib
 import logging
 import os
 import shutil
+import threading
+import uuid
 from pathlib import Path
 from typing import Any
 
+import psutil
 from accelerate.tracking import WandBTracker
 
 from cifar.config import TrainConfig
 from cifar.data import CLASSES, Data
 from cifar.evaluation import Evaluation
+from cifar.run import write_atomically
 from cifar.runtime import Runtime
 
 PROJECT = "cifar-ddp"
 STEP_AXIS = "trainer/step"  # what the charts of training are drawn over
 _INIT_SECONDS = 8  # a W&B server that hasn't answered by then is done without
 _FINISH_SECONDS = 30  # nor does the program wait longer than this for the last upload
+_HURRY_SECONDS = 4  # or than this where it has been told to stop, or has failed: torchrun is waiting for it
 _WRONG_IMAGES = 32
 
 
@@ -50,7 +56,10 @@ def start_wandb(config: TrainConfig, runtime: Runtime, run_dir: Path) -> WandBTr
         settings = wandb.Settings(
             silent=True, console="off", init_timeout=_INIT_SECONDS, finish_timeout=_FINISH_SECONDS
         )
-        tracker = WandBTracker(PROJECT, dir=str(run_dir), name=run_dir.name, mode=mode, settings=settings)
+        resume = {"resume": "allow"} if mode == "online" else {}  # W&B can't resume without its server: see replay
+        tracker = WandBTracker(
+            PROJECT, dir=str(run_dir), name=run_dir.name, id=own_id, mode=mode, settings=settings, **resume
+        )
         tracker.start()
         return tracker
 
@@ -59,7 +68,9 @@ def start_wandb(config: TrainConfig, runtime: Runtime, run_dir: Path) -> WandBTr
         wanted = wandb.Settings(silent=True)
         if config.wandb != "auto":
             wanted.mode = config.wandb
-        mode = wandb.setup(wanted).settings.mode
+        setup = wandb.setup(wanted).settings
+        mode = setup.mode
+        own_id = None if mode == "disabled" else _run_id(run_dir, setup.run_id or uuid.uuid4().hex[:8])
         before = set(run_dir.glob("wandb/run-*"))
         try:
             return start(mode)
@@ -73,6 +84,68 @@ def start_wandb(config: TrainConfig, runtime: Runtime, run_dir: Path) -> WandBTr
     except Exception as error:
         runtime.say(f"WARNING: no W&B record: {first_line(error)}")
         return None
+
+
+def _run_id(run_dir: Path, fresh: str) -> str:
+    """The id of this folder's W&B run: one and the same over restarts and resumes, `fresh` for a new run."""
+    path = run_dir / "wandb" / "run-id.txt"
+    with contextlib.suppress(OSError):
+        if own := path.read_text().strip():
+            return own
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, lambda file: file.write(f"{fresh}\n".encode()))
+    return fresh
+
+
+def replay(run: Any, rows: list[dict[str, Any]], run_dir: Path) -> None:
+    """Give W&B what a resumed run has recorded before, as far as W&B hasn't got it.
+
+    A server that was reached again says where its record ends, and W&B passes over steps before that. An offline
+    record can't be continued, so each one is complete from the first step, and `wandb sync` needs the last one only;
+    those before it move to wandb/superseded/.
+
+    Args:
+        rows: the lines of metrics.jsonl up to the step at which the run goes on, in order.
+    """
+    for row in rows:
+        if row["step"] >= run.step:
+            numbers = {name: value for name, value in row.items() if name != "step"}
+            run.log({STEP_AXIS: row["step"], **numbers}, step=row["step"])
+    if run.offline and not run.disabled:
+        current, superseded = Path(run.dir).parent, run_dir / "wandb" / "superseded"
+        for old in (run_dir / "wandb").glob("offline-run-*"):
+            if old.name != current.name:
+                superseded.mkdir(exist_ok=True)
+                old.rename(superseded / old.name)
+
+
+def finish(run: Any, exit_code: int, preempting: bool) -> None:
+    """End W&B's record. If the program is in a hurry, an upload that a server holds up is left to `wandb sync`.
+
+    Args:
+        exit_code: of the run; with any but 0, the program is in a hurry.
+        preempting: the run was told to stop, and is to be resumed.
+    """
+    failures = []
+
+    def end() -> None:
+        try:
+            if preempting:
+                run.mark_preempting()
+            run.finish(exit_code=exit_code)
+        except Exception as error:
+            failures.append(error)
+
+    ending = threading.Thread(target=end, name="wandb-finish", daemon=True)
+    ending.start()
+    ending.join(_HURRY_SECONDS if exit_code else None)
+    if ending.is_alive():
+        # All is in the file by now; W&B's process would go on trying to send it.
+        for process in psutil.Process().children():
+            if process.name().startswith("wandb-core"):
+                process.kill()
+    elif failures:
+        raise failures[0]
 
 
 def lay_out(run: Any) -> None:

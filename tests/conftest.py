@@ -45,3 +45,18 @@ def _no_wandb_account(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", os.devnull)
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """W&B as in a new process, without an account and without a server."""
+    import wandb
+
+    from tests.wandb_server import NOWHERE
+
+    for name, value in NOWHERE.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WANDB_DATA_DIR", os.devnull)
+    wandb.teardown()
+    yield wandb
+    wandb.teardown()

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import types
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,23 +20,7 @@ from cifar.data import CLASSES, Data, DeviceImages
 from cifar.evaluation import Evaluation
 from cifar.loop import LogPoint
 from tests.processes import clean_environment, records, result, run, train
-
-KEY = "a" * 40
-# Whatever W&B sends while tests run goes to a port at which nobody listens.
-NOWHERE: dict[str, Any] = {"WANDB_BASE_URL": "http://127.0.0.1:1", "WANDB_ERROR_REPORTING": "false"}
-
-
-def read_back(folder):
-    """The records of the .wandb file in `folder`, as `wandb leet inspect` reads them, by type."""
-    (path,) = folder.glob("*.wandb")
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", path]
-    done = run(command, folder, WANDB_MODE="offline", **NOWHERE)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, list] = {}
-    for line in done.stdout.splitlines():
-        record = json.loads(line)
-        found.setdefault(record["type"], []).append(record.get(record["type"]))
-    return found
+from tests.wandb_server import KEY, NOWHERE, read_back
 
 
 def flat(found, kind, part):
@@ -164,19 +147,6 @@ def test_the_wrong_images_are_recorded_with_their_pictures(recorded, synthetic):
     copies = [Path(entry["local_path"]) for entry in artifact["manifest"]["contents"]]
     assert len(copies) == 32 + 1
     assert all(copy.is_file() and copy.is_relative_to(run_dir.resolve()) for copy in copies)
-
-
-@pytest.fixture
-def wandb(monkeypatch):
-    """W&B as in a new process, without an account and without a server."""
-    import wandb
-
-    for name, value in NOWHERE.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("WANDB_DATA_DIR", os.devnull)
-    wandb.teardown()
-    yield wandb
-    wandb.teardown()
 
 
 def start(runtime, folder, choice):
@@ -360,7 +330,7 @@ def test_a_resumed_run_drops_the_lines_it_will_write_again(tmp_path, runtime):
     metrics.keep_until(5)
     assert not metrics.path.exists()
     for step in (2, 4, 6):
-        metrics.log({"train/loss": 1.5, "picture": object()}, step=step)
+        metrics.log(step, {"train/loss": 1.5, "picture": object()})
     with metrics.path.open("a") as file:
         file.write('{"step": 3, "train')  # the disk was full
     metrics.keep_until(4)
@@ -372,5 +342,5 @@ def test_a_resumed_run_drops_the_lines_it_will_write_again(tmp_path, runtime):
 def test_metrics_that_cannot_be_written_cost_one_warning(tmp_path, runtime, capsys):
     metrics = tracking.MetricsFile(tmp_path / "missing" / "metrics.jsonl")
     for step in (1, 2):
-        metrics.log({"x": 1}, step=step)
+        metrics.log(step, {"x": 1})
     assert capsys.readouterr().out.count("WARNING") == 1

@@ -5,13 +5,33 @@ which the client posts lines of wandb-history.jsonl and of other files together 
 """
 
 import json
+import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any
 
+from tests.processes import run
+
+KEY = "a" * 40
+# Whatever W&B sends while tests run goes to a port at which nobody listens.
+NOWHERE: dict[str, Any] = {"WANDB_BASE_URL": "http://127.0.0.1:1", "WANDB_ERROR_REPORTING": "false"}
+
 HISTORY, EVENTS, OUTPUT, SUMMARY = "wandb-history.jsonl", "wandb-events.jsonl", "output.log", "wandb-summary.json"
+
+
+def read_back(folder):
+    """The records of the .wandb file in `folder`, as `wandb leet inspect` reads them, by type."""
+    (path,) = folder.glob("*.wandb")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", path]
+    done = run(command, folder, WANDB_MODE="offline", **NOWHERE)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, list] = {}
+    for line in done.stdout.splitlines():
+        record = json.loads(line)
+        found.setdefault(record["type"], []).append(record.get(record["type"]))
+    return found
 
 
 @dataclass
@@ -122,7 +142,7 @@ class WandbServer:
                 if path == "/graphql":
                     asked = json.loads(request)
                     self.asked.append(asked["operationName"])
-                    return self._graphql(asked["operationName"], asked["variables"])
+                    return self._graphql(asked["operationName"], asked.get("variables", {}))
                 if path.endswith("/file_stream"):
                     self.asked.append("file_stream")
                     self.runs[path.split("/")[-2]].stream(json.loads(request))
