@@ -14,7 +14,7 @@ from cifar.evaluation import Evaluation
 from cifar.loop import LogPoint
 from cifar.run import write_atomically
 from cifar.runtime import Runtime
-from cifar.wandb_run import STEP_AXIS, finish, first_line, lay_out, pictures, replay, start_wandb
+from cifar.wandb_run import STEP_AXIS, end_wandb, finish, first_line, lay_out, pictures, replay, start_wandb
 
 
 class MetricsFile:
@@ -122,11 +122,7 @@ class Tracking:
             if self._wandb is not None:
                 finish(self._wandb.tracker, exit_code, preempting)
         if self._started:
-            # What W&B would do when Python ends, but then with a traceback, should its process have been killed.
-            with contextlib.suppress(Exception):
-                import wandb
-
-                wandb.teardown()
+            end_wandb()
 
     def _log(self, step: int, values: dict[str, Any], hold: bool = False) -> None:
         if not self._runtime.is_main:

@@ -23,6 +23,7 @@ STEP_AXIS = "trainer/step"  # what the charts of training are drawn over
 _INIT_SECONDS = 8  # a W&B server that hasn't answered by then is done without
 _FINISH_SECONDS = 30  # nor does the program wait longer than this for the last upload
 _HURRY_SECONDS = 4  # or than this where it has been told to stop, or has failed: torchrun is waiting for it
+_FLUSH_SECONDS = 1  # what W&B keeps in memory between two writes to its file; by default 15
 _WRONG_IMAGES = 32
 
 
@@ -56,6 +57,8 @@ def start_wandb(config: TrainConfig, runtime: Runtime, run_dir: Path) -> WandBTr
         settings = wandb.Settings(
             silent=True, console="off", init_timeout=_INIT_SECONDS, finish_timeout=_FINISH_SECONDS
         )
+        if hasattr(settings, "x_transaction_log_flush_interval"):
+            settings.x_transaction_log_flush_interval = _FLUSH_SECONDS
         resume = {"resume": "allow"} if mode == "online" else {}  # W&B can't resume without its server: see replay
         tracker = WandBTracker(
             PROJECT, dir=str(run_dir), name=run_dir.name, id=own_id, mode=mode, settings=settings, **resume
@@ -80,6 +83,8 @@ def start_wandb(config: TrainConfig, runtime: Runtime, run_dir: Path) -> WandBTr
             runtime.say(f"WARNING: W&B can't be reached, recording offline: {first_line(error)}")
             for attempt in set(run_dir.glob("wandb/run-*")) - before:
                 shutil.rmtree(attempt, ignore_errors=True)  # empty, and `wandb sync` would upload it as a run
+            end_wandb(kill=True)  # it would hold the run's id
+            wandb.setup(wanted)
             return start("offline")
     except Exception as error:
         runtime.say(f"WARNING: no W&B record: {first_line(error)}")
@@ -88,7 +93,7 @@ def start_wandb(config: TrainConfig, runtime: Runtime, run_dir: Path) -> WandBTr
 
 def _run_id(run_dir: Path, fresh: str) -> str:
     """The id of this folder's W&B run: one and the same over restarts and resumes, `fresh` for a new run."""
-    path = run_dir / "wandb" / "run-id.txt"
+    path = run_dir / "wandb" / "id.txt"
     with contextlib.suppress(OSError):
         if own := path.read_text().strip():
             return own
@@ -140,12 +145,24 @@ def finish(run: Any, exit_code: int, preempting: bool) -> None:
     ending.start()
     ending.join(_HURRY_SECONDS if exit_code else None)
     if ending.is_alive():
-        # All is in the file by now; W&B's process would go on trying to send it.
+        end_wandb(kill=True)  # all is in the file by now (_FLUSH_SECONDS)
+    elif failures:
+        raise failures[0]
+
+
+def end_wandb(kill: bool = False) -> None:
+    """End W&B's process; with `kill` at once, for it would go on trying to reach its server.
+
+    It would end with Python anyhow, but with a traceback, should it have been killed.
+    """
+    import wandb
+
+    if kill:
         for process in psutil.Process().children():
             if process.name().startswith("wandb-core"):
                 process.kill()
-    elif failures:
-        raise failures[0]
+    with contextlib.suppress(Exception, SystemExit):  # W&B exits Python with its process's status
+        wandb.teardown()
 
 
 def lay_out(run: Any) -> None:

@@ -20,4 +20,6 @@ nproc=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_coun
 if [[ "$nproc" == 1 ]]; then
     exec "$python" "$root/train_ddp.py" "$@"
 fi
-exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$nproc" "$root/train_ddp.py" "$@"
+# SIGUSR1, too, is for torchrun to pass on: by default it would only kill torchrun.
+exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$nproc" \
+    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 "$root/train_ddp.py" "$@"

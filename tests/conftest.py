@@ -5,6 +5,7 @@ import os
 # Before torch is imported: two busily waiting threads in each of several test processes would starve one another.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,8 @@ def wandb(monkeypatch):
 
     from tests.wandb_server import NOWHERE
 
+    for hooked in ("exit", "excepthook"):  # W&B wraps them anew in each of its lives
+        monkeypatch.setattr(sys, hooked, getattr(sys, hooked))
     for name, value in NOWHERE.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WANDB_DATA_DIR", os.devnull)

@@ -122,15 +122,6 @@ class WandbServer:
             self._http.shutdown()
             self._http.server_close()
 
-    def wait_for(self, run_id: str, step: int, seconds: float = 20) -> ServedRun:
-        """The run, once the row of `step` has arrived."""
-        with self._changed:
-            arrived = self._changed.wait_for(
-                lambda: run_id in self.runs and step in [row["_step"] for row in self.runs[run_id].history], seconds
-            )
-        assert arrived, f"no row of step {step} within {seconds} s; asked for: {self.asked}"
-        return self.runs[run_id]
-
     def answer(self, path: str, request: bytes) -> dict[str, Any] | None:
         """The answer to a request, or None for none."""
         if self._silent.is_set():

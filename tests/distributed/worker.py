@@ -1,5 +1,7 @@
 """What two ranks find out together; started by test_ranks.py under torchrun. A failed assertion fails the run."""
 
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,6 +16,7 @@ from cifar.loop import TrainState, train_step
 from cifar.nets import build_net
 from cifar.optim import build_optimizer
 from cifar.runtime import Runtime
+from cifar.signals import StopAgreement, StopRequest
 
 
 def main() -> None:
@@ -27,6 +30,7 @@ def main() -> None:
     gives_every_rank_rank_zeros_weights(runtime)
     evaluates_with_rank_zeros_buffers(runtime, data)
     shares_mistakes_and_values(runtime)
+    stops_after_the_same_step(runtime)
     runtime.say("all is well")
     runtime.close()
     assert not dist.is_initialized()
@@ -97,6 +101,22 @@ def shares_mistakes_and_values(runtime):
     assert runtime.from_main("zero" if runtime.is_main else None) == "zero"
     with pytest.raises(UserError, match="only rank one noticed"), runtime.together():  # on both
         raise_on_rank_one(runtime)
+
+
+def stops_after_the_same_step(runtime):
+    request = StopRequest(runtime.launch)  # not begun: nothing but this test asks
+    agreement = StopAgreement(runtime, request)
+    stopped = None
+    for step in range(1, 2000):
+        time.sleep(0.001 * (1 + runtime.rank))  # ranks that aren't in step by themselves
+        if step == 500 and runtime.rank == 1:
+            request.name = "SIGTERM"
+        if agreement.after_step():
+            stopped = step
+            break
+    assert stopped is not None
+    assert stopped > 500
+    assert len(set(runtime.gather(stopped))) == 1
 
 
 def raise_on_rank_one(runtime):
