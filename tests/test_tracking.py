@@ -285,6 +285,7 @@ def test_a_wandb_that_fails_in_the_middle_costs_one_warning(tracked, tmp_path, m
     def fail(*_, **__):
         raise BrokenPipeError("its process was killed\nsecond line")
 
+    tracked._wandb.run.finish()  # or it would be there in the next test
     monkeypatch.setattr(tracked._wandb, "run", types.SimpleNamespace(log=fail, disabled=False))
     capsys.readouterr()
     for step in (1, 2):
