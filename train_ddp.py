@@ -35,15 +35,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # 2. Define the net. DistributedDataParallel hands rank zero's weights to all and averages gradients.
     torch.manual_seed(config.seed)
-    net = nets.build_net(config.model)
+    net = nets.build_net(config.model, data.normalize(images.train.images[:5000].cpu()))
     model = runtime.wrap(net, config.compile)
 
     if config.evaluate is not None:
         checkpoint.load_net(net, checkpoint.read_checkpoint(config.evaluate), config.model, config.evaluate)
-        console.print_test(runtime, images, evaluation.evaluate(net, test_loader, runtime))
+        views = evaluation.evaluate(net, test_loader, runtime, config.tta) if config.tta != "none" else None
+        console.print_test(runtime, images, evaluation.evaluate(net, test_loader, runtime), views)
         return runtime.close()
 
-    optimizer = optim.build_optimizer(net.parameters(), config)
+    optimizer = optim.build_optimizer(net, config)
     state = loop.TrainState(net, optimizer, runtime.scaler)
     with session.Session(config, runtime, images, plan, state) as run:
         if run.finished:  # but for its result: it was killed after its last step
@@ -55,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             # 4. Test on the 10,000 images: each counts once, whatever the number of processes.
             test = evaluation.evaluate(net, test_loader, runtime)
             run.end_epoch(test)
-        run.finish(test)
+        views = evaluation.evaluate(net, test_loader, runtime, config.tta) if config.tta != "none" else None
+        run.finish(test, views)
     runtime.close()
 
 

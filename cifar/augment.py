@@ -6,34 +6,56 @@ from torch import Tensor
 
 from cifar.seeds import generator
 
-PADDING = 4
-
 
 class CropFlip:
-    """A random crop with padding 4, then a horizontal flip for one image in two.
+    """A random crop, then a horizontal flip for one image in two, then perhaps a blank square (cutout).
 
     The draws of an epoch are a table with a row for every training image, computed from (seed, epoch) alone:
     whichever rank meets an image, in whichever micro-batch, does the same to it.
     """
 
-    def __init__(self, size: int, seed: int, device: torch.device) -> None:
-        """`size` is the number of training images."""
+    def __init__(
+        self, size: int, seed: int, device: torch.device, padding: int = 4, alternate: bool = False, cutout: int = 0
+    ) -> None:
+        """Draw the table of the first epoch.
+
+        Args:
+            size: the number of training images.
+            padding: pixels by which an image may move.
+            alternate: flip the other half of the images in every other epoch, so that two epochs show each image
+                both ways (arXiv 2404.00498, section 3.6), and mirror what is beyond the edges instead of black.
+            cutout: side of the blank square, clipped at the edges; 0 for none.
+        """
         self._size, self._seed, self._device = size, seed, device
+        self._padding, self._alternate, self._cutout = padding, alternate, cutout
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the table of `epoch`."""
         draws = generator(self._seed, "augment", epoch)
-        shifts = torch.randint(0, 2 * PADDING + 1, (2, self._size), generator=draws)
+        shifts = torch.randint(0, 2 * self._padding + 1, (2, self._size), generator=draws)
         flips = torch.randint(0, 2, (self._size,), generator=draws, dtype=torch.bool)
+        self._centers = torch.randint(0, 32, (2, self._size), generator=draws).to(self._device)
+        if self._alternate:
+            first = generator(self._seed, "flip")
+            flips = torch.randint(0, 2, (self._size,), generator=first, dtype=torch.bool) ^ (epoch % 2 == 1)
         self._rows, self._columns = shifts.to(self._device)
         self._flips = flips.to(self._device)
 
     def __call__(self, images: Tensor, indices: Tensor) -> Tensor:
         """Augment `images`, uint8 [batch, 3, 32, 32], which are those with `indices`, int64 [batch]."""
         height, width = images.shape[2:]
-        padded = F.pad(images, (PADDING,) * 4)
+        mode = "reflect" if self._alternate else "constant"
+        padded = F.pad(images, (self._padding,) * 4, mode)
         windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # every crop there is: [batch, 3, 9, 9, 32, 32]
         each = torch.arange(len(images), device=images.device)
         cropped = windows[each, :, self._rows[indices], self._columns[indices]]
-        return torch.where(self._flips[indices, None, None, None], cropped.flip(3), cropped)
+        flipped = torch.where(self._flips[indices, None, None, None], cropped.flip(3), cropped)
+        return flipped if self._cutout == 0 else self._blank(flipped, indices)
+
+    def _blank(self, images: Tensor, indices: Tensor) -> Tensor:
+        place = torch.arange(images.shape[3], device=images.device)
+        first = self._centers[:, indices, None] - self._cutout // 2
+        rows, columns = (place >= first) & (place < first + self._cutout)
+        gray = images.new_full((), 128)  # about zero after normalization
+        return torch.where((rows[:, None, :, None] & columns[:, None, None, :]), gray, images)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from cifar.config import TrainConfig
 from cifar.errors import UserError
+from cifar.recipes import RECIPES
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,18 @@ class BatchPlan:
     def make(cls, config: TrainConfig, world_size: int, train_size: int) -> "BatchPlan":
         """The plan for `train_size` training images.
 
-        A resumed run keeps its global batch on any number of processes: where the local batch doesn't fit, the
-        largest smaller one that does is taken.
+        A resumed run keeps its global batch on any number of processes, and so does a recipe that states one (but for
+        what doesn't divide): where the local batch doesn't fit, the largest smaller one that does is taken.
 
         Raises:
             UserError: the sizes don't divide, or a batch is larger than the training set.
         """
         local = config.local_batch_size
         size = config.global_batch_size or local * world_size
-        if config.resume is not None:
+        own = RECIPES[config.recipe].global_batch_size
+        if own is not None and config.global_batch_size == own:
+            size -= size % world_size  # a recipe that states its global batch runs on any number of processes
+        if config.resume is not None or own is not None:
             local = next((n for n in range(local, 0, -1) if size % (n * world_size) == 0), local)
         unit = local * world_size
         if size % unit:
@@ -77,14 +81,16 @@ def base_learning_rate(config: TrainConfig, plan: BatchPlan) -> float:
 def learning_rate(config: TrainConfig, plan: BatchPlan, step: int) -> float:
     """The learning rate of optimizer step `step` (from 0): a function of the step, with no state to save.
 
-    "cosine" is Loshchilov & Hutter 2017 (arXiv 1608.03983) without restarts; the warm-up is that of Goyal et al.,
-    which large batches need for their scaled rates.
+    "cosine" is Loshchilov & Hutter 2017 (arXiv 1608.03983) without restarts, "linear" a straight line to zero; the
+    warm-up is that of Goyal et al., which large batches need for their scaled rates.
     """
     lr = base_learning_rate(config, plan)
     if config.warmup_epochs:
         lr *= min(1.0, (step + 1) / (config.warmup_epochs * plan.steps_per_epoch))
     if config.schedule == "cosine":
         lr *= (1 + math.cos(math.pi * step / plan.total_steps(config))) / 2
+    elif config.schedule == "linear":
+        lr *= 1 - step / plan.total_steps(config)
     return lr
 
 

@@ -29,7 +29,7 @@ class TrainConfig(Recipe):
     """Train a net on CIFAR-10 in one process or, under torchrun, in many."""
 
     recipe: str = "tutorial"
-    """The named set of defaults: tutorial or wide."""
+    """The named set of defaults: tutorial, wide, net-fast, resnet18, speed94 or speed96."""
     dataset: Literal["auto", "cifar10", "synthetic"] = "auto"
     """auto: CIFAR-10 if it is on disk or can be fetched, else the built-in stand-in, with a warning."""
     data_dir: Path = Path("data")
@@ -38,16 +38,14 @@ class TrainConfig(Recipe):
     """URL of cifar-10-python.tar.gz to try before the built-in sources."""
     max_steps: int | None = None
     """End training after this many optimizer steps; evaluation and records follow as usual."""
-    global_batch_size: int | None = None
-    """Images that one optimizer step sees (default: local batch x world size); more accumulates gradients."""
-    lr_scaling: Literal["linear", "none"] = "linear"
-    """linear: lr x global batch / the recipe's own global batch (Goyal et al. 2017)."""
     seed: int = 0
     """Seed of the weights, the shuffling and the augmentation."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the forward and backward pass; the weights stay fp32."""
     compile: bool = False
     """Compile the net with torch.compile."""
+    comm_hook: Literal["none", "fp16", "bf16", "powersgd"] = "none"
+    """Compression of the gradients that the processes exchange; under powersgd, resuming isn't bit-exact."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: CUDA if there is a GPU, else MPS in a single process, else the CPU."""
     run_dir: Path | None = None
@@ -78,7 +76,8 @@ class TrainConfig(Recipe):
         if name not in RECIPES:
             raise UserError(f"unknown recipe {name!r}: choose from {', '.join(RECIPES)}")
         recipe = RECIPES[name]
-        fields = dataclasses.asdict(recipe) | {"recipe": name, "lr_batch_size": recipe.local_batch_size}
+        size = recipe.global_batch_size or recipe.local_batch_size
+        fields = dataclasses.asdict(recipe) | {"recipe": name, "lr_batch_size": size}
         return cls(**(fields | changes))
 
     def check(self) -> None:
@@ -101,8 +100,18 @@ class TrainConfig(Recipe):
         # Written so that NaN, which compares false with everything, is refused too.
         if not 0 < self.lr < float("inf"):
             raise UserError(f"--lr is {self.lr}: it must be a number above 0")
-        if not 0 <= self.momentum < 1:
-            raise UserError(f"--momentum is {self.momentum}: it must be at least 0 and below 1")
+        for name in ("momentum", "muon_momentum", "label_smoothing"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise UserError(f"{flag(name)} is {value}: it must be at least 0 and below 1")
+        for name in ("muon_lr", "bias_lr_scale"):
+            value = getattr(self, name)
+            if not 0 < value < float("inf"):
+                raise UserError(f"{flag(name)} is {value}: it must be a number above 0")
+        for name, most in (("crop_padding", 31), ("cutout", 32)):
+            value = getattr(self, name)
+            if not 0 <= value <= most:
+                raise UserError(f"{flag(name)} is {value}: it must be from 0 to {most}")
         if not 0 <= self.weight_decay < float("inf"):
             raise UserError(f"--weight-decay is {self.weight_decay}: it must be at least 0")
         if not 0 <= self.warmup_epochs <= self.epochs:
@@ -145,7 +154,7 @@ def _is_a(value: Any, hint: Any) -> bool:
 # What a resumed run may be told anew; every other flag has to agree with the run's own configuration.
 MAY_CHANGE = frozenset({
     "resume", "epochs", "max_steps", "log_steps", "checkpoint_steps", "keep_checkpoints", "local_batch_size", "timeout",
-    "data_dir", "data_url", "device", "compile", "wandb",
+    "data_dir", "data_url", "device", "compile", "tta", "wandb",
 })  # fmt: skip
 
 

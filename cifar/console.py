@@ -77,11 +77,16 @@ class Console:
             self._bar.close()
 
 
-def print_test(runtime: Runtime, data: Data, test: Evaluation) -> None:
-    """The accuracies in the tutorial's words; whole percents are rounded down, as there."""
+def print_test(runtime: Runtime, data: Data, test: Evaluation, views: Evaluation | None = None) -> None:
+    """The accuracies in the tutorial's words; whole percents are rounded down, as there.
+
+    `views` is the evaluation with test-time augmentation, where there is one.
+    """
     percent = math.floor(100 * test.accuracy)
     runtime.say(f"Accuracy of the network on the {test.total} test images: {percent} %")
     runtime.say(f"({test.correct:,} of {test.total:,} correct, loss {test.loss:.4f})")
+    if views is not None:
+        runtime.say(f"with test-time augmentation: {100 * views.accuracy:.2f} %, without: {100 * test.accuracy:.2f} %")
     for name, accuracy in zip(CLASSES, test.class_accuracies(), strict=True):
         runtime.say(f"Accuracy for class: {name:5s} is {100 * accuracy:.1f} %")
     if data.name == "synthetic":

@@ -18,6 +18,7 @@ from cifar.synthetic import make_synthetic
 
 CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 EVAL_BATCH_SIZE = 1000
+PREPARED = 1024  # images that are gathered, augmented and normalized at once: for small batches that costs most
 
 
 class DeviceImages(Dataset[tuple[Tensor, Tensor]]):
@@ -29,9 +30,12 @@ class DeviceImages(Dataset[tuple[Tensor, Tensor]]):
         augment: applied to every batch before normalization, or None.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, device: torch.device) -> None:
+    def __init__(
+        self, images: Tensor, labels: Tensor, device: torch.device, layout: torch.memory_format = torch.channels_last
+    ) -> None:
         self.images, self.labels = images.to(device), labels.to(device)
         self.augment: CropFlip | None = None
+        self._layout = layout
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -41,7 +45,7 @@ class DeviceImages(Dataset[tuple[Tensor, Tensor]]):
         images = self.images[indices]
         if self.augment is not None:
             images = self.augment(images, indices)
-        return normalize(images), self.labels[indices]
+        return normalize(images.contiguous(memory_format=self._layout)), self.labels[indices]
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -52,24 +56,27 @@ def normalize(images: Tensor) -> Tensor:
 class BatchedDistributedSampler(DistributedSampler[Tensor]):
     """torch's DistributedSampler, whose items are the indices of whole micro-batches: int64 [batch], on the device.
 
-    The ranks' k-th micro-batches together are the k-th slice of one permutation, whatever the world size.
+    The ranks' k-th micro-batches together are the k-th slice of one permutation, whatever the world size. An item may
+    be those of `together` micro-batches, one after the other.
     """
 
     def __init__(self, dataset: DeviceImages, rank: int, world_size: int, batch_size: int, seed: int) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, seed=derive_seed(seed, "shuffle"), drop_last=True)
         self.batch_size = batch_size
         self.first = 0
+        self.together = 1
         self.device = dataset.labels.device
 
     def __len__(self) -> int:
-        return self.num_samples // self.batch_size
+        return self.num_samples // self.batch_size  # micro-batches
 
     def __iter__(self) -> Iterator[Tensor]:
         # What DistributedSampler.__iter__ computes, without making a Python list of 50,000 numbers.
         draws = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(len(self.dataset), generator=draws)  # type: ignore[arg-type]
         own = order[self.rank : self.total_size : self.num_replicas].to(self.device)
-        yield from own.split(self.batch_size)[self.first : len(self)]
+        own = own[self.first * self.batch_size : len(self) * self.batch_size]
+        yield from own.split(self.together * self.batch_size) if len(own) else ()
 
 
 class TrainLoader(DataLoader[Any]):
@@ -81,6 +88,12 @@ class TrainLoader(DataLoader[Any]):
     def __init__(self, dataset: DeviceImages, plan: BatchPlan, rank: int, seed: int) -> None:
         sampler = BatchedDistributedSampler(dataset, rank, plan.world_size, plan.local_batch_size, seed)
         super().__init__(dataset, batch_size=None, sampler=sampler)
+        sampler.together = max(1, PREPARED // plan.local_batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
+        size = self.sampler.batch_size
+        for images, labels in super().__iter__():
+            yield from zip(images.split(size), labels.split(size), strict=True)
 
     def set_epoch(self, epoch: int, first: int = 0) -> None:
         """Choose the epoch's permutation and augmentation, and begin at its micro-batch `first`."""
@@ -138,7 +151,11 @@ def load_data(config: TrainConfig, runtime: Runtime) -> Data:
         with runtime.together():
             name, (train, test) = "cifar10", load_cifar10(config.data_dir)
 
-    data = Data(name, DeviceImages(*train, runtime.device), DeviceImages(*test, runtime.device))
-    if config.augment == "crop-flip":
-        data.train.augment = CropFlip(len(data.train), config.seed, runtime.device)
+    device, layout = runtime.device, runtime.layout
+    data = Data(name, DeviceImages(*train, device, layout), DeviceImages(*test, device, layout))
+    if config.augment != "none":
+        alternate = config.augment == "crop-altflip"
+        data.train.augment = CropFlip(
+            len(data.train), config.seed, device, config.crop_padding, alternate, config.cutout
+        )
     return data

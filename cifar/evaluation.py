@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from cifar.data import EvalLoader
 from cifar.runtime import Runtime
+from cifar.tta import augmented_scores
 
 _FIXED_POINT = 2**20  # units of loss and confidence: fine enough for six decimals
 _MAX_LOSS = 2**22  # of one image: ten thousand of them stay below 2**63 units
@@ -60,8 +61,10 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(net: nn.Module, loader: EvalLoader, runtime: Runtime) -> Evaluation:
+def evaluate(net: nn.Module, loader: EvalLoader, runtime: Runtime, tta: str = "none") -> Evaluation:
     """Test `net`, the bare module, on the images of all ranks' loaders together. Collective: every rank calls it.
+
+    `tta` is the test-time augmentation, "none", "flip" or "crop"; see `cifar.tta`.
 
     Ranks hold uneven shares, so the forward pass must not communicate; DistributedDataParallel would hang here.
     What the one all_reduce adds up is a row of integers for every test image, in fixed point: sums of integers
@@ -76,7 +79,7 @@ def evaluate(net: nn.Module, loader: EvalLoader, runtime: Runtime) -> Evaluation
     test = loader.dataset
     rows = torch.zeros(len(test), 5, dtype=torch.int64, device=runtime.device)
     for indices, (images, labels) in zip(loader.sampler, loader, strict=True):
-        scores = net(images).float()
+        scores = augmented_scores(net, images, tta).float()
         losses = F.cross_entropy(scores, labels, reduction="none")
         confidence, predicted = scores.softmax(1).max(1)
         sound = losses < _MAX_LOSS  # false for NaN, too

@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse_args(argv, prog="python -m cifar.explain")
     if config.precision == "fp16":
         raise UserError("fp16 scales the loss, so that gradients don't look like themselves: use fp32 or bf16")
+    if config.optimizer != "sgd" or config.bias_lr_scale != 1 or config.label_smoothing:
+        raise UserError(f"what is explained here is plain SGD, not the recipe {config.recipe}: use tutorial or wide")
     runtime = Runtime(config)
     data = load_data(config, runtime)
     plan = BatchPlan.make(config, runtime.world_size, len(data.train))
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(config.seed)
     net = build_net(config.model)
     model = runtime.wrap(net)
-    optimizer = build_optimizer(net.parameters(), config)
+    optimizer = build_optimizer(net, config)
     images, labels = next(iter(loader))
 
     explain_forward(net, images, labels, data.name, runtime)
@@ -101,7 +103,7 @@ def explain_backward(model: nn.Module, net: nn.Module, images: Tensor, labels: T
 
 
 def explain_update(
-    net: nn.Module, optimizer: torch.optim.SGD, lr: float, config: TrainConfig, runtime: Runtime
+    net: nn.Module, optimizer: torch.optim.Optimizer, lr: float, config: TrainConfig, runtime: Runtime
 ) -> None:
     """The optimizer reads `.grad` and moves the parameters, which it shares with the net."""
     held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]

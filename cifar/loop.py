@@ -107,24 +107,35 @@ class Observer(Protocol):
 
 
 def forward_backward(
-    model: nn.Module, images: Tensor, labels: Tensor, scaler: torch.amp.GradScaler, share: float
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    scaler: torch.amp.GradScaler,
+    share: float,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """One micro-batch: forward, loss, backward. Gradients are added to what `.grad` already holds.
 
     Args:
         images: float32 [batch, 3, 32, 32]; labels: int64 [batch]; both on the model's device.
         share: this micro-batch's part of the rank's share of the global batch, 1 / accumulation.
+        label_smoothing: share of the target probability that is spread over all classes (arXiv 1512.00567).
 
     Returns:
         The mean cross-entropy of the micro-batch, a detached scalar on the device.
     """
-    loss = F.cross_entropy(model(images), labels)
+    loss = F.cross_entropy(model(images), labels, label_smoothing=label_smoothing)
     scaler.scale(loss * share).backward()
     return loss.detach()
 
 
 def train_step(
-    model: nn.Module, micro_batches: Iterator[Any], state: TrainState, plan: BatchPlan, runtime: Runtime
+    model: nn.Module,
+    micro_batches: Iterator[Any],
+    state: TrainState,
+    config: TrainConfig,
+    plan: BatchPlan,
+    runtime: Runtime,
 ) -> None:
     """One optimizer step over a global batch, of which this rank sees `plan.accumulation` micro-batches.
 
@@ -134,7 +145,9 @@ def train_step(
     for k in range(1, plan.accumulation + 1):
         images, labels = next(micro_batches)
         with nullcontext() if k == plan.accumulation else runtime.accelerator.no_sync(model):
-            state.window_loss += forward_backward(model, images, labels, state.scaler, 1 / plan.accumulation)
+            state.window_loss += forward_backward(
+                model, images, labels, state.scaler, 1 / plan.accumulation, config.label_smoothing
+            )
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.step += 1
@@ -167,7 +180,8 @@ def train_epoch(
     while batch < last:
         lr = learning_rate(config, plan, state.step)
         set_learning_rate(state.optimizer, lr)
-        train_step(model, micro_batches, state, plan, runtime)
+        with runtime.convolutions():
+            train_step(model, micro_batches, state, config, plan, runtime)
         batch += 1
         images += plan.global_batch_size
 

@@ -1,29 +1,44 @@
-"""The optimizer."""
+"""The optimizers."""
 
-from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from cifar.config import TrainConfig
+from cifar.muon import Muon
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.SGD:
-    """SGD with momentum over `parameters`, which it holds by reference: it reads their `.grad` and changes them.
+def build_optimizer(net: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer of the trained parameters of `net`, which it holds by reference: it reads their `.grad`.
 
-    Fused: one kernel updates all parameters, which for a small net is most of what an update costs.
+    Each group's "lr_scale" is what the schedule's learning rate is multiplied by for it.
     """
-    return torch.optim.SGD(
-        parameters,
-        lr=config.lr,  # the loop sets each step's own; see batches.learning_rate
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    sgd: dict[str, Any] = {
+        "lr": config.lr,  # the loop sets each step's own; see batches.learning_rate
+        "momentum": config.momentum,
+        "nesterov": config.nesterov,
+        "weight_decay": config.weight_decay,
+    }
+    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    biases = [parameter for parameter in trained if parameter.ndim == 1 and config.bias_lr_scale != 1]
+    filters = [parameter for parameter in trained if parameter.ndim == 4 and config.optimizer == "muon"]
+    taken = {id(parameter) for parameter in biases + filters}
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter in trained if id(parameter) not in taken], "lr_scale": 1.0},
+        {"params": biases, "lr_scale": config.bias_lr_scale},
+    ]
+    if config.optimizer == "muon":
+        muon = {"orthogonal": True, "momentum": config.muon_momentum, "nesterov": True, "weight_decay": 0.0}
+        groups.append({"params": filters, "lr_scale": config.muon_lr / config.lr, **muon})
+    groups = [group for group in groups if group["params"]]
+    if config.optimizer == "muon":
+        return Muon(groups, **sgd)
+    # Fused: one kernel updates all parameters, which for a small net is most of what an update costs.
+    return torch.optim.SGD(groups, **sgd, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Use `lr` from the next update on."""
+    """Use `lr`, times each group's scale, from the next update on."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]

@@ -173,14 +173,17 @@ class Session:
         number = getattr(signal, self._request.name or "", 1)
         raise StoppedError(f"{text}; to go on: --resume {self.dir}", status=0 if launch.elastic else 128 + int(number))
 
-    def finish(self, test: Evaluation) -> None:
-        """Print the accuracies of the finished run, write result.json and draw report.png."""
+    def finish(self, test: Evaluation, views: Evaluation | None = None) -> None:
+        """Print the accuracies of the finished run, write result.json and draw report.png.
+
+        `views` is the evaluation with test-time augmentation, where there is one.
+        """
         self._console.close()
         self._runtime.say("Finished Training")
-        print_test(self._runtime, self._data, test)
+        print_test(self._runtime, self._data, test, views)
         if not self._runtime.is_main:
             return
-        result = self._result(test)
+        result = self._result(test) | {"tta": self.config.tta, "test_accuracy_tta": views and views.accuracy}
         self._tracking.finish(self._state.step, result, test)
         try:
             write_json(self.dir / "result.json", result)

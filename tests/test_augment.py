@@ -115,3 +115,38 @@ def test_seeds_are_told_apart_by_purpose():
     assert len(seeds) == 50
     assert all(0 <= seed < 2**62 for seed in seeds)
     assert derive_seed(0, "shuffle") == 4003579409339643648
+
+
+def alternating(epoch: int, **changes: int) -> Tensor:
+    augment = CropFlip(SIZE, 0, CPU, **{"padding": 0, "alternate": True} | changes)
+    augment.set_epoch(epoch)
+    return augment(IMAGES, torch.arange(SIZE))
+
+
+def test_alternating_flips_show_each_image_both_ways_in_two_epochs():
+    first, second, third = (alternating(epoch) for epoch in range(3))
+    assert torch.equal(second, first.flip(3))
+    assert torch.equal(third, first)
+    flipped = (first != IMAGES).flatten(1).any(1)
+    assert 0.35 < flipped.float().mean() < 0.65
+
+
+def test_beyond_the_edges_alternating_crops_mirror_the_image():
+    got = alternating(0, padding=2)
+    assert got.min() >= 1, "the images have no black pixel, and so no padding is"
+    padded = torch.nn.functional.pad(IMAGES, (2, 2, 2, 2), "reflect")
+    crops = [padded[:, :, r : r + 32, c : c + 32] for r in range(5) for c in range(5)]
+    found = sum((got == view).flatten(1).all(1).int() for crop in crops for view in (crop, crop.flip(3)))
+    assert (found >= 1).all()
+    assert (got != IMAGES).flatten(1).any(1).float().mean() > 0.9
+
+
+def test_cutout_blanks_one_square_clipped_at_the_edges():
+    augment = CropFlip(SIZE, 0, CPU, padding=0, cutout=12)
+    white = torch.full_like(IMAGES, 255)
+    blank = (augment(white, torch.arange(SIZE)) == 128).all(1)
+    sides = blank.any(2).sum(1), blank.any(1).sum(1)
+    assert torch.equal(blank.flatten(1).sum(1), sides[0] * sides[1]), "a rectangle"
+    assert max(sides[0].max(), sides[1].max()) == 12
+    assert min(sides[0].min(), sides[1].min()) >= 6
+    assert blank.any(0).all(), "any pixel may be blank"

@@ -197,6 +197,7 @@ class Rank:
     said: list[str] = dataclasses.field(default_factory=list)
     is_main: bool = True
     device: torch.device = CPU
+    layout: torch.memory_format = torch.channels_last
 
     def together(self):
         return contextlib.nullcontext()

@@ -30,14 +30,14 @@ def scaler():
 
 
 def test_the_optimizer_holds_the_parameters_themselves(net):
-    optimizer = build_optimizer(net.parameters(), parse_args([]))
+    optimizer = build_optimizer(net, parse_args([]))
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     assert len(held) == 10
     assert all(a is b for a, b in zip(held, net.parameters(), strict=True))
 
 
 def test_the_optimizer_reads_grad_and_nothing_else(net):
-    optimizer = build_optimizer(net.parameters(), parse_args(["--lr", "0.5", "--momentum", "0"]))
+    optimizer = build_optimizer(net, parse_args(["--lr", "0.5", "--momentum", "0"]))
     before = copy.deepcopy(net.state_dict())
     optimizer.step()  # no .grad: nothing to do
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
@@ -49,7 +49,7 @@ def test_the_optimizer_reads_grad_and_nothing_else(net):
 
 def test_sgd_moves_each_parameter_by_lr_times_its_buffer(net, batch, scaler):
     lr, momentum = 0.1, 0.9
-    optimizer = build_optimizer(net.parameters(), parse_args(["--lr", str(lr)]))
+    optimizer = build_optimizer(net, parse_args(["--lr", str(lr)]))
     expected_buffers = {}
     for _ in range(3):
         optimizer.zero_grad()
@@ -74,7 +74,7 @@ def test_gradients_of_two_backward_calls_add_up():
 
 
 def test_zero_grad_makes_grad_none_again(net, batch, scaler):
-    optimizer = build_optimizer(net.parameters(), parse_args([]))
+    optimizer = build_optimizer(net, parse_args([]))
     forward_backward(net, *batch, scaler, 1.0)
     assert all(parameter.grad is not None for parameter in net.parameters())
     optimizer.zero_grad()
@@ -83,13 +83,13 @@ def test_zero_grad_makes_grad_none_again(net, batch, scaler):
 
 def two_steps(net, runtime, batches, forget_zero_grad):
     config = parse_args(["--lr", "0.1", "--momentum", "0"])
-    optimizer = build_optimizer(net.parameters(), config)
+    optimizer = build_optimizer(net, config)
     if forget_zero_grad:
         optimizer.zero_grad = lambda: None
     state = TrainState(net, optimizer, runtime.scaler)
     plan = BatchPlan.make(config, 1, 50_000)
     for batch in batches:
-        train_step(net, iter([batch]), state, plan, runtime)
+        train_step(net, iter([batch]), state, config, plan, runtime)
     return net
 
 
@@ -109,10 +109,10 @@ def test_accumulating_over_k_micro_batches_equals_one_batch_k_times_as_large(net
         own = copy.deepcopy(net)
         config = parse_args(["--lr", "0.1", "--lr-scaling", "none", "--local-batch-size", str(local),
                              "--global-batch-size", str(size)])  # fmt: skip
-        state = TrainState(own, build_optimizer(own.parameters(), config), runtime.scaler)
+        state = TrainState(own, build_optimizer(own, config), runtime.scaler)
         micro_batches = iter([synthetic.train[rows] for rows in torch.arange(3 * size).split(local)])
         for _ in range(3):
-            train_step(own, micro_batches, state, BatchPlan.make(config, 1, 50_000), runtime)
+            train_step(own, micro_batches, state, config, BatchPlan.make(config, 1, 50_000), runtime)
         mean_loss = state.window_loss / 3 / (size // local)
         return own, mean_loss
 

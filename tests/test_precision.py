@@ -24,11 +24,11 @@ def trained(compile):
     dtypes = set()
     if not compile:
         net.conv1.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
-    state = TrainState(net, build_optimizer(net.parameters(), config), runtime.scaler)
+    state = TrainState(net, build_optimizer(net, config), runtime.scaler)
     draws = torch.Generator().manual_seed(0)
     for _ in range(5):
         batch = torch.rand(8, 3, 32, 32, generator=draws), torch.randint(0, 10, (8,), generator=draws)
-        train_step(model, iter([batch]), state, plan, runtime)
+        train_step(model, iter([batch]), state, config, plan, runtime)
     assert model(batch[0]).dtype == torch.float32, "losses are computed in fp32"
     assert {parameter.dtype for parameter in net.parameters()} == {torch.float32}, "weights stay fp32"
     return torch.cat([parameter.flatten() for parameter in net.parameters()]).detach(), dtypes

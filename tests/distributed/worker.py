@@ -52,10 +52,10 @@ def exchanges_gradients_once_a_step(config, runtime, data):
         return work.get_future().then(lambda done: done.value()[0])
 
     model.register_comm_hook(None, averaged)
-    state = TrainState(net, build_optimizer(net.parameters(), config), runtime.scaler)
+    state = TrainState(net, build_optimizer(net, config), runtime.scaler)
     micro_batches = iter(loader)
     for _ in range(3):
-        train_step(model, micro_batches, state, plan, runtime)
+        train_step(model, micro_batches, state, config, plan, runtime)
     parameters = sum(parameter.numel() for parameter in net.parameters())
     assert sum(exchanged) == 3 * parameters, "4 micro-batches a step, and one exchange"
     weights = torch.cat([parameter.flatten() for parameter in net.parameters()]).detach()

@@ -1,0 +1,77 @@
+"""A net made to be trained in few steps, after K. Jordan 2024 (arXiv 2404.00498), section 3."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SpeedNet(nn.Module):
+    """A fixed whitening layer, three groups of convolutions, and a linear layer; 1,972,696 trained parameters.
+
+    Args:
+        widths: channels of the three groups.
+        depth: convolutions in a group, 2 or more; from 3 on, the later ones have a residual connection around them.
+    """
+
+    def __init__(self, widths: tuple[int, int, int] = (64, 256, 256), depth: int = 2) -> None:
+        super().__init__()
+        self.whiten = nn.Conv2d(3, 24, 2)
+        self.whiten.weight.requires_grad_(False)  # computed from the data, not trained; its bias is
+        self.groups = nn.Sequential(
+            *(_Group(before, width, depth) for before, width in zip((24, *widths), widths, strict=False))
+        )
+        self.head = nn.Linear(widths[-1], 10, bias=False)
+        with torch.no_grad():
+            self.head.weight.div_(self.head.weight.std())
+
+    @torch.no_grad()
+    def whiten_from(self, images: Tensor, floor: float = 5e-4) -> None:
+        """Set the first layer to the whitening transform of 2 x 2 patches of `images`, float32 [n, 3, 32, 32].
+
+        Its 24 channels are the 12 principal components of a patch, scaled to unit variance, and their negatives.
+        `floor` is added to each component's variance, so that noise isn't blown up.
+        """
+        patches = F.unfold(images, 2).transpose(1, 2).reshape(-1, 12)
+        mean = patches.mean(0)
+        variances, components = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
+        whitening = (components / (variances + floor).sqrt()).T  # [12, 12], a component a row
+        self.whiten.weight.copy_(torch.cat([whitening, -whitening]).view(24, 3, 2, 2))
+        assert self.whiten.bias is not None
+        self.whiten.bias.copy_(-torch.cat([whitening, -whitening]) @ mean)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class scores (logits), float [batch, 10], of normalized images, float [batch, 3, 32, 32]."""
+        x = F.gelu(self.whiten(images))  # [batch, 24, 31, 31]
+        x = self.groups(x)  # [batch, 256, 3, 3]
+        x = F.max_pool2d(x, 3).flatten(1)
+        return self.head(x) / x.shape[1]
+
+
+class _Group(nn.Module):
+    """Convolutions, the first followed by 2 x 2 max-pooling, each by BatchNorm and GELU."""
+
+    def __init__(self, before: int, width: int, depth: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(_conv(before if k == 0 else width, width) for k in range(depth))
+        self.norms = nn.ModuleList(_norm(width) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.norms[0](F.max_pool2d(self.convs[0](x), 2)))
+        kept = x
+        for conv, norm in zip(self.convs[1:-1], self.norms[1:-1], strict=True):
+            x = F.gelu(norm(conv(x)))
+        x = self.norms[-1](self.convs[-1](x))
+        return F.gelu(x + kept if len(self.convs) > 2 else x)
+
+
+def _conv(before: int, width: int) -> nn.Conv2d:
+    conv = nn.Conv2d(before, width, 3, padding=1, bias=False)
+    nn.init.dirac_(conv.weight.data[:before])  # as many outputs as there are inputs begin by passing them on
+    return conv
+
+
+def _norm(width: int) -> nn.BatchNorm2d:
+    # The statistics follow quickly, for the weights do: in a run of 200 steps they are soon out of date.
+    norm = nn.BatchNorm2d(width, eps=1e-12, momentum=0.4)
+    norm.weight.requires_grad_(False)
+    return norm
