@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
-from cifar import batches, checkpoint, claim, console, data, evaluation, loop, nets, optim, session
+from cifar import batches, checkpoint, claim, console, data, evaluation, graph, loop, nets, optim, session
 from cifar.config import parse_args
 from cifar.runtime import Runtime
 from cifar.voice import one_voice
@@ -46,12 +46,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     optimizer = optim.build_optimizer(net, config)
     state = loop.TrainState(net, optimizer, runtime.scaler)
+    step = graph.GraphedStep() if config.cuda_graph else loop.train_step
     with session.Session(config, runtime, images, plan, state) as run:
         if run.finished:  # but for its result: it was killed after its last step
             test = evaluation.evaluate(net, test_loader, runtime)
         while not run.finished:
             # 3. Train for an epoch: forward, loss, backward, update.
-            loop.train_epoch(model, train_loader, state, config, plan, runtime, run)
+            loop.train_epoch(model, train_loader, state, config, plan, runtime, run, step)
 
             # 4. Test on the 10,000 images: each counts once, whatever the number of processes.
             test = evaluation.evaluate(net, test_loader, runtime)

@@ -44,6 +44,8 @@ class TrainConfig(Recipe):
     """Arithmetic of the forward and backward pass; the weights stay fp32."""
     compile: bool = False
     """Compile the net with torch.compile."""
+    cuda_graph: bool = False
+    """Capture the optimizer step as a CUDA graph and replay it: for one process whose steps are mostly launches."""
     comm_hook: Literal["none", "fp16", "bf16", "powersgd"] = "none"
     """Compression of the gradients that the processes exchange; under powersgd, resuming isn't bit-exact."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -118,6 +120,10 @@ class TrainConfig(Recipe):
             raise UserError(f"--warmup-epochs is {self.warmup_epochs:g}: it must be from 0 to --epochs, {self.epochs}")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed is {self.seed}: it must be at least 0 and below 2**63")
+        if self.cuda_graph and self.precision == "fp16":
+            raise UserError(
+                "--cuda-graph goes with --precision fp32 or bf16: fp16 decides at each step whether to update"
+            )
         if self.nesterov and self.momentum == 0:
             raise UserError("--nesterov needs a --momentum above 0")
 
@@ -154,7 +160,7 @@ def _is_a(value: Any, hint: Any) -> bool:
 # What a resumed run may be told anew; every other flag has to agree with the run's own configuration.
 MAY_CHANGE = frozenset({
     "resume", "epochs", "max_steps", "log_steps", "checkpoint_steps", "keep_checkpoints", "local_batch_size", "timeout",
-    "data_dir", "data_url", "device", "compile", "tta", "wandb",
+    "data_dir", "data_url", "device", "compile", "cuda_graph", "tta", "wandb",
 })  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
@@ -44,6 +44,11 @@ class TrainState:
 
     def __post_init__(self) -> None:
         self.window_loss = torch.zeros((), device=next(self.net.parameters()).device)
+
+    def count_step(self) -> None:
+        """Note that an optimizer step has been done."""
+        self.step += 1
+        self.window_steps += 1
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` takes: tensors, numbers, strings and containers of them only."""
@@ -150,8 +155,7 @@ def train_step(
             )
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    state.step += 1
-    state.window_steps += 1
+    state.count_step()
 
 
 def train_epoch(
@@ -162,8 +166,11 @@ def train_epoch(
     plan: BatchPlan,
     runtime: Runtime,
     run: Observer,
+    step: Callable[..., None] = train_step,
 ) -> None:
     """Train from `state.step` to the end of its epoch, or to `--max-steps`.
+
+    `step` is `train_step` or what stands for it.
 
     The loss stays on the device between log points: reading it back would make the host wait for the device.
 
@@ -181,7 +188,7 @@ def train_epoch(
         lr = learning_rate(config, plan, state.step)
         set_learning_rate(state.optimizer, lr)
         with runtime.convolutions():
-            train_step(model, micro_batches, state, config, plan, runtime)
+            step(model, micro_batches, state, config, plan, runtime)
         batch += 1
         images += plan.global_batch_size
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cifar.config import TrainConfig
 from cifar.muon import Muon
@@ -41,4 +41,7 @@ def build_optimizer(net: nn.Module, config: TrainConfig) -> torch.optim.Optimize
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Use `lr`, times each group's scale, from the next update on."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        if isinstance(group["lr"], Tensor):  # a captured graph reads it where it is
+            group["lr"].fill_(lr * group["lr_scale"])
+        else:
+            group["lr"] = lr * group["lr_scale"]

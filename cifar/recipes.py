@@ -73,14 +73,19 @@ RECIPES: dict[str, Recipe] = {
         augment="crop-flip",
         log_steps=100,
     ),
-    # 60 % as soon as can be with the tutorial's Net: large batches, few epochs, a rate that falls in a straight line.
+    # The tutorial's Net to 60 % as soon as can be: batches that are small enough for many steps and large enough for
+    # fast ones, Muon, which learns more from each, and a rate that falls in a straight line.
     "net-fast": Recipe(
-        epochs=4,
-        local_batch_size=128,
-        lr=0.05,
+        epochs=2,
+        local_batch_size=64,
+        global_batch_size=64,
+        lr=0.04,
+        lr_scaling="none",
+        optimizer="muon",
+        muon_lr=0.1,
         nesterov=True,
         schedule="linear",
-        warmup_epochs=0.5,
+        warmup_epochs=0.25,
         log_steps=100,
     ),
     # The usual ResNet-18 for 32 x 32 images, trained in the usual way.

@@ -30,6 +30,9 @@ _COMM_HOOKS = {
     "bf16": DDPCommunicationHookType.BF16,
     "powersgd": DDPCommunicationHookType.POWER_SGD,
 }
+# Vogels et al. 2019 (arXiv 1905.13727): gradient matrices as products of two thin ones, once the first steps, whose
+# gradients are least like those before, are done. What was lost is added to the next step's gradient.
+_POWER_SGD = {"matrix_approximation_rank": 4, "start_powerSGD_iter": 20}
 
 # Ranks wait on the host for a download that local rank zero makes; the slowest known source needs an hour.
 _HOST_TIMEOUT = timedelta(hours=3)
@@ -58,6 +61,9 @@ class Runtime:
         if config.precision == "fp16" and device_type == "cpu":
             raise UserError("--precision fp16 needs a GPU: use bf16 or fp32 on the CPU")
 
+        if config.cuda_graph and (device_type != "cuda" or launch.world_size > 1):
+            raise UserError("--cuda-graph needs a GPU and a single process")
+
         # Without cpu=True, accelerate on a host without GPUs ignores the launcher and trains separate copies.
         # accelerate warns when a single process leaves the number of threads to it.
         warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")
@@ -65,13 +71,7 @@ class Runtime:
             cpu=device_type == "cpu",
             mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
             kwargs_handlers=[
-                # A gradient that is a view of its bucket is not copied before and after the exchange. Buffers are
-                # rank zero's when it counts, before an evaluation, and need no exchange in every step.
-                DistributedDataParallelKwargs(
-                    gradient_as_bucket_view=True,
-                    broadcast_buffers=False,
-                    comm_hook=_COMM_HOOKS[config.comm_hook],
-                ),
+                ddp_options(config.comm_hook),
                 InitProcessGroupKwargs(init_method=rendezvous.METHOD, timeout=timedelta(seconds=config.timeout)),
             ],
         )
@@ -218,6 +218,20 @@ class Later:
         """The numbers, once they have come in."""
         self._work.wait()
         return self._tensor.tolist()
+
+
+def ddp_options(comm_hook: str) -> DistributedDataParallelKwargs:
+    """How DistributedDataParallel exchanges gradients.
+
+    A gradient that is a view of its bucket is not copied before and after the exchange. Buffers are rank zero's when
+    it counts, before an evaluation, and need no exchange in every step.
+    """
+    return DistributedDataParallelKwargs(
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,
+        comm_hook=_COMM_HOOKS[comm_hook],
+        comm_state_option=_POWER_SGD if comm_hook == "powersgd" else {},
+    )
 
 
 def choose_device(wanted: str, launch: Launch) -> str:

@@ -37,6 +37,18 @@ def test_a_size_that_does_not_fit_is_answered_with_numbers(argv, world_size, wor
         assert word in str(mistake.value)
 
 
+@pytest.mark.parametrize(("world_size", "local", "size"), [(1, 2000, 2000), (2, 1000, 2000), (3, 666, 1998)])
+def test_a_recipe_that_states_its_global_batch_keeps_it_on_any_number_of_processes(world_size, local, size):
+    config, plan = plan_of("--recipe speed94", world_size)
+    assert (plan.local_batch_size, plan.global_batch_size, plan.accumulation) == (local, size, 1)
+    assert base_learning_rate(config, plan) == 0.67
+
+
+def test_a_smaller_local_batch_of_such_a_recipe_accumulates():
+    _, plan = plan_of("--recipe speed94 --local-batch-size 500", world_size=2)
+    assert (plan.local_batch_size, plan.global_batch_size, plan.accumulation) == (500, 2000, 2)
+
+
 def test_lr_scales_with_the_global_batch_unless_told_not_to():
     assert base_learning_rate(*plan_of("", world_size=4)) == pytest.approx(0.004)
     assert base_learning_rate(*plan_of("--lr 0.01 --global-batch-size 8")) == pytest.approx(0.02)

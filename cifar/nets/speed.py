@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class SpeedNet(nn.Module):
-    """A fixed whitening layer, three groups of convolutions, and a linear layer; 1,972,696 trained parameters.
+    """A fixed whitening layer, three groups of convolutions, and a linear layer; 1,971,352 trained parameters.
 
     Args:
         widths: channels of the three groups.
