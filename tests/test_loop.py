@@ -128,6 +128,24 @@ def test_resuming_after_any_checkpoint_changes_nothing(undisturbed, tmp_path, st
     assert result(folder)["test_loss"] == result(undisturbed)["test_loss"]
 
 
+def test_a_run_with_muon_and_test_time_augmentation_resumes_exactly(tmp_path, capsys):
+    flags = [*HERE, "--recipe", "speed94", "--model", "net", "--cutout", "8", "--local-batch-size", "500",
+             "--global-batch-size", "1000", "--max-steps", "20", "--checkpoint-steps", "10", "--epochs", "2"]  # fmt: skip
+    train_ddp.main([*flags, "--run-dir", str(tmp_path / "whole")])
+    said = capsys.readouterr().out
+    whole = result(tmp_path / "whole")
+    assert f"with test-time augmentation: {100 * whole['test_accuracy_tta']:.2f} %, without: " in said
+    assert whole["tta"] == "crop"
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    checkpoint_path(tmp_path / "again", 20).unlink()
+    (tmp_path / "again" / "result.json").unlink()
+    train_ddp.main(["--resume", str(tmp_path / "again")])
+    mine, theirs = (load_checkpoint(checkpoint_path(tmp_path / name, 20))["state"] for name in ("again", "whole"))
+    assert same(mine, theirs)
+    assert len(mine["optimizer"]["param_groups"]) == 3
+    assert result(tmp_path / "again")["test_accuracy_tta"] == whole["test_accuracy_tta"]
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over(undisturbed, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(undisturbed, folder)
