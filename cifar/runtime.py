@@ -11,29 +11,18 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from cifar import rendezvous
 from cifar.config import TrainConfig
+from cifar.cpu import SMALL_BATCH, keep_freed_memory, plain_convolutions
 from cifar.errors import UserError
+from cifar.exchange import ddp_options
 from cifar.heartbeat import Heartbeat
 from cifar.launcher import Launch, threads_per_process
-from cifar.memory import keep_freed_memory
 
 T = TypeVar("T")
-
-_SMALL_BATCH = 4
-
-_COMM_HOOKS = {
-    "none": DDPCommunicationHookType.NO,
-    "fp16": DDPCommunicationHookType.FP16,
-    "bf16": DDPCommunicationHookType.BF16,
-    "powersgd": DDPCommunicationHookType.POWER_SGD,
-}
-# Vogels et al. 2019 (arXiv 1905.13727): gradient matrices as products of two thin ones, once the first steps, whose
-# gradients are least like those before, are done. What was lost is added to the next step's gradient.
-_POWER_SGD = {"matrix_approximation_rank": 4, "start_powerSGD_iter": 20}
 
 # Ranks wait on the host for a download that local rank zero makes; the slowest known source needs an hour.
 _HOST_TIMEOUT = timedelta(hours=3)
@@ -90,10 +79,9 @@ class Runtime:
             torch.set_num_threads(threads_per_process(launch.local_world_size))
         if self.device.type == "cpu":
             keep_freed_memory()
-        # oneDNN, and cuDNN with tensor cores, have fast kernels for channels-last. They are made for batches that fill
-        # them: at the tutorial's 4 images, the CPU's plain ones, which don't rearrange the data first, need 0.9 ms
-        # for a step of the Net and oneDNN's 1.2 to 1.5 ms (two cores, torch 2.14).
-        self._plain = self.device.type == "cpu" and config.local_batch_size <= _SMALL_BATCH
+        # oneDNN, and cuDNN with tensor cores, have the faster kernels for channels-last.
+        small = config.local_batch_size <= SMALL_BATCH and config.precision == "fp32"
+        self._plain = self.device.type == "cpu" and small
         self.layout = torch.contiguous_format if self._plain else torch.channels_last
         # Talk between the hosts' CPUs goes through gloo, so that it never waits for, or on, a GPU's stream.
         self._host_group: Any = None
@@ -129,7 +117,7 @@ class Runtime:
 
     def convolutions(self) -> contextlib.AbstractContextManager[None]:
         """A block that trains, and uses the convolution kernels that suit the local batch."""
-        return _plain_convolutions() if self._plain else contextlib.nullcontext()
+        return plain_convolutions() if self._plain else contextlib.nullcontext()
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean of `tensor` over all ranks, on each of them."""
@@ -200,17 +188,6 @@ class Runtime:
             dist.destroy_process_group()
 
 
-@contextlib.contextmanager
-def _plain_convolutions() -> Iterator[None]:
-    # torch.backends.mkldnn.flags does the same, and with a warning about Intel GPUs.
-    before = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(before)
-
-
 class Later:
     """A tensor that other ranks still add to."""
 
@@ -221,20 +198,6 @@ class Later:
         """The numbers, once they have come in."""
         self._work.wait()
         return self._tensor.tolist()
-
-
-def ddp_options(comm_hook: str) -> DistributedDataParallelKwargs:
-    """How DistributedDataParallel exchanges gradients.
-
-    A gradient that is a view of its bucket is not copied before and after the exchange. Buffers are rank zero's when
-    it counts, before an evaluation, and need no exchange in every step.
-    """
-    return DistributedDataParallelKwargs(
-        gradient_as_bucket_view=True,
-        broadcast_buffers=False,
-        comm_hook=_COMM_HOOKS[comm_hook],
-        comm_state_option=_POWER_SGD if comm_hook == "powersgd" else {},
-    )
 
 
 def choose_device(wanted: str, launch: Launch) -> str:

@@ -130,7 +130,8 @@ def test_resuming_after_any_checkpoint_changes_nothing(undisturbed, tmp_path, st
 
 def test_a_run_with_muon_and_test_time_augmentation_resumes_exactly(tmp_path, capsys):
     flags = [*HERE, "--recipe", "speed94", "--model", "net", "--cutout", "8", "--local-batch-size", "500",
-             "--global-batch-size", "1000", "--max-steps", "20", "--checkpoint-steps", "10", "--epochs", "2"]  # fmt: skip
+             "--global-batch-size", "1000", "--max-steps", "20",
+             "--checkpoint-steps", "10", "--epochs", "2"]  # fmt: skip
     train_ddp.main([*flags, "--run-dir", str(tmp_path / "whole")])
     said = capsys.readouterr().out
     whole = result(tmp_path / "whole")

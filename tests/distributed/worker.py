@@ -12,10 +12,11 @@ from cifar.config import TrainConfig
 from cifar.data import EvalLoader, TrainLoader, load_data
 from cifar.errors import UserError
 from cifar.evaluation import evaluate
+from cifar.exchange import ddp_options
 from cifar.loop import TrainState, train_step
 from cifar.nets import build_net
 from cifar.optim import build_optimizer
-from cifar.runtime import Runtime, ddp_options
+from cifar.runtime import Runtime
 from cifar.signals import StopAgreement, StopRequest
 
 
