@@ -105,7 +105,7 @@ def summarize(race: Race, runs: Mapping[str, Sequence[Numbers]]) -> list[Row]:
                     min(values),
                     max(values),
                     (statistics.median(known), min(known), max(known)) if known else None,
-                )  # fmt: skip
+                )
             )
     return rows
 
