@@ -43,15 +43,25 @@ class CropFlip:
         self._flips = flips.to(self._device)
 
     def __call__(self, images: Tensor, indices: Tensor) -> Tensor:
-        """Augment `images`, uint8 [batch, 3, 32, 32], which are those with `indices`, int64 [batch]."""
-        height, width = images.shape[2:]
+        """Augment `images`, uint8 [batch, 3, 32, 32], which are those with `indices`, int64 [batch].
+
+        What comes back is channels-last in memory, and done soonest if `images` is too.
+        """
+        (batch, channels, height, width), padding = images.shape, self._padding
         mode = "reflect" if self._alternate else "constant"
-        padded = F.pad(images, (self._padding,) * 4, mode)
-        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # every crop there is: [batch, 3, 9, 9, 32, 32]
-        each = torch.arange(len(images), device=images.device)
-        cropped = windows[each, :, self._rows[indices], self._columns[indices]]
-        flipped = torch.where(self._flips[indices, None, None, None], cropped.flip(3), cropped)
-        return flipped if self._cutout == 0 else self._blank(flipped, indices)
+        # Crops are copied row by row: 32 pixels are one run of bytes if the channels come last. A flipped crop is
+        # a crop of the flipped image, as far from its other edge.
+        both = F.pad(torch.cat((images, images.flip(3))), (padding,) * 4, mode)
+        pixels = both.permute(0, 2, 3, 1).contiguous()  # [2 * batch, 40, 40, 3]
+        flips, left = self._flips[indices], self._columns[indices]
+        left = torch.where(flips, 2 * padding - left, left)
+        chosen = torch.arange(batch, device=images.device) + batch * flips
+        top = chosen * pixels.shape[1] + self._rows[indices]
+        rows = top[:, None] + torch.arange(height, device=images.device)  # [batch, 32], of all rows in `pixels`
+        starts = rows * pixels.shape[2] + left[:, None]
+        runs = pixels.view(-1).unfold(0, width * channels, channels)  # the 32 pixels from each pixel on
+        crops = runs.index_select(0, starts.view(-1)).view(batch, height, width, channels).permute(0, 3, 1, 2)
+        return crops if self._cutout == 0 else self._blank(crops, indices)
 
     def _blank(self, images: Tensor, indices: Tensor) -> Tensor:
         place = torch.arange(images.shape[3], device=images.device)

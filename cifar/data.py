@@ -25,7 +25,7 @@ class DeviceImages(Dataset[tuple[Tensor, Tensor]]):
     """Images and labels on one device, read by whole batches.
 
     Attributes:
-        images: uint8 [n, 3, 32, 32].
+        images: uint8 [n, 3, 32, 32], channels-last in memory.
         labels: int64 [n].
         augment: applied to every batch before normalization, or None.
     """
@@ -33,7 +33,8 @@ class DeviceImages(Dataset[tuple[Tensor, Tensor]]):
     def __init__(
         self, images: Tensor, labels: Tensor, device: torch.device, layout: torch.memory_format = torch.channels_last
     ) -> None:
-        self.images, self.labels = images.to(device), labels.to(device)
+        self.images = images.to(device, memory_format=torch.channels_last)
+        self.labels = labels.to(device)
         self.augment: CropFlip | None = None
         self._layout = layout
 
@@ -42,7 +43,8 @@ class DeviceImages(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Images, float32 [batch, 3, 32, 32] in [-1, 1], and labels, int64 [batch], of `indices`, int64 [batch]."""
-        images = self.images[indices]
+        # index_select copies whole images where [indices] would gather bytes one by one, but minds no memory format.
+        images = self.images.permute(0, 2, 3, 1).index_select(0, indices).permute(0, 3, 1, 2)
         if self.augment is not None:
             images = self.augment(images, indices)
         return normalize(images.contiguous(memory_format=self._layout)), self.labels[indices]

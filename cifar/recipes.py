@@ -105,7 +105,7 @@ RECIPES: dict[str, Recipe] = {
     # code: the net, the alternating flip, the label smoothing, the test-time augmentation and the rates.
     "speed94": Recipe(
         model="speed",
-        epochs=8,
+        epochs=10,
         local_batch_size=2000,
         global_batch_size=2000,
         lr=1340.0,  # 0.67 for a loss that is the sum over 2,000 images

@@ -113,7 +113,10 @@ class Runtime:
         net.to(self.device).to(memory_format=self.layout)
         if compile:
             net.compile()  # in place, so that the names in the state dict stay the same
-        return self.accelerator.prepare_model(net)
+        with warnings.catch_warnings():
+            # torch 2.15 would have other options, which torch 2.11 and accelerate 1.15 don't know.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            return self.accelerator.prepare_model(net)
 
     def convolutions(self) -> contextlib.AbstractContextManager[None]:
         """A block that trains, and uses the convolution kernels that suit the local batch."""
