@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Train on several hosts together: run the same command on each of them.
+#
+#   launch/multi_node.sh HOST[:PORT] NODES [FLAGS OF train_ddp.py]
+#   launch/multi_node.sh 10.0.0.1 2 --recipe wide     two hosts; processes meet at 10.0.0.1, which is one of them
+#   launch/multi_node.sh 10.0.0.1 1:4                 from one to four hosts, which may come and go meanwhile
+#   NPROC=2 MAX_RESTARTS=10 launch/multi_node.sh ...  processes on this host (default: its GPUs, else 1); restarts (3)
+#
+# Use it where hosts reach each other by TCP and no scheduler starts your jobs. Rank zero writes the run's folder: a
+# folder that all hosts share (or HOST alone staying to the end) is what lets any other of them leave. The data may be
+# shared or not: hosts that share its folder take turns, and one downloads.
+set -euo pipefail
+
+if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
+    sed -n '2,11s/^# \{0,1\}//p' "$0"
+    echo "The flags of train_ddp.py: python train_ddp.py --help"
+    exit 0
+fi
+
+fail() {
+    echo "multi_node.sh: error: $*" >&2
+    exit 2
+}
+
+[[ $# -ge 2 ]] || fail "say where to meet and how many hosts: launch/multi_node.sh HOST[:PORT] NODES [FLAGS]"
+endpoint=$1 nodes=$2
+shift 2
+[[ "$nodes" =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] || fail "'$nodes' is not a number of hosts such as 2, nor a range such as 1:4"
+(( ${nodes%%:*} <= ${nodes##*:} )) || fail "'$nodes': the fewest come first"
+host=${endpoint%:*} port=29400
+[[ "$endpoint" != *:* ]] || port=${endpoint##*:}
+[[ -n "$host" && "$port" =~ ^[0-9]+$ ]] || fail "'$endpoint' is not an address such as 10.0.0.1 or 10.0.0.1:29400"
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=$(command -v python || command -v python3)
+nproc=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+
+# The address that this host uses on the way to HOST: left to themselves, torchrun and gloo take what the host's name
+# stands for, which is often 127.0.0.1. It also tells which host is HOST, whatever name that was given by.
+mine=$("$python" - "$host" "$port" <<'PYTHON'
+import socket, sys
+
+host, port = sys.argv[1], int(sys.argv[2])
+try:
+    family, kind, _, _, there = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as way:
+        way.connect(there)  # sends nothing
+        print(way.getsockname()[0], int(way.getsockname()[0] == there[0]))
+except (OSError, OverflowError) as error:
+    sys.exit(f"multi_node.sh: error: {host}:{port} can't be reached from here: {error}")
+PYTHON
+) || exit 2
+read -r address is_host <<<"$mine"
+if command -v ip >/dev/null; then
+    device=$(ip -o address show to "$address" | awk 'NR == 1 { print $2 }')
+    export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$device} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$device}
+fi
+
+# With the store shared between torchrun and its workers, a host that comes back waits for good (torch 2.11 to 2.15).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+exec "$python" -m torch.distributed.run --nnodes="$nodes" --nproc_per_node="$nproc" \
+    --rdzv-backend=c10d --rdzv-endpoint="$host:$port" --rdzv-id="${RUN_ID:-cifar-ddp}" \
+    --rdzv-conf="is_host=$is_host,last_call_timeout=${LAST_CALL:-5}" --local-addr="$address" \
+    --max-restarts="${MAX_RESTARTS:-3}" --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
+    "$root/train_ddp.py" "$@"
