@@ -15,7 +15,7 @@ class Launch:
 
     Attributes:
         rank, local_rank, world_size, local_world_size: of this process, among all and among its host's.
-        host: index of the host in this round (torchrun's group rank).
+        host, hosts: index of the host in this round (torchrun's group rank), and how many there are.
         elastic: whether torchrun's agent watches over this process and starts it again when one of them fails.
         restarts_left: how often it will still do so.
     """
@@ -25,6 +25,7 @@ class Launch:
     world_size: int = 1
     local_world_size: int = 1
     host: int = 0
+    hosts: int = 1
     elastic: bool = False
     restarts_left: int = 0
 
@@ -40,6 +41,7 @@ class Launch:
             world_size=world_size,
             local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
             host=int(os.environ.get("GROUP_RANK", 0)),
+            hosts=int(os.environ.get("GROUP_WORLD_SIZE", 1)),
             elastic="TORCHELASTIC_RUN_ID" in os.environ,
             restarts_left=next(restarts) - next(restarts),
         )

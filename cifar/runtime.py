@@ -177,7 +177,8 @@ class Runtime:
         if self.world_size == 1:
             return f"1 process on {device}" + self._threads()
         backend = dist.get_backend()
-        return f"{self.world_size} processes on {device} ({backend})" + self._threads()
+        hosts = f", on {self.launch.hosts} hosts" if self.launch.hosts > 1 else ""
+        return f"{self.world_size} processes on {device} ({backend})" + self._threads() + hosts
 
     def _threads(self) -> str:
         threads = torch.get_num_threads()

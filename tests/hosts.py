@@ -1,0 +1,77 @@
+"""Hosts of one's own on one machine: network namespaces with an address each, joined by a virtual cable.
+
+Needs Linux, root and iproute2. Nothing outside these namespaces is touched, and they go when the block ends.
+"""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+
+ADDRESSES = ("10.77.0.1", "10.77.0.2")
+
+
+def why_not() -> str | None:
+    """What is missing for `Hosts`, or None."""
+    if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("tc") is None:
+        return "hosts of one's own need root and iproute2"
+    try:
+        with Hosts():
+            return None
+    except subprocess.CalledProcessError as error:
+        return f"no network namespaces here: {error.stderr.strip()}"
+
+
+class Hosts:
+    """Two hosts, 0 and 1; a context manager."""
+
+    def __init__(self) -> None:
+        self.names = [f"cifar-{os.getpid()}-{host}" for host in (0, 1)]
+
+    def __enter__(self) -> "Hosts":
+        try:
+            for name in self.names:
+                _ip("netns", "add", name)
+            first, second = self.names
+            cable = ("link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", second)
+            _ip("-netns", first, *cable)
+            for name, address in zip(self.names, ADDRESSES, strict=True):
+                _ip("-netns", name, "address", "add", f"{address}/24", "dev", "cable")
+                _ip("-netns", name, "link", "set", "lo", "up")
+                _ip("-netns", name, "link", "set", "cable", "up")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in self.names:
+            with suppress(subprocess.CalledProcessError):
+                _ip("netns", "delete", name)
+
+    def on(self, host: int, *command: object) -> list[str]:
+        """The command line that runs `command` on `host`."""
+        return ["ip", "netns", "exec", self.names[host], *map(str, command)]
+
+    def cut(self) -> None:
+        """Take the cable out of host 1."""
+        _ip("-netns", self.names[1], "link", "set", "cable", "down")
+
+    def mend(self) -> None:
+        """Put it back."""
+        _ip("-netns", self.names[1], "link", "set", "cable", "up")
+
+    def slow_down(self, megabits: float) -> None:
+        """Let the cable carry so many Mbit/s each way (a token bucket that holds 64 KiB)."""
+        for host in (0, 1):
+            shape = ("qdisc", "replace", "dev", "cable", "root", "tbf", "rate", f"{megabits}mbit")
+            _run(self.on(host, "tc", *shape, "burst", "64kb", "latency", "100ms"))
+
+
+def _ip(*arguments: str) -> None:
+    _run(["ip", *arguments])
+
+
+def _run(command: Sequence[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
