@@ -52,7 +52,8 @@ class Hosts:
 
     def on(self, host: int, *command: object) -> list[str]:
         """The command line that runs `command` on `host`."""
-        return ["ip", "netns", "exec", self.names[host], *map(str, command)]
+        # Not `ip netns exec`, which mounts a new /sys, without the control groups that SLURM looks for.
+        return ["nsenter", f"--net=/run/netns/{self.names[host]}", *map(str, command)]
 
     def cut(self) -> None:
         """Take the cable out of host 1."""

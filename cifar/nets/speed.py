@@ -25,11 +25,12 @@ class SpeedNet(nn.Module):
             self.head.weight.div_(self.head.weight.std())
 
     @torch.no_grad()
-    def whiten_from(self, images: Tensor, floor: float = 5e-4) -> None:
+    def whiten_from(self, images: Tensor, floor: float = 1.2e-4) -> None:
         """Set the first layer to the whitening transform of 2 x 2 patches of `images`, float32 [n, 3, 32, 32].
 
         Its 24 channels are the 12 principal components of a patch, scaled to unit variance, and their negatives.
-        `floor` is added to each component's variance, so that noise isn't blown up.
+        `floor` is added to each component's variance, so that noise isn't blown up. (The author's 5e-4 is for images of
+        unit variance; pixels in [-1, 1] have a quarter of that.)
         """
         patches = F.unfold(images, 2).transpose(1, 2).reshape(-1, 12)
         mean = patches.mean(0)
