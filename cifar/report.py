@@ -7,6 +7,7 @@ from typing import Any
 
 from cifar.data import CLASSES
 from cifar.evaluation import Evaluation
+from cifar.records import read_records, series
 from cifar.run import write_atomically
 
 _TRAIN, _TEST, _PALE = "#1f6fb4", "#d9541e", "#9aa5b1"
@@ -25,7 +26,7 @@ def draw_report(run_dir: Path, test: Evaluation) -> Path:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    records = _read_records(run_dir / "metrics.jsonl")
+    records = read_records(run_dir)
     result = json.loads((run_dir / "result.json").read_text())
     path = run_dir / "report.png"
     style: Any = {
@@ -42,17 +43,6 @@ def draw_report(run_dir: Path, test: Evaluation) -> Path:
         _draw_confusion(confusion, test)
         write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
     return path
-
-
-def _read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; one that a full disk cut short is left out."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
 
 
 def _write_head(figure: Any, result: dict[str, Any]) -> None:
@@ -77,14 +67,14 @@ def _write_head(figure: Any, result: dict[str, Any]) -> None:
         )  # fmt: skip
 
 
-def _series(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+def _columns(records: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
     """Steps and values of the records of `name` that can be drawn."""
-    found = [(record["step"], record[name]) for record in records if math.isfinite(record.get(name, math.nan))]
-    return [step for step, _ in found], [value for _, value in found]
+    points = series(records, name)
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def _draw_losses(axes: Any, records: list[dict[str, Any]]) -> None:
-    train, test = _series(records, "train/loss"), _series(records, "test/loss")
+    train, test = _columns(records, "train/loss"), _columns(records, "test/loss")
     axes.plot(*train, color=_TRAIN, label="training, running mean", linewidth=1.6, **_dots(train))
     axes.plot(*test, "o-", color=_TEST, label="test", linewidth=1.6, markersize=5)
     axes.set(title="Cross-entropy", xlabel="optimizer step")
@@ -92,19 +82,19 @@ def _draw_losses(axes: Any, records: list[dict[str, Any]]) -> None:
     axes.legend(frameon=False)
 
 
-def _dots(series: tuple[list[int], list[float]]) -> dict[str, Any]:
+def _dots(columns: tuple[list[float], list[float]]) -> dict[str, Any]:
     """A line needs two points to be seen."""
-    return {"marker": "o", "markersize": 5} if len(series[0]) < 2 else {}
+    return {"marker": "o", "markersize": 5} if len(columns[0]) < 2 else {}
 
 
 def _draw_accuracies(axes: Any, records: list[dict[str, Any]]) -> None:
     """The accuracy over the run, and that of each class, named at the end of its line instead of in a legend."""
     ends = []
     for name in CLASSES:
-        steps, values = _series(records, f"test_class/{name}")
+        steps, values = _columns(records, f"test_class/{name}")
         axes.plot(steps, [100 * value for value in values], ".-", color=_PALE, linewidth=1, alpha=0.7)
         ends += [(100 * values[-1], name)] if values else []
-    steps, values = _series(records, "test/accuracy")
+    steps, values = _columns(records, "test/accuracy")
     axes.plot(steps, [100 * value for value in values], "o-", color=_TEST, linewidth=2.4, markersize=6, zorder=3)
     ends += [(100 * values[-1], "all classes")] if values else []
     axes.set(title="Test accuracy, %", xlabel="optimizer step", ylim=(0, 100))

@@ -174,7 +174,7 @@ class Session:
         raise StoppedError(f"{text}; to go on: --resume {self.dir}", status=0 if launch.elastic else 128 + int(number))
 
     def finish(self, test: Evaluation, views: Evaluation | None = None) -> None:
-        """Print the accuracies of the finished run, write result.json and draw report.png.
+        """Print the accuracies of the finished run, write result.json, report.png and index.html.
 
         `views` is the evaluation with test-time augmentation, where there is one.
         """
@@ -187,10 +187,12 @@ class Session:
         self._tracking.finish(self._state.step, result, test)
         try:
             write_json(self.dir / "result.json", result)
+            from cifar.page import write_page
             from cifar.report import draw_report
 
+            write_page(self.dir, test, self._data.test.images)
             draw_report(self.dir, test)
-            self._runtime.say(f"records and report.png are in {self.dir}")
+            self._runtime.say(f"records, index.html and report.png are in {self.dir}")
         except OSError as error:
             self._runtime.say(f"WARNING: the result could not be written into {self.dir}: {error}")
         except ImportError as error:  # the training is done, and result.json written

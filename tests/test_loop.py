@@ -81,7 +81,16 @@ def undisturbed(tmp_path_factory):
 
 def test_a_run_is_a_folder_with_its_records(undisturbed):
     names = {path.name for path in undisturbed.iterdir()}
-    assert names == {"config.json", "launch.json", ".lock", "metrics.jsonl", "result.json", "report.png", "checkpoints"}
+    assert names == {
+        "config.json",
+        "launch.json",
+        ".lock",
+        "metrics.jsonl",
+        "result.json",
+        "report.png",
+        "index.html",
+        "checkpoints",
+    }
     got = result(undisturbed)
     assert got["steps"] == 60
     assert (got["recipe"], got["model"], got["dataset"], got["epochs"]) == ("wide", "net", "synthetic", 2)

@@ -18,8 +18,7 @@ from tests.distributed.disturb import FLAGS
 from tests.hosts import ADDRESSES, Hosts, why_not
 from tests.processes import ROOT, clean_environment, records, result, torchrun
 
-MISSING = why_not()
-pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+pytestmark = pytest.mark.cluster
 # A rate at which rounding, which differs with the order of summation, doesn't grow.
 MODEST = ["--lr", "0.0002", "--lr-scaling", "none", "--global-batch-size", "8", "--local-batch-size", "4"]
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -27,6 +26,8 @@ PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 @pytest.fixture
 def hosts():
+    if (missing := why_not()) is not None:
+        pytest.skip(missing)
     with Hosts() as made:
         yield made
 
@@ -141,22 +142,3 @@ def test_who_downloads(hosts, real_data, tmp_path, shared):
         server.kill()
         server.wait()
     assert log.read_text().count("GET /packed.tar.gz") == (1 if shared else 2)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        ([], "say where to meet and how many hosts"),
-        (["10.0.0.1"], "say where to meet and how many hosts"),
-        (["10.0.0.1", "two"], "'two' is not a number of hosts such as 2, nor a range such as 1:4"),
-        (["10.0.0.1", "4:1"], "'4:1': the fewest come first"),
-        (["10.0.0.1:x", "2"], "'10.0.0.1:x' is not an address such as 10.0.0.1 or 10.0.0.1:29400"),
-        (["no.such.host.invalid", "2"], "no.such.host.invalid:29400 can't be reached from here"),
-    ],
-)
-def test_mistakes_are_one_line(arguments, complaint):
-    command = [str(ROOT / "launch" / "multi_node.sh"), *arguments]
-    done = subprocess.run(command, env=clean_environment(PATH=PATH, NPROC="1"), capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"multi_node.sh: error: {complaint}")
-    assert done.stderr.count("\n") == 1

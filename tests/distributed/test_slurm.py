@@ -1,7 +1,6 @@
 """launch/slurm.sbatch on a real SLURM: two nodes, a job asked to stop ahead of its time limit, one requeued."""
 
 import os
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -10,17 +9,18 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.disturb import FLAGS
-from tests.processes import ROOT, clean_environment, records, result
+from tests.processes import ROOT, records, result
 from tests.slurm import Cluster, why_not
 
-MISSING = why_not()
-needs_slurm = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+pytestmark = pytest.mark.cluster
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 SCRIPT = "launch/slurm.sbatch"
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
+    if (missing := why_not()) is not None:
+        pytest.skip(missing)
     with Cluster(tmp_path_factory.mktemp("slurm"), PATH) as made:
         yield made
 
@@ -46,7 +46,6 @@ def wait(reached, what, timeout=120):
         time.sleep(0.3)
 
 
-@needs_slurm
 def test_two_nodes(cluster, project):
     job = cluster.submit("--nodes=2", SCRIPT, *FLAGS, "--max-steps", "50", cwd=project)
     wait(lambda: cluster.state(job) not in ("PENDING", "RUNNING", "COMPLETING"), "the end")
@@ -56,7 +55,6 @@ def test_two_nodes(cluster, project):
     assert "2 processes on CPU (gloo), 1 thread each, on 2 hosts" in said(project, job)
 
 
-@needs_slurm
 def test_nothing_is_lost_when_a_job_is_stopped_or_requeued(cluster, project):
     """Asked to stop as ahead of the time limit, and the next time taken away, in the middle."""
     job = cluster.submit(SCRIPT, *FLAGS, "--checkpoint-steps", "5000", "--max-steps", "9000", cwd=project)
@@ -80,20 +78,8 @@ def test_nothing_is_lost_when_a_job_is_stopped_or_requeued(cluster, project):
     assert result(run_dir)["steps"] == 9000
 
 
-@needs_slurm
 def test_a_mistake_ends_the_job_for_good(cluster, project):
     job = cluster.submit(SCRIPT, "--epochs", "0", cwd=project)
     wait(lambda: cluster.state(job) == "FAILED", "the end")
     assert said(project, job).count("train_ddp.py: error: --epochs is 0: it must be at least 1") >= 1
     assert "back into the queue" not in said(project, job)
-
-
-def test_it_explains_itself_and_is_for_sbatch_only():
-    def start(*arguments):
-        command = [str(ROOT / SCRIPT), *arguments]
-        return subprocess.run(command, env=clean_environment(PATH=PATH), capture_output=True, text=True)
-
-    assert "sbatch --nodes=2" in start("--help").stdout
-    alone = start()
-    assert alone.returncode == 2
-    assert alone.stderr == "slurm.sbatch: error: submit it to SLURM: sbatch launch/slurm.sbatch [FLAGS]\n"

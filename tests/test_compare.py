@@ -1,0 +1,76 @@
+"""python -m cifar.compare: several runs as a table and a picture."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cifar.compare import main, read_run, table
+from cifar.errors import UserError
+
+
+def make(folder, name, accuracies, batch=100, rate=50.0, **result):
+    """A run of 10 steps an epoch, at `rate` images/s; finished if there is a `result`."""
+    run_dir = folder / name
+    run_dir.mkdir()
+    config = {"global_batch_size": batch, "lr": 0.1, "seed": 3}
+    (run_dir / "config.json").write_text(json.dumps({"config": config, "world_size": 2}))
+    lines = []
+    for epoch, accuracy in enumerate(accuracies, 1):
+        lines.append({"step": 10 * epoch - 5, "train/images_per_second": rate})
+        lines.append({"step": 10 * epoch, "train/images_per_second": 2 * rate})
+        lines.append({"step": 10 * epoch, "test/accuracy": accuracy})
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if result:
+        (run_dir / "result.json").write_text(json.dumps({"dataset": "cifar10", **result}))
+    return run_dir
+
+
+def test_reads_accuracy_over_seconds_and_images(tmp_path):
+    run = read_run(make(tmp_path, "a", [0.5, 0.75]))
+    # 500 images at 50/s and 500 at 100/s in each epoch.
+    assert run.by_seconds == [(15.0, 0.5), (30.0, 0.75)]
+    assert run.by_images == [(1000, 0.5), (2000, 0.75)]
+    assert (run.accuracy, run.steps, run.result) == (0.75, 20, None)
+
+
+def test_the_table_begins_with_the_best(tmp_path):
+    runs = [
+        read_run(make(tmp_path, "low", [0.4], train_seconds=14.0, test_accuracy=0.4)),
+        read_run(make(tmp_path, "none", [])),
+        read_run(make(tmp_path, "high", [0.9], train_seconds=16.0, test_accuracy=0.9, test_accuracy_tta=0.92)),
+    ]
+    head, *rows = (line.split() for line in table(runs))
+    assert head[0] == "accuracy"
+    assert [row[-1] for row in rows[:2]] == ["high", "low"]
+    assert rows[0][:6] == ["90.00", "%", "92.00", "%", "16.0", "62"]
+    assert rows[2][:3] == ["-", "-", "-"]
+    assert rows[2][-3:] == ["none", "(not", "finished)"]
+
+
+def test_draws_a_picture_with_a_colour_for_each(tmp_path, capsys):
+    runs = [make(tmp_path, name, [0.3, high]) for name, high in (("a", 0.5), ("b", 0.8))]
+    out = tmp_path / "out.png"
+    main([*map(str, runs), "--out", str(out)])
+    pixels = np.array(Image.open(out).convert("RGB")).reshape(-1, 3).astype(int)
+    for color in ((31, 119, 180), (255, 127, 14)):
+        assert (abs(pixels - color).sum(1) < 20).sum() > 300
+    assert f"picture: {out}" in capsys.readouterr().out
+
+
+def test_says_which_runs_are_the_stand_ins(tmp_path, capsys):
+    run_dir = make(tmp_path, "a", [0.3], train_seconds=1.0, test_accuracy=0.3)
+    (run_dir / "result.json").write_text(json.dumps({"dataset": "synthetic", "train_seconds": 1.0}))
+    main([str(run_dir), "--out", str(tmp_path / "out.png")])
+    assert "on the built-in stand-in, not on CIFAR-10: a" in capsys.readouterr().out
+
+
+def test_mistakes(tmp_path):
+    with pytest.raises(UserError, match="no run is named"):
+        main([])
+    with pytest.raises(UserError, match="is not a run folder"):
+        main([str(tmp_path)])
+    run_dir = make(tmp_path, "a", [0.3])
+    with pytest.raises(UserError, match="the picture can't be written"):
+        main([str(run_dir), "--out", str(tmp_path / "no" / "out.png")])
