@@ -26,8 +26,8 @@ def measure(hosts: Hosts, folder: Path, hook: str, args: argparse.Namespace) -> 
     """Images/s of both hosts together, after `WARM_UP` steps."""
     flags = (
         "--device", "cpu", "--dataset", "synthetic", "--recipe", "wide", "--model", args.model, "--wandb", "disabled",
-        "--local-batch-size", args.batch, "--max-steps", WARM_UP + args.steps, "--log-steps", WARM_UP, "--comm-hook", hook,
-        "--run-dir", folder,
+        "--local-batch-size", args.batch, "--max-steps", WARM_UP + args.steps, "--log-steps", WARM_UP,
+        "--comm-hook", hook, "--run-dir", folder,
     )  # fmt: skip
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = clean_environment(PATH=path, CUDA_VISIBLE_DEVICES="")
