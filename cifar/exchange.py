@@ -12,6 +12,8 @@ _COMM_HOOKS = {
 # gradients are least like those before, are done. What was lost is added to the next step's gradient.
 _POWER_SGD = {"matrix_approximation_rank": 4, "start_powerSGD_iter": 20}
 
+_ONE_BUCKET = 4096  # MB
+
 
 def ddp_options(comm_hook: str) -> DistributedDataParallelKwargs:
     """How DistributedDataParallel exchanges gradients.
@@ -22,6 +24,9 @@ def ddp_options(comm_hook: str) -> DistributedDataParallelKwargs:
     return DistributedDataParallelKwargs(
         gradient_as_bucket_view=True,
         broadcast_buffers=False,
+        # PowerSGD exchanges several times a bucket, from callbacks whose order between two buckets may differ between
+        # ranks, which then wait for each other for good (seen over gloo, torch 2.15): all gradients in one bucket.
+        bucket_cap_mb=_ONE_BUCKET if comm_hook == "powersgd" else 25,
         comm_hook=_COMM_HOOKS[comm_hook],
         comm_state_option=_POWER_SGD if comm_hook == "powersgd" else {},
     )
