@@ -6,9 +6,9 @@
 #   launch/multi_node.sh 10.0.0.1 1:4                 from one to four hosts, which may come and go meanwhile
 #   NPROC=2 MAX_RESTARTS=10 launch/multi_node.sh ...  processes on this host (default: its GPUs, else 1); restarts (3)
 #
-# Use it where hosts reach each other by TCP and no scheduler starts your jobs. Rank zero writes the run's folder: a
-# folder that all hosts share (or HOST alone staying to the end) is what lets any other of them leave. The data may be
-# shared or not: hosts that share its folder take turns, and one downloads.
+# Use it where hosts reach each other by TCP and no scheduler starts your jobs. Rank zero, on the host whose address comes
+# first, writes the run's folder: with a folder that all share, any host but HOST may leave. The data may be shared or
+# not: hosts that share its folder take turns, and one downloads.
 set -euo pipefail
 
 if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
@@ -56,10 +56,10 @@ if command -v ip >/dev/null; then
     export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$device} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$device}
 fi
 
-# With the store shared between torchrun and its workers, a host that comes back waits for good (torch 2.11 to 2.15).
+# With the store shared between torchrun and its workers, a host that comes back waits for good (seen with torch 2.14).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec "$python" -m torch.distributed.run --nnodes="$nodes" --nproc_per_node="$nproc" \
     --rdzv-backend=c10d --rdzv-endpoint="$host:$port" --rdzv-id="${RUN_ID:-cifar-ddp}" \
-    --rdzv-conf="is_host=$is_host,last_call_timeout=${LAST_CALL:-5}" --local-addr="$address" \
+    --rdzv-conf="is_host=$is_host,last_call_timeout=5" --local-addr="$address" \
     --max-restarts="${MAX_RESTARTS:-3}" --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
     "$root/train_ddp.py" "$@"
