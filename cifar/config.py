@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from cifar.datasets import DATASETS
 from cifar.errors import UserError
 from cifar.nets import NETS
 from cifar.recipes import RECIPES, Recipe
@@ -30,8 +31,9 @@ class TrainConfig(Recipe):
 
     recipe: str = "tutorial"
     """The named set of defaults: tutorial, wide, net-fast, resnet18, speed94 or speed96."""
-    dataset: Literal["auto", "cifar10", "synthetic"] = "auto"
-    """auto: CIFAR-10 if it is on disk or can be fetched, else the built-in stand-in, with a warning."""
+    dataset: str = "auto"
+    """cifar10; synthetic, the built-in stand-in; or auto: CIFAR-10 if it is on disk or can be fetched, else the
+    stand-in, with a warning."""
     data_dir: Path = Path("data")
     """Folder that holds or receives cifar-10-batches-py/ (default: $CIFAR_DATA_DIR, then data)."""
     data_url: str | None = None
@@ -90,6 +92,8 @@ class TrainConfig(Recipe):
         """
         if self.model not in NETS:
             raise UserError(f"unknown model {self.model!r}: choose from {', '.join(NETS)}")
+        if self.dataset not in ("auto", *DATASETS):
+            raise UserError(f"unknown --dataset {self.dataset!r}: choose from auto, {', '.join(DATASETS)}")
         for name in (
             "epochs", "local_batch_size", "global_batch_size", "max_steps", "log_steps", "checkpoint_steps",
             "keep_checkpoints",

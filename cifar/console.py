@@ -4,7 +4,8 @@ import math
 
 from cifar.batches import BatchPlan, describe
 from cifar.config import TrainConfig
-from cifar.data import CLASSES, Data
+from cifar.data import Data
+from cifar.datasets import CLASSES
 from cifar.evaluation import Evaluation
 from cifar.loop import LogPoint, TrainState
 from cifar.resume import Resumed

@@ -10,13 +10,12 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from cifar.augment import CropFlip
 from cifar.batches import BatchPlan
-from cifar.cifar10 import load_cifar10, prepare_cifar10
+from cifar.cifar10 import prepare_cifar10
 from cifar.config import TrainConfig
+from cifar.datasets import DATASETS
 from cifar.runtime import Runtime
 from cifar.seeds import derive_seed
-from cifar.synthetic import make_synthetic
 
-CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 EVAL_BATCH_SIZE = 1000
 PREPARED = 1024  # images that are gathered, augmented and normalized at once: for small batches that costs most
 
@@ -122,7 +121,7 @@ class EvalLoader(DataLoader[Any]):
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains and tests on; `name` is "cifar10" or "synthetic"."""
+    """What a run trains and tests on; `name` is that of the dataset."""
 
     name: str
     train: DeviceImages
@@ -138,20 +137,20 @@ def load_data(config: TrainConfig, runtime: Runtime) -> Data:
         UserError: a file is damaged, or CIFAR-10 was asked for by name and can't be had.
     """
     missing = None
-    if config.dataset != "synthetic":
+    if config.dataset in ("auto", "cifar10"):
         with runtime.together():
             if runtime.local_rank == 0:
                 required = config.dataset == "cifar10"
                 missing = prepare_cifar10(config.data_dir, config.data_url, required, show=runtime.is_main)
     # One host without the data is enough for all to take the stand-in: they have to train on the same images.
     reasons = [reason for reason in runtime.gather(missing) if reason is not None]
-    if config.dataset == "synthetic" or reasons:
-        if reasons:
-            runtime.say(f"WARNING: training on the built-in stand-in, not on CIFAR-10: {reasons[0]}")
-        name, (train, test) = "synthetic", make_synthetic()
-    else:
-        with runtime.together():
-            name, (train, test) = "cifar10", load_cifar10(config.data_dir)
+    if reasons:
+        runtime.say(f"WARNING: training on the built-in stand-in, not on CIFAR-10: {reasons[0]}")
+    name = config.dataset
+    if name == "auto":
+        name = "synthetic" if reasons else "cifar10"
+    with runtime.together():
+        train, test = DATASETS[name](config.data_dir)
 
     device, layout = runtime.device, runtime.layout
     data = Data(name, DeviceImages(*train, device, layout), DeviceImages(*test, device, layout))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cifar.data import EvalLoader
+from cifar.datasets import CLASSES
 from cifar.runtime import Runtime
 from cifar.tta import augmented_scores
 
@@ -44,7 +45,7 @@ class Evaluation:
         """Correct / total, 0 to 1."""
         return self.correct / self.total
 
-    def confusion(self, classes: int = 10) -> Tensor:
+    def confusion(self, classes: int = len(CLASSES)) -> Tensor:
         """int64 [class, predicted class]: how many images of the one were taken for the other."""
         return torch.bincount(self.labels * classes + self.predicted, minlength=classes**2).view(classes, classes)
 

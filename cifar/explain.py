@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from cifar.batches import BatchPlan, learning_rate
 from cifar.config import TrainConfig, parse_args
-from cifar.data import CLASSES, TrainLoader, load_data
+from cifar.data import TrainLoader, load_data
+from cifar.datasets import CLASSES
 from cifar.errors import UserError
 from cifar.loop import forward_backward
 from cifar.nets import build_net
@@ -96,7 +97,7 @@ def explain_backward(model: nn.Module, net: nn.Module, images: Tensor, labels: T
     runtime.say("\nBACKWARD: every .grad is None before it")
     where = " of rank 0's images" if runtime.world_size > 1 else ""
     runtime.say(
-        f"   loss: cross-entropy {loss:.4f}{where} (guessing among ten classes costs ln 10 = {math.log(10):.4f})"
+        f"   loss: cross-entropy {loss:.4f}{where} (guessing costs ln {len(CLASSES)} = {math.log(len(CLASSES)):.4f})"
     )
     for name, gradient in _gradients(net).items():
         runtime.say(f"   {name + '.grad':<18} {_shape(gradient):>16}  norm {gradient.norm():.6f}")

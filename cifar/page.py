@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from cifar.chart import Line, chart
-from cifar.data import CLASSES
+from cifar.datasets import CLASSES
 from cifar.evaluation import Evaluation
 from cifar.records import read_records, series
 from cifar.run import write_atomically

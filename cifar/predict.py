@@ -16,7 +16,8 @@ from torch import Tensor
 from cifar.checkpoint import load_net, read_checkpoint
 from cifar.config import run_tyro
 from cifar.console import STAND_IN
-from cifar.data import CLASSES, normalize
+from cifar.data import normalize
+from cifar.datasets import CLASSES
 from cifar.errors import UserError
 from cifar.nets import NETS, build_net
 from cifar.voice import one_voice

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from cifar.data import CLASSES
+from cifar.datasets import CLASSES
 from cifar.evaluation import Evaluation
 from cifar.records import read_records, series
 from cifar.run import write_atomically
@@ -47,9 +47,10 @@ def draw_report(run_dir: Path, test: Evaluation) -> Path:
 
 def _write_head(figure: Any, result: dict[str, Any]) -> None:
     stand_in = result["dataset"] == "synthetic"
+    images = {"cifar10": "CIFAR-10", "synthetic": "stand-in"}.get(result["dataset"], result["dataset"])
     headline = (
         f"Test accuracy {100 * result['test_accuracy']:.2f} %: {result['test_correct']:,} of "
-        f"{result['test_total']:,} {'stand-in' if stand_in else 'CIFAR-10'} images"
+        f"{result['test_total']:,} {images} images"
     )
     count = result["world_size"]
     details = (

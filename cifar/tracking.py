@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cifar.config import TrainConfig
-from cifar.data import CLASSES, Data
+from cifar.data import Data
+from cifar.datasets import CLASSES
 from cifar.evaluation import Evaluation
 from cifar.loop import LogPoint
 from cifar.run import write_atomically

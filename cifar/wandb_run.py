@@ -13,7 +13,8 @@ import psutil
 from accelerate.tracking import WandBTracker
 
 from cifar.config import TrainConfig
-from cifar.data import CLASSES, Data
+from cifar.data import Data
+from cifar.datasets import CLASSES
 from cifar.evaluation import Evaluation
 from cifar.run import write_atomically
 from cifar.runtime import Runtime

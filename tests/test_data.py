@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DistributedSampler
 
 import cifar.data
+import cifar.datasets
 from cifar.augment import CropFlip
 from cifar.batches import BatchPlan
 from cifar.config import TrainConfig
@@ -231,8 +232,8 @@ def sources(monkeypatch):
         return torch.zeros(size, 3, 32, 32, dtype=torch.uint8), torch.zeros(size, dtype=torch.int64)
 
     monkeypatch.setattr(cifar.data, "prepare_cifar10", prepare)
-    monkeypatch.setattr(cifar.data, "load_cifar10", lambda data_dir: (tensors(50), tensors(10)))
-    monkeypatch.setattr(cifar.data, "make_synthetic", lambda: (tensors(5), tensors(1)))
+    monkeypatch.setitem(cifar.data.DATASETS, "cifar10", lambda data_dir: (tensors(50), tensors(10)))
+    monkeypatch.setitem(cifar.data.DATASETS, "synthetic", lambda data_dir: (tensors(5), tensors(1)))
     return sources
 
 
@@ -299,7 +300,7 @@ def test_a_damaged_file_is_not_replaced_by_the_stand_in(sources, monkeypatch):
     def damaged(data_dir):
         raise UserError("test_batch is damaged")
 
-    monkeypatch.setattr(cifar.data, "load_cifar10", damaged)
+    monkeypatch.setitem(cifar.data.DATASETS, "cifar10", damaged)
     with pytest.raises(UserError, match="test_batch is damaged"):
         load(config("auto"), Rank())
 
@@ -310,4 +311,4 @@ def test_ten_classes_by_name(real_data):
 
     theirs = pickle.loads((real_data / "cifar-10-batches-py" / "batches.meta").read_bytes())["label_names"]
     words = {"airplane": "plane", "automobile": "car"}
-    assert tuple(words.get(name, name) for name in theirs) == cifar.data.CLASSES
+    assert tuple(words.get(name, name) for name in theirs) == cifar.datasets.CLASSES

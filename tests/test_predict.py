@@ -13,7 +13,8 @@ from PIL import Image
 from cifar import predict
 from cifar.checkpoint import save_checkpoint
 from cifar.cifar10 import load_cifar10
-from cifar.data import CLASSES, normalize
+from cifar.data import normalize
+from cifar.datasets import CLASSES
 from cifar.errors import UserError
 from cifar.nets import build_net
 from tests.processes import run

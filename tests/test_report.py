@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from cifar import report
-from cifar.data import CLASSES
+from cifar.datasets import CLASSES
 from cifar.evaluation import Evaluation
 
 LABELS = torch.arange(1000) % 10

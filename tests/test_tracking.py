@@ -16,7 +16,8 @@ from PIL import Image
 
 from cifar import tracking, wandb_run
 from cifar.config import TrainConfig
-from cifar.data import CLASSES, Data, DeviceImages
+from cifar.data import Data, DeviceImages
+from cifar.datasets import CLASSES
 from cifar.evaluation import Evaluation
 from cifar.loop import LogPoint
 from tests.processes import clean_environment, records, result, run, train

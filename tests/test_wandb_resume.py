@@ -16,7 +16,7 @@ from cifar.data import Data, DeviceImages
 from cifar.evaluation import Evaluation
 from cifar.loop import LogPoint
 from cifar.tracking import Tracking
-from tests.processes import ROOT, clean_environment, records
+from tests.processes import ROOT, clean_environment, records, run
 from tests.wandb_server import KEY, WandbServer, read_back
 
 SOON = 5 + wandb_run._HURRY_SECONDS  # far less than the 30 seconds after which torchrun kills
@@ -155,6 +155,28 @@ def test_every_offline_record_is_complete_and_the_last_one_is_to_be_uploaded(tra
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
     assert len(list(tmp_path.glob("wandb/superseded/offline-run-*"))) == 2
     assert all(run_id(tmp_path) in path.name for path in tmp_path.glob("wandb/**/offline-run-*"))
+
+
+def test_sync_uploads_a_resumed_offline_run_whole(server, track, tmp_path):
+    """With W&B's own command, as the banner names it."""
+    for start in (0, 3):
+        tracking = track(step=start, choice="offline")
+        train_steps(tracking, start + 1, start + 2, start + 3)
+        if start:
+            tracking.log_test(7, 1, evaluation())
+            tracking.finish(7, {"test_accuracy": 1.0}, evaluation())
+        last = tracking.describe().split("wandb sync ")[1]
+        tracking.close(exit_code=0 if start else 1)
+    assert server.asked == [], "offline"
+    done = run([sys.executable, "-m", "wandb", "sync", last], tmp_path, WANDB_BASE_URL=server.url, WANDB_API_KEY=KEY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(server.runs) == [run_id(tmp_path)]
+    got = server.runs[run_id(tmp_path)]
+    assert losses([row for row in got.history if "train/loss" in row]) == expected(1, 2, 3, 4, 5, 6)
+    assert got.summary["test_accuracy"] == 1.0
+    assert got.summary["test/accuracy"]["max"] == 1.0
+    assert got.config["recipe"]["value"] == "tutorial"
+    assert got.exit_code == 0
 
 
 def test_a_run_that_finds_its_server_gone_goes_on_offline_with_all_of_it(server, track, tmp_path, monkeypatch):

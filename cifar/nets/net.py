@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cifar.datasets import CLASSES
+
 
 class Net(nn.Module):
     """Two convolutions and three linear layers; 62,006 parameters at width 1.
@@ -19,7 +21,7 @@ class Net(nn.Module):
         self.conv2 = nn.Conv2d(6 * width, 16 * width, 5)
         self.fc1 = nn.Linear(16 * width * 5 * 5, 120 * width)
         self.fc2 = nn.Linear(120 * width, 84 * width)
-        self.fc3 = nn.Linear(84 * width, 10)
+        self.fc3 = nn.Linear(84 * width, len(CLASSES))
 
     def forward(self, images: Tensor) -> Tensor:
         """Class scores (logits), float [batch, 10], of normalized images, float [batch, 3, 32, 32]."""

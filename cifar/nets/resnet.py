@@ -2,6 +2,8 @@
 
 from torch import nn
 
+from cifar.datasets import CLASSES
+
 
 def resnet18() -> nn.Module:
     """torchvision's ResNet-18 with the stem that small images need: a 3 x 3 convolution, no stride and no pooling.
@@ -10,7 +12,7 @@ def resnet18() -> nn.Module:
     """
     from torchvision.models import resnet18 as imagenet_resnet18  # its other models cost a second to import
 
-    net = imagenet_resnet18(num_classes=10, zero_init_residual=True)
+    net = imagenet_resnet18(num_classes=len(CLASSES), zero_init_residual=True)
     net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     net.maxpool = nn.Identity()
     return net

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cifar.datasets import CLASSES
+
 
 class SpeedNet(nn.Module):
     """A fixed whitening layer, three groups of convolutions, and a linear layer; 1,971,352 trained parameters.
@@ -20,7 +22,7 @@ class SpeedNet(nn.Module):
         self.groups = nn.Sequential(
             *(_Group(before, width, depth) for before, width in zip((24, *widths), widths, strict=False))
         )
-        self.head = nn.Linear(widths[-1], 10, bias=False)
+        self.head = nn.Linear(widths[-1], len(CLASSES), bias=False)
         with torch.no_grad():
             self.head.weight.div_(self.head.weight.std())
 

@@ -29,6 +29,7 @@ def main() -> None:
 
     exchanges_gradients_once_a_step(config, runtime, data)
     compresses_gradients(runtime)
+    has_one_bucket_for_powersgd(runtime)
     gives_every_rank_rank_zeros_weights(runtime)
     evaluates_with_rank_zeros_buffers(runtime, data)
     shares_mistakes_and_values(runtime)
@@ -84,6 +85,21 @@ def compresses_gradients(runtime):
         assert 1e-6 < error < most, (name, error)
     assert torch.linalg.matrix_rank(exact) > 4
     assert torch.linalg.matrix_rank(gradients["powersgd"], rtol=1e-4) == 4
+
+
+def has_one_bucket_for_powersgd(runtime):
+    """With two, ranks were seen to wait for each other for good."""
+    runtime.accelerator.ddp_handler = ddp_options("powersgd")
+    buckets = []
+    net = build_net("net-wide")
+    model = runtime.wrap(net)
+    for _ in range(3):  # buckets are laid out anew after the first step
+        model(torch.randn(4, 3, 32, 32)).sum().backward()
+        sizes = model._get_ddp_logging_data()
+        buckets.append((sizes["bucket_sizes"], sizes.get("rebuilt_bucket_sizes", "")))
+    runtime.accelerator.ddp_handler = ddp_options("none")
+    whole = str(4 * sum(parameter.numel() for parameter in net.parameters()))
+    assert buckets[-1] == (whole, whole), buckets
 
 
 def gives_every_rank_rank_zeros_weights(runtime):
