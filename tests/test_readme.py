@@ -1,16 +1,17 @@
-"""The README's commands and examples: each command has a test that runs it, and the examples are followed to the letter."""
+"""The README's commands, each of which a test runs, and its examples, followed to the letter."""
 
 import importlib.util
 import json
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 
 import pytest
 
 from cifar.config import TrainConfig, parse_args
-from tests.processes import ROOT, result, run
+from tests.processes import ROOT, clean_environment, result, run
 
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.S)
@@ -21,27 +22,27 @@ COMMANDS = sorted({part.strip() for line in FOUND for part in line.split("&&") i
 
 # The test that runs a command, as it is or with flags that make it short; the first that matches.
 RUN_BY = {
-    r"(NPROC=2 )?launch/local.sh": "test_launch.py::test_local_starts_as_many_processes_as_it_is_told",
-    r"launch/sweep.sh": "test_launch.py::test_sweep_ends_with_a_table_and_outlives_a_run_that_fails",
-    r"launch/multi_node.sh .* 1:4": "distributed/test_hosts.py::test_a_run_survives_a_host_that_is_cut_off_and_comes_back",
-    r"launch/multi_node.sh": "distributed/test_hosts.py::test_two_hosts_train_as_one_host_with_two_processes",
-    r"(sbatch .*)?launch/slurm.sbatch": "distributed/test_slurm.py::test_two_nodes",
-    r".*launch/accelerate.yaml": "distributed/test_world_size.py::test_accelerate_launch_trains_the_same_as_torchrun",
-    r"torchrun .*--max-restarts": "distributed/test_restart.py::test_a_run_that_is_disturbed_at_random_ends_as_the_und",
-    r"torchrun .*-m cifar.explain": "distributed/test_ranks.py::test_explain_shows_that_ranks_agree_after_the_all_reduce",
-    r"torchrun .*train_ddp.py": "distributed/test_world_size.py::test_the_loss_curve_is_that_of_one_process",
-    r"python train_ddp.py --evaluate": "distributed/test_world_size.py::test_a_checkpoint_has_one_accuracy_at_every_world_",
-    r"python train_ddp.py --resume": "distributed/test_world_size.py::test_resume_with_another_world_size_keeps_the_global",
-    r"python train_ddp.py --help": "test_config.py::test_help",
-    r"python train_ddp.py": "test_readme.py::test_the_examples_of_how_to_change_it",
-    r"python -m pdb train_ddp.py": "test_readme.py::test_a_debugger_stops_in_the_first_step",
-    r"python -m cifar.compare": "test_compare.py::test_draws_a_picture_with_a_colour_for_each",
-    r"python -m cifar.explain": "test_explain.py::test_it_shows_every_link",
-    r"python -m cifar.predict": "test_predict.py::test_the_command_line_says_when_the_net_learned_from_the_stand_in",
-    r"python -m tests.benchmarks.scale": "test_scale.py::test_the_command_writes_table_json_and_plot",
-    r"python -m tests.benchmarks.slow_link": "distributed/test_hosts.py::test_the_slow_link_benchmark",
-    r"python -m tests.benchmarks": "test_benchmarks.py::test_the_command_measures_and_writes_json",
-    r"python -m tests.distributed.soak": "distributed/test_restart.py::test_a_run_that_is_disturbed_at_random_ends_as_the_",
+    r"(NPROC=2 )?launch/local.sh": "test_launch: local_starts_as_many_processes_as_it_is_told",
+    r"launch/sweep.sh": "test_launch: sweep_ends_with_a_table_and_outlives_a_run_that_fails",
+    r"launch/multi_node.sh .* 1:4": "distributed/test_hosts: a_run_survives_a_host_that_is_cut_off_and_comes_back",
+    r"launch/multi_node.sh": "distributed/test_hosts: two_hosts_train_as_one_host_with_two_processes",
+    r"(sbatch .*)?launch/slurm.sbatch": "distributed/test_slurm: two_nodes",
+    r".*launch/accelerate.yaml": "distributed/test_world_size: accelerate_launch_trains_the_same_as_torchrun",
+    r"torchrun .*--max-restarts": "distributed/test_restart: a_run_that_is_disturbed_at_random_ends_as_the_undisturbed_one",
+    r"torchrun .*-m cifar.explain": "distributed/test_ranks: explain_shows_that_ranks_agree_after_the_all_reduce",
+    r"torchrun .*train_ddp.py": "distributed/test_world_size: the_loss_curve_is_that_of_one_process",
+    r"python train_ddp.py --evaluate": "distributed/test_world_size: a_checkpoint_has_one_accuracy_at_every_world_size",
+    r"python train_ddp.py --resume": "distributed/test_world_size: resume_with_another_world_size_keeps_the_global_batch",
+    r"python train_ddp.py --help": "test_config: help_lists_every_flag_of_the_design",
+    r"python train_ddp.py": "test_readme: the_examples_of_how_to_change_it",
+    r"python -m pdb train_ddp.py": "test_readme: a_debugger_stops_where_it_is_told",
+    r"python -m cifar.compare": "test_compare: draws_a_picture_with_a_colour_for_each",
+    r"python -m cifar.explain": "test_explain: it_shows_every_link",
+    r"python -m cifar.predict": "test_predict: the_command_line_says_when_the_net_learned_from_the_stand_in",
+    r"python -m tests.benchmarks.scale": "test_scale: the_command_writes_table_json_and_plot",
+    r"python -m tests.benchmarks.slow_link": "distributed/test_hosts: the_slow_link_benchmark",
+    r"python -m tests.benchmarks": "test_benchmarks: the_command_measures_and_writes_json",
+    r"python -m tests.distributed.soak": "distributed/test_restart: a_run_that_is_disturbed_at_random_ends_as_",
 }
 
 
@@ -84,26 +85,20 @@ def test_what_a_command_starts_is_there(command, tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_test_runs_it(command):
     test = next(test for pattern, test in RUN_BY.items() if re.match(pattern, command))
-    file, name = test.split("::")
-    assert f"\ndef {name}" in (ROOT / "tests" / file).read_text()
+    file, name = test.split(": ")
+    assert f"\ndef test_{name}" in (ROOT / "tests" / f"{file}.py").read_text()
 
 
-def test_a_debugger_stops_in_the_first_step(tmp_path):
-    """python -m pdb: one process, no process group, and the variables are there."""
-    driver = tmp_path / "drive.py"
-    driver.write_text(
-        "import io, pdb, sys\n"
-        "import cifar.loop\n"
-        "commands = io.StringIO('b cifar.loop.train_step\\nc\\np config.recipe\\nq\\n')\n"
-        "sys.argv = sys.argv[1:]\n"
-        "debugger = pdb.Pdb(stdin=commands)\n"
-        "debugger.use_rawinput = False\n"
-        "debugger.run('import runpy; runpy.run_path(sys.argv[0], run_name=\"__main__\")', {'sys': sys})\n"
-    )
-    flags = ["--dataset", "synthetic", "--device", "cpu", "--wandb", "disabled", "--run-dir", tmp_path / "run"]
-    done = run([sys.executable, driver, ROOT / "train_ddp.py", *flags], tmp_path)
-    assert "loop.py" in done.stdout, done.stderr
-    assert "'tutorial'" in done.stdout
+def test_a_debugger_stops_where_it_is_told(tmp_path):
+    lines = (ROOT / "train_ddp.py").read_text().splitlines()
+    (number,) = (k for k, line in enumerate(lines, 1) if "loop.train_epoch(" in line)
+    flags = ["--dataset", "synthetic", "--device", "cpu", "--wandb", "disabled", "--run-dir", "run"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pdb", ROOT / "train_ddp.py", *flags],
+        cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=120,
+        input=f"b {number}\nc\np (config.recipe, runtime.world_size)\nq\n",
+    )  # fmt: skip
+    assert "('tutorial', 1)" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.fixture

@@ -144,10 +144,12 @@ def test_who_downloads(hosts, real_data, tmp_path, shared):
     assert log.read_text().count("GET /packed.tar.gz") == (1 if shared else 2)
 
 
-def test_the_slow_link_benchmark(hosts, monkeypatch, capsys):
+def test_the_slow_link_benchmark(monkeypatch, capsys):
     """Its rates are real: 62,006 gradients of 32 bits take 0.2 s at 10 Mbit/s."""
     from tests.benchmarks import slow_link
 
+    if (missing := why_not()) is not None:
+        pytest.skip(missing)
     monkeypatch.setattr(slow_link, "HOOKS", ("none",))
     monkeypatch.setattr(slow_link, "WARM_UP", 4)
     flags = ["--rates", "10", "--model", "net", "--batch", "4", "--steps", "8"]
