@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from cifar.augment import CropFlip
 from cifar.data import Data, DeviceImages
+from cifar.saving import CheckpointWriter
 
 
 def tiny_data(name: str = "synthetic", count: int = 200) -> Data:
@@ -18,6 +20,17 @@ def tiny_data(name: str = "synthetic", count: int = 200) -> Data:
     data = Data(name, DeviceImages(images, labels, device), DeviceImages(images, labels, device))
     data.train.augment = CropFlip(count, 0, device)
     return data
+
+
+def wait_for_checkpoints(patched: pytest.MonkeyPatch) -> None:
+    """Let training wait until each checkpoint is on the disk: a slow one would cost some of those between."""
+    save = CheckpointWriter.save
+
+    def save_and_wait(writer: CheckpointWriter, content: dict[str, Any]) -> None:
+        save(writer, content)
+        writer.flush()
+
+    patched.setattr(CheckpointWriter, "save", save_and_wait)
 
 
 def numbers(run_dir: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import train_ddp
 from cifar.checkpoint import checkpoint_path, load_checkpoint
 from cifar.errors import TrainingDivergedError, UserError
 from cifar.nets import build_net
-from tests.comparing import numbers, same
+from tests.comparing import numbers, same, wait_for_checkpoints
 from tests.processes import records, result
 
 HERE = ["--dataset", "synthetic", "--device", "cpu", "--wandb", "disabled"]
@@ -75,7 +75,9 @@ def test_the_program_is_the_tutorials_loop(tmp_path, synthetic):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    train_ddp.main([*SHORT, "--run-dir", str(folder)])
+    with pytest.MonkeyPatch.context() as patched:
+        wait_for_checkpoints(patched)
+        train_ddp.main([*SHORT, "--run-dir", str(folder)])
     return folder
 
 
@@ -121,8 +123,9 @@ def test_the_recorded_lr_is_the_schedules(undisturbed):
 
 
 @pytest.mark.parametrize("step", [50, 20])
-def test_resuming_after_any_checkpoint_changes_nothing(undisturbed, tmp_path, step):
+def test_resuming_after_any_checkpoint_changes_nothing(undisturbed, tmp_path, monkeypatch, step):
     """At an epoch's end, and in the middle of an epoch, of a log window and of an accumulation."""
+    wait_for_checkpoints(monkeypatch)
     folder = tmp_path / "run"
     shutil.copytree(undisturbed, folder)
     for path in (folder / "checkpoints").iterdir():

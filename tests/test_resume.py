@@ -12,7 +12,7 @@ import train_ddp
 from cifar import evaluation
 from cifar.checkpoint import checkpoint_path, checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
 from cifar.errors import StoppedError, UserError
-from tests.comparing import numbers, same, tiny_data, traces
+from tests.comparing import numbers, same, tiny_data, traces, wait_for_checkpoints
 from tests.processes import records, result
 
 # Ten steps an epoch, with augmentation, a schedule and accumulation; log points after 3, 6, 9 and 10 of them.
@@ -30,6 +30,7 @@ def _tiny(monkeypatch):
 def shrink(monkeypatch):
     monkeypatch.setattr("cifar.data.load_data", lambda *_: tiny_data())
     monkeypatch.setattr("cifar.report.draw_report", lambda *_: None)  # most of the time of so small a run
+    wait_for_checkpoints(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from cifar.checkpoint import checkpoint_path, checkpoints, load_checkpoint
 from cifar.data import Data, DeviceImages
 from cifar.errors import UserError
 from cifar.session import Session
-from tests.comparing import tiny_data
+from tests.comparing import tiny_data, wait_for_checkpoints
 from tests.processes import records, result, train
 
 
@@ -145,6 +145,7 @@ def test_a_run_whose_disk_fills_up_goes_on_and_keeps_its_checkpoints(tmp_path, m
         flush(number)
 
     monkeypatch.setattr(os, "fsync", full_after_the_first_checkpoint)
+    wait_for_checkpoints(monkeypatch)
     flags = "--device cpu --wandb disabled --local-batch-size 20 --checkpoint-steps 2 --epochs 1 --log-steps 1"
     train_ddp.main([*flags.split(), "--run-dir", str(folder)])
 
@@ -164,7 +165,6 @@ def test_a_run_whose_disk_is_full_for_a_while_writes_checkpoints_again(small_dis
     folder, ballast, save = small_disk / "run", small_disk / "ballast", Session.save
 
     def save_on_a_disk_that_others_use(run):
-        run._writer.flush()
         if run._state.step == 16:
             with suppress(OSError), ballast.open("wb", buffering=0) as file:
                 while True:
@@ -174,6 +174,7 @@ def test_a_run_whose_disk_is_full_for_a_while_writes_checkpoints_again(small_dis
         save(run)
 
     monkeypatch.setattr(Session, "save", save_on_a_disk_that_others_use)
+    wait_for_checkpoints(monkeypatch)
     flags = "--device cpu --wandb disabled --local-batch-size 5 --epochs 2 --log-steps 1 --checkpoint-steps 8"
     train_ddp.main([*flags.split(), "--keep-checkpoints", "2", "--run-dir", str(folder)])
 
