@@ -43,10 +43,12 @@ class CheckpointWriter:
         copied = copy_to_host(content)
         with self._changed:
             self._raise_failure()
-            for waiting in list(self._pending):
-                if _step(waiting) != copied["state"]["best_step"]:
-                    self._pending.remove(waiting)
-                    self._say(f"WARNING: the disk is slower than the checkpoints: none of step {_step(waiting)}")
+            waiting, self._pending = self._pending, deque()
+            for earlier in waiting:
+                if _step(earlier) == copied["state"]["best_step"]:
+                    self._pending.append(earlier)
+                else:
+                    self._say(f"WARNING: the disk is slower than the checkpoints: none of step {_step(earlier)}")
             self._pending.append(copied)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
