@@ -21,7 +21,7 @@ class Comparison:
     """Compare runs, finished or not: a table, the most accurate first, and test accuracy over time as a picture."""
 
     run_dirs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Run folders of train_ddp.py, runs/NAME."""
+    """Run folders of train_ddp.py, runs/NAME, or folders of such, as a sweep leaves."""
     out: Path = Path("compare.png")
     """The picture, PNG; it replaces what is there."""
 
@@ -45,6 +45,12 @@ class Run:
     accuracy: float | None
     by_seconds: Series
     by_images: Series
+
+
+def run_folders(path: Path) -> list[Path]:
+    """The run folders in `path`, or `path` itself if there is none in it."""
+    inside = sorted(config.parent for config in path.glob("*/config.json"))
+    return [path] if (path / "config.json").exists() or not inside else inside
 
 
 def read_run(run_dir: Path) -> Run:
@@ -131,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = run_tyro(Comparison, argv, prog="python -m cifar.compare")
     if not asked.run_dirs:
         raise UserError("no run is named: python -m cifar.compare RUN_DIR [RUN_DIR ...]")
-    runs = [read_run(run_dir) for run_dir in asked.run_dirs]
+    runs = [read_run(run_dir) for path in asked.run_dirs for run_dir in run_folders(path)]
     stand_ins = {run.name for run in runs if run.result and run.result["dataset"] == "synthetic"}
     print("\n".join(table(runs)))
     if stand_ins:

@@ -16,6 +16,10 @@ fi
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=$(command -v python || command -v python3)
 nproc=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+if [[ ! "$nproc" =~ ^[1-9][0-9]*$ ]]; then
+    echo "local.sh: error: NPROC is '$nproc': it must be a number of processes such as 2" >&2
+    exit 2
+fi
 
 if [[ "$nproc" == 1 ]]; then
     exec "$python" "$root/train_ddp.py" "$@"

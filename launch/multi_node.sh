@@ -34,6 +34,7 @@ host=${endpoint%:*} port=29400
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=$(command -v python || command -v python3)
 nproc=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+[[ "$nproc" =~ ^[1-9][0-9]*$ ]] || fail "NPROC is '$nproc': it must be a number of processes such as 2"
 
 # The address that this host uses on the way to HOST: left to themselves, torchrun and gloo take what the host's name
 # stands for, which is often 127.0.0.1. It also tells which host is HOST, whatever name that was given by.

@@ -6,7 +6,7 @@
 #   NPROC=2 launch/sweep.sh                     processes of each run (default: as launch/local.sh)
 #
 # Use it to try a few settings on one host. Its runs are in runs/sweep-DATE/. A run that fails, for its lr is too high,
-# say, doesn't end the sweep. Started again with FOLDER=runs/sweep-DATE, it leaves out the runs that are done.
+# say, doesn't end the sweep; Ctrl-C does. Started again with FOLDER=runs/sweep-DATE, it goes on where it was.
 set -euo pipefail
 
 if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
@@ -41,6 +41,8 @@ PYTHON
 ) || exit 2
 
 mkdir -p "$folder"
+# Ctrl-C reaches the run as well: it saves a checkpoint and ends, and then the sweep ends, too.
+trap 'echo "sweep.sh: stopped; to go on: FOLDER=$folder $0 $*"; exit 130' INT
 count=$(wc -l <<<"$grid") number=0 failed=()
 while read -r -a run; do
     number=$((number + 1)) run_dir=$folder/${run[0]}
@@ -58,8 +60,7 @@ done <<<"$grid"
 echo
 echo "sweep.sh: $count runs in $folder"
 (( ${#failed[@]} == 0 )) || echo "sweep.sh: failed: ${failed[*]}"
-mapfile -t done_runs < <(compgen -G "$folder/*/config.json" | xargs -r -n 1 dirname)
-(( ${#done_runs[@]} > 0 )) || exit 1
+compgen -G "$folder/*/config.json" >/dev/null || exit 1
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # should the package not be installed
-"$python" -m cifar.compare "${done_runs[@]}" --out "$folder/compare.png"
+"$python" -m cifar.compare "$folder" --out "$folder/compare.png"
 exit $(( ${#failed[@]} > 0 ))

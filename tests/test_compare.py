@@ -59,6 +59,14 @@ def test_draws_a_picture_with_a_colour_for_each(tmp_path, capsys):
     assert f"picture: {out}" in capsys.readouterr().out
 
 
+def test_a_folder_of_runs_stands_for_all_of_them(tmp_path, capsys):
+    (tmp_path / "sweep").mkdir()
+    make(tmp_path / "sweep", "b", [0.3])
+    make(tmp_path / "sweep", "c", [0.4])
+    main([str(make(tmp_path, "a", [0.5])), str(tmp_path / "sweep"), "--out", str(tmp_path / "out.png")])
+    assert [line.split()[-3] for line in capsys.readouterr().out.splitlines()[1:4]] == ["a", "c", "b"]
+
+
 def test_says_which_runs_are_the_stand_ins(tmp_path, capsys):
     run_dir = make(tmp_path, "a", [0.3], train_seconds=1.0, test_accuracy=0.3)
     (run_dir / "result.json").write_text(json.dumps({"dataset": "synthetic", "train_seconds": 1.0}))

@@ -1,52 +1,24 @@
 """What a person sees: on a terminal a bar with images/s and the time left, plain lines elsewhere."""
 
-import fcntl
-import os
-import pty
 import re
-import struct
-import subprocess
 import sys
-import termios
 
 import pytest
 
 from cifar.console import print_test
 from cifar.evaluation import evaluate
-from tests.processes import ROOT, clean_environment
+from tests.processes import ROOT
+from tests.terminal import Terminal
 
 
 @pytest.fixture(scope="module")
 def on_a_terminal(tmp_path_factory):
     """All that a short training writes to a terminal of 120 columns."""
-    folder = tmp_path_factory.mktemp("terminal")
-    outer, inner = pty.openpty()
-    fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
-    flags = [
-        "--dataset",
-        "synthetic",
-        "--device",
-        "cpu",
-        "--wandb",
-        "disabled",
-        "--max-steps",
-        "600",
-        "--log-steps",
-        "200",
-    ]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train_ddp.py", *flags], cwd=folder, env=clean_environment(TERM="xterm"),
-        stdin=inner, stdout=inner, stderr=inner,
-    )  # fmt: skip
-    os.close(inner)
-    written = b""
-    try:
-        while chunk := os.read(outer, 1 << 16):
-            written += chunk
-    except OSError:  # how Linux says that the other side has closed
-        pass
-    assert process.wait(60) == 0, written.decode()
-    return written.decode()
+    flags = "--dataset synthetic --device cpu --wandb disabled --max-steps 600 --log-steps 200"
+    command = [sys.executable, ROOT / "train_ddp.py", *flags.split()]
+    with Terminal(command, tmp_path_factory.mktemp("terminal")) as terminal:
+        assert terminal.end() == 0, terminal.written
+        return terminal.written
 
 
 def test_a_terminal_shows_images_per_second_and_the_time_left(on_a_terminal):

@@ -17,32 +17,52 @@ TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.S)
 LINES = [line.split("#")[0] for block in BLOCKS for line in block.splitlines()]
 FOUND = [*LINES, *re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", TEXT, flags=re.S))]
-STARTS = ("python ", "torchrun ", "launch/", "accelerate launch -", "sbatch ", "NPROC=")
+STARTS = (
+    "python ",
+    "torchrun ",
+    "launch/",
+    "accelerate launch -",
+    "sbatch ",
+    "NPROC=",
+    "wandb ",
+    "pytest",
+    "pip ",
+    "kill ",
+)
 COMMANDS = sorted({part.strip() for line in FOUND for part in line.split("&&") if part.strip().startswith(STARTS)})
 
-# The test that runs a command, as it is or with flags that make it short; the first that matches.
+RESTART, WORLD = "tests/distributed/test_restart.py", "tests/distributed/test_world_size.py"
+# What runs a command, as it is or with flags that make it short: a file, and in it a test or a line. The first match.
 RUN_BY = {
-    r"(NPROC=2 )?launch/local.sh": "test_launch: local_starts_as_many_processes_as_it_is_told",
-    r"launch/sweep.sh": "test_launch: sweep_ends_with_a_table_and_outlives_a_run_that_fails",
-    r"launch/multi_node.sh .* 1:4": "distributed/test_hosts: a_run_survives_a_host_that_is_cut_off_and_comes_back",
-    r"launch/multi_node.sh": "distributed/test_hosts: two_hosts_train_as_one_host_with_two_processes",
-    r"(sbatch .*)?launch/slurm.sbatch": "distributed/test_slurm: two_nodes",
-    r".*launch/accelerate.yaml": "distributed/test_world_size: accelerate_launch_trains_the_same_as_torchrun",
-    r"torchrun .*--max-restarts": "distributed/test_restart: a_run_that_is_disturbed_at_random_ends_as_the_undisturbed_one",
-    r"torchrun .*-m cifar.explain": "distributed/test_ranks: explain_shows_that_ranks_agree_after_the_all_reduce",
-    r"torchrun .*train_ddp.py": "distributed/test_world_size: the_loss_curve_is_that_of_one_process",
-    r"python train_ddp.py --evaluate": "distributed/test_world_size: a_checkpoint_has_one_accuracy_at_every_world_size",
-    r"python train_ddp.py --resume": "distributed/test_world_size: resume_with_another_world_size_keeps_the_global_batch",
-    r"python train_ddp.py --help": "test_config: help_lists_every_flag_of_the_design",
-    r"python train_ddp.py": "test_readme: the_examples_of_how_to_change_it",
-    r"python -m pdb train_ddp.py": "test_readme: a_debugger_stops_where_it_is_told",
-    r"python -m cifar.compare": "test_compare: draws_a_picture_with_a_colour_for_each",
-    r"python -m cifar.explain": "test_explain: it_shows_every_link",
-    r"python -m cifar.predict": "test_predict: the_command_line_says_when_the_net_learned_from_the_stand_in",
-    r"python -m tests.benchmarks.scale": "test_scale: the_command_writes_table_json_and_plot",
-    r"python -m tests.benchmarks.slow_link": "distributed/test_hosts: the_slow_link_benchmark",
-    r"python -m tests.benchmarks": "test_benchmarks: the_command_measures_and_writes_json",
-    r"python -m tests.distributed.soak": "distributed/test_restart: a_run_that_is_disturbed_at_random_ends_as_",
+    r"pip install": (".ci/run", "pip install -q -e '.[test]' && pytest"),
+    r"pytest -m cluster": (".ci/run", "pytest -m cluster"),
+    r"pytest": (".ci/run", "pip install -q -e '.[test]' && pytest"),
+    r"(NPROC=2 )?launch/local.sh": ("tests/test_launch.py", "local_starts_as_many_processes_as_it_is_told"),
+    r"launch/sweep.sh": ("tests/test_sweep.py", "sweep_ends_with_a_table_and_outlives_a_run_that_fails"),
+    r"launch/multi_node.sh .* 1:4": ("tests/distributed/test_hosts.py", "a_run_survives_a_host_that_is_cut_off"),
+    r"launch/multi_node.sh": ("tests/distributed/test_hosts.py", "two_hosts_train_as_one_host_with_two_processes"),
+    r"(sbatch .*)?launch/slurm.sbatch": ("tests/distributed/test_slurm.py", "two_nodes"),
+    r".*launch/accelerate.yaml": (WORLD, "accelerate_launch_trains_the_same_as_torchrun"),
+    r"torchrun .*--max-restarts": (RESTART, "a_run_that_is_disturbed_at_random_ends_as_the_undisturbed_one"),
+    r"torchrun .*-m cifar.explain": ("tests/distributed/test_ranks.py", "explain_shows_that_ranks_agree"),
+    r"torchrun .*train_ddp.py": (WORLD, "the_loss_curve_is_that_of_one_process"),
+    r"python train_ddp.py --evaluate": (WORLD, "a_checkpoint_has_one_accuracy_at_every_world_size"),
+    r"python train_ddp.py --resume": (WORLD, "resume_with_another_world_size_keeps_the_global_batch"),
+    r"python train_ddp.py --help": ("tests/test_config.py", "help_lists_every_flag_of_the_design"),
+    r"python train_ddp.py": ("tests/test_readme.py", "the_examples_of_how_to_change_it"),
+    r"python -m pdb train_ddp.py": ("tests/test_readme.py", "a_debugger_stops_where_it_is_told"),
+    r"python -m cifar.compare": ("tests/test_compare.py", "draws_a_picture_with_a_colour_for_each"),
+    r"python -m cifar.explain": ("tests/test_explain.py", "it_shows_every_link"),
+    r"python -m cifar.predict": ("tests/test_predict.py", "the_command_line_says_when_the_net_learned_from"),
+    r"python -m tests.benchmarks.scale": ("tests/test_scale.py", "the_command_writes_table_json_and_plot"),
+    r"python -m tests.benchmarks.slow_link": ("tests/distributed/test_hosts.py", "the_slow_link_benchmark"),
+    r"python -m tests.benchmarks": ("tests/test_benchmarks.py", "the_command_measures_and_writes_json"),
+    r"python -m tests.distributed.soak": (RESTART, "a_run_that_is_disturbed_at_random_ends_as"),
+    r"kill -(9|STOP|TERM)": (RESTART, "a_run_that_is_disturbed_at_random_ends_as"),
+    r"wandb login": ("tests/test_tracking.py", "auto_is_online_after_wandb_login"),
+    r"wandb sync": ("tests/test_wandb_resume.py", "sync_uploads_a_resumed_offline_run_whole"),
+    r"wandb leet run": ("tests/test_tracking.py", "wandbs_terminal_dashboard_shows_an_offline_run"),
+    r"wandb sweep": ("tests/test_sweep.py", "wandb_makes_the_sweep_and_its_agent_trains_a_run"),
 }
 
 
@@ -70,7 +90,7 @@ def test_what_a_command_starts_is_there(command, tmp_path, monkeypatch):
     for word in words:
         if word.startswith("launch/"):
             assert (ROOT / word).exists(), word
-    if "-m" in words and words[words.index("-m") + 1] != "pdb":
+    if words[0] in ("python", "torchrun") and "-m" in words and words[words.index("-m") + 1] != "pdb":
         assert importlib.util.find_spec(words[words.index("-m") + 1]) is not None
     flags = flags_of(command)
     if flags is not None and "--help" not in flags:
@@ -84,9 +104,9 @@ def test_what_a_command_starts_is_there(command, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_test_runs_it(command):
-    test = next(test for pattern, test in RUN_BY.items() if re.match(pattern, command))
-    file, name = test.split(": ")
-    assert f"\ndef test_{name}" in (ROOT / "tests" / f"{file}.py").read_text()
+    file, what = next(test for pattern, test in RUN_BY.items() if re.match(pattern, command))
+    line = what if file == ".ci/run" else f"def test_{what}"
+    assert f"\n{line}" in (ROOT / file).read_text()
 
 
 def test_a_debugger_stops_where_it_is_told(tmp_path):

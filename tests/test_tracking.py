@@ -1,10 +1,8 @@
 """The records of a run: W&B's, read back with W&B's own reader, and metrics.jsonl."""
 
 import json
-import os
-import pty
+import re
 import socket
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -20,8 +18,9 @@ from cifar.data import Data, DeviceImages
 from cifar.datasets import CLASSES
 from cifar.evaluation import Evaluation
 from cifar.loop import LogPoint
-from tests.processes import clean_environment, records, result, run, train
-from tests.wandb_server import KEY, NOWHERE, read_back
+from tests.processes import records, result, run, train
+from tests.terminal import Terminal
+from tests.wandb_server import KEY, NOWHERE, WandbServer, read_back
 
 
 def flat(found, kind, part):
@@ -218,21 +217,43 @@ for choice in ("auto", "online"):
     wandb_run.start_wandb(config, Runtime(config), Path()).tracker.finish()
 print("done")
 """
-    screen, terminal = pty.openpty()
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-c", script], cwd=tmp_path, env=clean_environment(**NOWHERE),
-            stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
-        )  # fmt: skip
-        try:
-            assert process.wait(timeout=120) == 0
-        finally:
-            process.kill()
-        said = os.read(screen, 10_000).decode().splitlines()
-    finally:
-        os.close(screen)
-        os.close(terminal)
+    with Terminal([sys.executable, "-c", script], tmp_path, **NOWHERE) as terminal:
+        assert terminal.end() == 0
+        said = terminal.written.splitlines()
     assert said == ["WARNING: W&B has no key (wandb login): recording offline", "done"]
+
+
+def test_wandbs_terminal_dashboard_shows_an_offline_run(recorded):
+    """The README's filter leaves loss, accuracy and throughput."""
+    _, run_dir, offline, _ = recorded
+    command = [sys.executable, "-m", "wandb", "leet", "run", offline]
+    with Terminal(command, run_dir, rows=45, columns=200, **NOWHERE) as terminal:
+        terminal.until("Finished")
+        terminal.type("/loss|accuracy|images\r")
+        terminal.until("/ to change")
+        assert re.search(r"\[4/\d+\]", terminal.written), terminal.written
+        terminal.type("q")
+        assert terminal.end() == 0
+
+
+def test_auto_is_online_after_wandb_login(tmp_path):
+    script = """
+from pathlib import Path
+from cifar import wandb_run
+from cifar.config import TrainConfig
+from cifar.runtime import Runtime
+config = TrainConfig(device="cpu")
+tracker = wandb_run.start_wandb(config, Runtime(config), Path()).tracker
+print(tracker.offline)
+tracker.finish()
+"""
+    with WandbServer() as server:
+        account = {**NOWHERE, "WANDB_BASE_URL": server.url, "NETRC": str(tmp_path / "netrc")}
+        for command in (["-m", "wandb", "login", KEY], ["-c", script]):
+            done = run([sys.executable, *command], tmp_path, **account)
+            assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout == "False\n"
+        assert [own.exit_code for own in server.runs.values()] == [0]
 
 
 def test_training_does_not_wait_for_a_server_that_does_not_answer(tmp_path):

@@ -5,6 +5,7 @@ which the client posts lines of wandb-history.jsonl and of other files together 
 """
 
 import json
+import re
 import sys
 import threading
 from dataclasses import dataclass, field
@@ -132,8 +133,9 @@ class WandbServer:
             try:
                 if path == "/graphql":
                     asked = json.loads(request)
-                    self.asked.append(asked["operationName"])
-                    return self._graphql(asked["operationName"], asked.get("variables", {}))
+                    (operation,) = re.findall(r"^\s*(?:query|mutation) (\w+)", asked["query"])
+                    self.asked.append(operation)
+                    return self._graphql(operation, asked.get("variables", {}))
                 if path.endswith("/file_stream"):
                     self.asked.append("file_stream")
                     self.runs[path.split("/")[-2]].stream(json.loads(request))
