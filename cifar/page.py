@@ -37,7 +37,7 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
   min-width: 0; }
 .wide { grid-column: 1 / -1; }
 .scroll { overflow-x: auto; }
-svg { width: 100%; height: auto; display: block; }
+svg { width: 100%; height: auto; display: block; overflow: visible; }
 svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
 .grid { stroke: var(--line); } .one { stroke: var(--one); } .two { stroke: var(--two); }
 circle.one { fill: var(--one); } circle.two { fill: var(--two); }
@@ -63,7 +63,8 @@ figure s { color: var(--two); text-decoration: none; }
 .columns { columns: 2; column-gap: 32px; } .columns table { break-inside: auto; }
 summary { cursor: pointer; font-weight: 600; }
 @media (max-width: 760px) { .cards { grid-template-columns: minmax(0, 1fr); } h1 { font-size: 1.35rem; }
-  .columns { columns: 1; } section { padding: 12px; } }
+  .columns { columns: 1; } section { padding: 12px; } svg text { font-size: 17px; }
+  .wrong { grid-template-columns: repeat(auto-fill, minmax(88px, 1fr)); } }
 """
 
 _LEGEND = (
