@@ -115,6 +115,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         OSError: it can't be written.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(13, 5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
@@ -123,7 +124,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
             axis.plot([x for x, _ in points], [100 * y for _, y in points], "o-", label=run.name, markersize=4)
     axes[0].set(xlabel="seconds of training", ylabel="test accuracy, %")
     axes[1].set(xlabel="training images seen")
-    axes[1].xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g} M" if value >= 1e5 else f"{value:,.0f}")
+    axes[1].xaxis.set_major_formatter(EngFormatter())
     for axis in axes:
         axis.set_xlim(left=0)
         axis.grid(alpha=0.25)
