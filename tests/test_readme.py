@@ -109,6 +109,18 @@ def test_a_test_runs_it(command):
     assert f"\n{line}" in (ROOT / file).read_text()
 
 
+def test_the_program_says_what_the_troubleshooting_is_listed_by():
+    sources = [*(ROOT / "cifar").rglob("*.py"), ROOT / "train_ddp.py", *(ROOT / "launch").iterdir()]
+    # Texts as one piece each, and without what surrounds them in a shell script.
+    text = "".join(re.sub(r'"\n +f?"', "", path.read_text()) for path in sources)
+    messages = re.findall(r"^\| `([^`]+)` \|", TEXT.split("## When something goes wrong")[1], re.M)
+    assert len(messages) > 10
+    for message in messages:
+        parts = re.split(r"\.\.\.|[\d.:]*\d|\bHOST\b|\bnan\b|: error|: No space left on device|\(s\)", message)
+        for part in parts:
+            assert part.strip(" :()") in text, f"{message}: nothing says {part!r}"
+
+
 def test_a_debugger_stops_where_it_is_told(tmp_path):
     lines = (ROOT / "train_ddp.py").read_text().splitlines()
     (number,) = (k for k, line in enumerate(lines, 1) if "loop.train_epoch(" in line)
