@@ -3,13 +3,23 @@
 import itertools
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import yaml
 
 from tests.processes import ROOT, result, run
 from tests.terminal import Terminal
 from tests.test_launch import PATH
 from tests.wandb_server import KEY, NOWHERE, WandbServer
+
+
+@pytest.fixture(scope="module")
+def scenarios(tmp_path_factory):
+    """All that train, two at a time: most of their time is start-up, and waiting."""
+    parts = (agent, twice, interrupted)
+    with ThreadPoolExecutor(2) as pool:
+        yield {part: pool.submit(part, tmp_path_factory.mktemp(part.__name__)) for part in parts}
 
 
 def sweep(cwd, grid, *flags):
@@ -28,9 +38,16 @@ command: ["${program}", --recipe=net-fast, --optimizer=sgd, --lr-scaling=none, -
 """
 
 
-def test_sweep_ends_with_a_table_and_outlives_a_run_that_fails(tmp_path):
+def twice(folder):
+    """A grid with a rate that is too high, and without."""
     flags = ["--dataset", "synthetic", "--max-steps", "20", "--log-steps", "10", "--device", "cpu"]
-    done = sweep(tmp_path, GRID, *flags)
+    done = sweep(folder, GRID, *flags)
+    picture = (folder / "runs" / "sweep" / "compare.png").stat().st_size
+    return done, picture, sweep(folder, GRID.replace(", 1.0e+30", ""), *flags)
+
+
+def test_sweep_ends_with_a_table_and_outlives_a_run_that_fails(scenarios):
+    done, picture, again = scenarios[twice].result()
     assert done.returncode == 1
     assert "sweep.sh: run 2 of 2: --recipe=net-fast --optimizer=sgd --lr-scaling=none --lr=1e+30" in done.stdout
     assert "sweep.sh: failed: lr-1e+30_global_batch_size-32" in done.stdout
@@ -38,24 +55,34 @@ def test_sweep_ends_with_a_table_and_outlives_a_run_that_fails(tmp_path):
     assert table[0].split()[0] == "accuracy"
     assert table[1].split()[-1] == "lr-0.02_global_batch_size-32"
     assert table[2].endswith("lr-1e+30_global_batch_size-32 (not finished)")
-    assert (tmp_path / "runs" / "sweep" / "compare.png").stat().st_size > 10_000
-    again = sweep(tmp_path, GRID.replace(", 1.0e+30", ""), *flags)
+    assert picture > 10_000
     assert again.returncode == 0
     assert "sweep.sh: done before" in again.stdout
 
 
-def test_ctrl_c_ends_the_sweep_and_says_how_to_go_on(tmp_path):
-    (tmp_path / "grid.yaml").write_text(GRID.replace(", 1.0e+30", ", 0.03"))
-    flags = ["--dataset", "synthetic", "--log-steps", "10", "--device", "cpu"]
+def interrupted(folder):
+    """Ctrl-C in the first of two runs."""
+    (folder / "grid.yaml").write_text(GRID.replace(", 1.0e+30", ", 0.03"))
     begin = {"PATH": PATH, "CUDA_VISIBLE_DEVICES": "", "NPROC": "1", "SWEEP": "grid.yaml", "FOLDER": "sweep"}
-    with Terminal([ROOT / "launch" / "sweep.sh", *flags], tmp_path, **begin) as terminal:
+    command = [ROOT / "launch" / "sweep.sh", "--dataset", "synthetic", "--log-steps", "10", "--device", "cpu"]
+    with Terminal(command, folder, **begin) as terminal:
         terminal.until("100] loss:")
         terminal.type("\x03")
-        assert terminal.end() == 130
-    assert "Stopped by SIGINT after step" in terminal.written
-    assert f"sweep.sh: stopped; to go on: FOLDER=sweep {ROOT}/launch/sweep.sh {' '.join(flags)}" in terminal.written
-    assert "run 2 of 2" not in terminal.written
-    assert len(list(tmp_path.glob("sweep/*/checkpoints/step-*.pt"))) == 1
+        return (
+            terminal.end(),
+            terminal.written,
+            " ".join(map(str, command)),
+            list(folder.glob("sweep/*/checkpoints/*.pt")),
+        )
+
+
+def test_ctrl_c_ends_the_sweep_and_says_how_to_go_on(scenarios):
+    status, said, command, saved = scenarios[interrupted].result()
+    assert status == 130
+    assert "Stopped by SIGINT after step" in said
+    assert f"sweep.sh: stopped; to go on: FOLDER=sweep {command}" in said
+    assert "run 2 of 2" not in said
+    assert len(saved) == 1
 
 
 def test_sweep_refuses_what_is_no_grid(tmp_path):
@@ -107,32 +134,40 @@ class SweepServer(WandbServer):
         return [{"type": "run", "run_id": f"run-{len(self.queue)}", "program": self.sweep["program"], "args": args}]
 
 
-def test_wandb_makes_the_sweep_and_its_agent_trains_a_run_of_it(tmp_path):
-    (tmp_path / "train_ddp.py").symlink_to(ROOT / "train_ddp.py")
-    (tmp_path / "launch").symlink_to(ROOT / "launch")
-    chosen = {"lr": 0.05, "global_batch_size": 32}
+CHOSEN = {"lr": 0.05, "global_batch_size": 32}
+
+
+def agent(folder):
+    """`wandb sweep`, and an agent that trains one run, shortened."""
+    (folder / "train_ddp.py").symlink_to(ROOT / "train_ddp.py")
+    (folder / "launch").symlink_to(ROOT / "launch")
     with SweepServer() as server:
         account = {**NOWHERE, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "PATH": PATH}
 
         def wandb(*arguments):
-            done = run([sys.executable, "-m", "wandb", *arguments], tmp_path, CUDA_VISIBLE_DEVICES="", **account)
+            done = run([sys.executable, "-m", "wandb", *arguments], folder, CUDA_VISIBLE_DEVICES="", **account)
             assert done.returncode == 0, done.stdout + done.stderr
             return done.stdout + done.stderr
 
-        assert "wandb agent somebody/cifar-ddp/grid" in wandb("sweep", "launch/sweep.yaml")
+        made = wandb("sweep", "launch/sweep.yaml")
         assert server.sweep["parameters"]["lr"]["values"] == [0.05, 0.1, 0.2]
         server.sweep["command"] += ["--dataset=synthetic", "--max-steps=20", "--run-dir=run"]
-        server.queue.append(chosen)
-        said = wandb("agent", "somebody/cifar-ddp/grid")
-        assert server.mistakes == []
+        server.queue.append(CHOSEN)
+        return made, wandb("agent", "somebody/cifar-ddp/grid"), server, result(folder / "run")
+
+
+def test_wandb_makes_the_sweep_and_its_agent_trains_a_run_of_it(scenarios):
+    made, said, server, trained = scenarios[agent].result()
+    assert server.mistakes == []
+    assert "wandb agent somebody/cifar-ddp/grid" in made
     assert "Finished Training" in said
     assert "WARNING Config item" not in said
     (name,) = server.runs
     assert name in server.members
     own = server.runs[name]
-    assert {key: own.config[key]["value"] for key in chosen} == chosen
+    assert {key: own.config[key]["value"] for key in CHOSEN} == CHOSEN
     assert own.exit_code == 0
-    assert own.summary["test_accuracy"] == result(tmp_path / "run")["test_accuracy"]
+    assert own.summary["test_accuracy"] == trained["test_accuracy"]
 
 
 def test_every_command_line_of_the_wandb_sweep_parses():
