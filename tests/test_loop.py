@@ -18,9 +18,20 @@ from tests.processes import records, result
 
 HERE = ["--dataset", "synthetic", "--device", "cpu", "--wandb", "disabled"]
 # Everything that could go wrong on the way: augmentation, accumulation, a schedule, checkpoints between log points.
-SHORT = [*HERE, "--recipe", "wide", "--model", "net", "--local-batch-size", "500", "--global-batch-size", "1000",
+SHORT = [*HERE, "--recipe", "wide", "--model", "net", "--local-batch-size", "50", "--global-batch-size", "100",
          "--lr-scaling", "none", "--epochs", "2", "--max-steps", "60", "--log-steps", "7",
          "--checkpoint-steps", "10", "--keep-checkpoints", "9"]  # fmt: skip
+
+
+def shrink(patched):
+    """A tenth of the images: 50 steps an epoch at these batches."""
+    patched.setattr("cifar.synthetic.TRAIN_SIZE", 5_000)
+    patched.setattr("cifar.synthetic.TEST_SIZE", 1_000)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    shrink(monkeypatch)
 
 
 def test_net_is_the_tutorials():
@@ -77,6 +88,7 @@ def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     with pytest.MonkeyPatch.context() as patched:
         wait_for_checkpoints(patched)
+        shrink(patched)
         train_ddp.main([*SHORT, "--run-dir", str(folder)])
     return folder
 
@@ -96,15 +108,15 @@ def test_a_run_is_a_folder_with_its_records(undisturbed):
     got = result(undisturbed)
     assert got["steps"] == 60
     assert (got["recipe"], got["model"], got["dataset"], got["epochs"]) == ("wide", "net", "synthetic", 2)
-    assert (got["world_size"], got["local_batch_size"], got["global_batch_size"]) == (1, 500, 1000)
-    assert (got["seed"], got["precision"], got["device"], got["test_total"]) == (0, "fp32", "cpu", 10_000)
-    assert got["test_accuracy"] == got["test_correct"] / 10_000
+    assert (got["world_size"], got["local_batch_size"], got["global_batch_size"]) == (1, 50, 100)
+    assert (got["seed"], got["precision"], got["device"], got["test_total"]) == (0, "fp32", "cpu", 1_000)
+    assert got["test_accuracy"] == got["test_correct"] / 1_000
     assert got["train_seconds"] > 0
-    assert got["images_per_second"] == pytest.approx(60_000 / got["train_seconds"])
+    assert got["images_per_second"] == pytest.approx(6_000 / got["train_seconds"])
     assert math.isfinite(got["test_loss"])
     assert records(undisturbed, "test/accuracy")[-1] == (60, got["test_accuracy"])
     config = json.loads((undisturbed / "config.json").read_text())["config"]
-    assert (config["global_batch_size"], config["lr"], config["run_dir"]) == (1000, 0.05, str(undisturbed))
+    assert (config["global_batch_size"], config["lr"], config["run_dir"]) == (100, 0.05, str(undisturbed))
 
 
 def test_log_points_are_within_the_epoch_and_cover_all_of_it(undisturbed):
@@ -122,6 +134,7 @@ def test_the_recorded_lr_is_the_schedules(undisturbed):
         assert lr == pytest.approx(0.05 * min(1, step / 50) * (1 + math.cos(math.pi * (step - 1) / 100)) / 2)
 
 
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("step", [50, 20])
 def test_resuming_after_any_checkpoint_changes_nothing(undisturbed, tmp_path, monkeypatch, step):
     """At an epoch's end, and in the middle of an epoch, of a log window and of an accumulation."""
@@ -140,9 +153,10 @@ def test_resuming_after_any_checkpoint_changes_nothing(undisturbed, tmp_path, mo
     assert result(folder)["test_loss"] == result(undisturbed)["test_loss"]
 
 
+@pytest.mark.usefixtures("small")
 def test_a_run_with_muon_and_test_time_augmentation_resumes_exactly(tmp_path, capsys):
-    flags = [*HERE, "--recipe", "speed94", "--model", "net", "--cutout", "8", "--local-batch-size", "500",
-             "--global-batch-size", "1000", "--max-steps", "20",
+    flags = [*HERE, "--recipe", "speed94", "--model", "net", "--cutout", "8", "--local-batch-size", "50",
+             "--global-batch-size", "100", "--max-steps", "20",
              "--checkpoint-steps", "10", "--epochs", "2"]  # fmt: skip
     train_ddp.main([*flags, "--run-dir", str(tmp_path / "whole")])
     said = capsys.readouterr().out
@@ -159,6 +173,7 @@ def test_a_run_with_muon_and_test_time_augmentation_resumes_exactly(tmp_path, ca
     assert result(tmp_path / "again")["test_accuracy_tta"] == whole["test_accuracy_tta"]
 
 
+@pytest.mark.usefixtures("small")
 def test_a_damaged_newest_checkpoint_is_passed_over(undisturbed, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(undisturbed, folder)
@@ -218,6 +233,7 @@ def test_max_steps_ends_early_with_records_as_usual(tmp_path, capsys):
     assert (folder / "report.png").exists()
 
 
+@pytest.mark.usefixtures("small")
 def test_the_losses_of_two_seeds_differ_and_of_one_agree(tmp_path):
     def curve(name, seed):
         flags = ["--max-steps", "5", "--log-steps", "1", "--seed", seed, "--run-dir", str(tmp_path / name)]
