@@ -46,7 +46,7 @@ circle.one { fill: var(--one); } circle.two { fill: var(--two); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .confusion { font-size: .8rem; width: 100%; }
 .confusion th { font-weight: 400; color: var(--soft); padding: 2px 5px; text-align: right; }
-.confusion th:first-child { position: sticky; left: 0; background: var(--card); }
+.confusion th:first-child { position: sticky; left: 0; z-index: 1; background: var(--card); }
 .confusion thead th { text-align: center; }
 .confusion td { text-align: center; padding: 4px 2px; min-width: 30px; border: 1px solid var(--card); }
 .confusion .right { font-weight: 700; } .confusion .none { color: var(--soft); opacity: .55; }
