@@ -18,17 +18,8 @@ BLOCKS = re.findall(r"```bash\n(.*?)```", TEXT, re.S)
 LINES = [line.split("#")[0] for block in BLOCKS for line in block.splitlines()]
 FOUND = [*LINES, *re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", TEXT, flags=re.S))]
 STARTS = (
-    "python ",
-    "torchrun ",
-    "launch/",
-    "accelerate launch -",
-    "sbatch ",
-    "NPROC=",
-    "wandb ",
-    "pytest",
-    "pip ",
-    "kill ",
-)
+    "python ", "torchrun ", "launch/", "accelerate launch -", "sbatch ", "NPROC=", "wandb ", "pytest", "pip ", "kill ",
+)  # fmt: skip
 COMMANDS = sorted({part.strip() for line in FOUND for part in line.split("&&") if part.strip().startswith(STARTS)})
 
 RESTART, WORLD = "tests/distributed/test_restart.py", "tests/distributed/test_world_size.py"
@@ -58,7 +49,9 @@ RUN_BY = {
     r"python -m tests.benchmarks.slow_link": ("tests/distributed/test_hosts.py", "the_slow_link_benchmark"),
     r"python -m tests.benchmarks": ("tests/test_benchmarks.py", "the_command_measures_and_writes_json"),
     r"python -m tests.distributed.soak": (RESTART, "a_run_that_is_disturbed_at_random_ends_as"),
-    r"kill -(9|STOP|TERM)": (RESTART, "a_run_that_is_disturbed_at_random_ends_as"),
+    r"kill -9": ("tests/test_wandb_resume.py", "a_run_that_torchrun_restarts_is_one_run_without_gaps"),
+    r"kill -STOP": (RESTART, "a_frozen_rank_ends_the_run_within_the_timeout_and_is_named"),
+    r"kill -USR1": (RESTART, "a_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint"),
     r"wandb login": ("tests/test_tracking.py", "auto_is_online_after_wandb_login"),
     r"wandb sync": ("tests/test_wandb_resume.py", "sync_uploads_a_resumed_offline_run_whole"),
     r"wandb leet run": ("tests/test_tracking.py", "wandbs_terminal_dashboard_shows_an_offline_run"),
