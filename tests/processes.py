@@ -4,9 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,6 +52,24 @@ def _quietly(flags: Sequence[object]) -> list[str]:
     given = [str(flag) for flag in flags]
     defaults = {"--wandb": "disabled", "--device": "cpu"}
     return given + [part for name, value in defaults.items() if name not in given for part in (name, value)]
+
+
+def left_of(processes: Iterable[psutil.Process], timeout: float) -> list[psutil.Process]:
+    """Those of `processes` that still run after `timeout` seconds.
+
+    One that has ended, but whose parent has not been told yet, is gone: the init of a container takes its time.
+    """
+    end = time.monotonic() + timeout
+    while (left := [process for process in processes if _runs(process)]) and time.monotonic() < end:
+        time.sleep(0.02)
+    return left
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def records(run_dir: Path, name: str) -> list[tuple[int, Any]]:

@@ -16,7 +16,7 @@ from cifar.data import Data, DeviceImages
 from cifar.evaluation import Evaluation
 from cifar.loop import LogPoint
 from cifar.tracking import Tracking
-from tests.processes import ROOT, clean_environment, records, run
+from tests.processes import ROOT, clean_environment, left_of, records, run
 from tests.wandb_server import KEY, WandbServer, read_back
 
 SOON = 5 + wandb_run._HURRY_SECONDS  # far less than the 30 seconds after which torchrun kills
@@ -240,7 +240,7 @@ def test_a_run_that_torchrun_restarts_is_one_run_without_gaps(server, launched, 
     zero = rank_zero(launched.pid)
     (core,) = [child for child in zero.children() if "wandb" in child.name()]
     os.kill(zero.pid, signal.SIGKILL)
-    core.wait(10)
+    assert left_of([core], timeout=10) == []
     assert launched.wait(timeout=120) == 0, (tmp_path / "said").read_text()
     own = run_id(tmp_path / "run")
     assert list(server.runs) == [own]
@@ -257,8 +257,7 @@ def test_a_silent_server_does_not_keep_a_run_from_stopping_in_time(server, launc
     os.kill(launched.pid, signal.SIGTERM)
     began = time.monotonic()
     launched.wait(timeout=60)
-    _, alive = psutil.wait_procs(below, timeout=1)
-    assert alive == []
+    assert left_of(below, timeout=1) == []
     assert time.monotonic() - began < 10
     assert "Stopped by SIGTERM after step" in (tmp_path / "said").read_text()
     assert max(step for step, _ in records(tmp_path / "run", "train/loss")) in dict(written(tmp_path / "run")[0])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.processes import ROOT, clean_environment
+from tests.processes import ROOT, clean_environment, left_of
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 # Steps of a few milliseconds, checkpoints between log points, momentum: whatever resuming could get wrong.
@@ -76,8 +76,7 @@ class Watched:
             status = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still there after {timeout} s: {self.said()[-2000:]}") from None
-        _, alive = psutil.wait_procs(below, max(0.1, timeout - (time.monotonic() - began)))
-        assert not alive, f"orphans: {alive}"
+        assert left_of(below, timeout - (time.monotonic() - began)) == []
         return status
 
     def kill(self) -> None:
