@@ -25,9 +25,11 @@ class Terminal:
         self._written = b""
         self._screen, keyboard = pty.openpty()
         fcntl.ioctl(keyboard, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        # Ctrl-C works at a real one, also where pytest was started in the background, which is to ignore it.
+        at_terminal = ["env", "--default-signal=INT", "setsid", "--ctty"]
         self._process = subprocess.Popen(
-            [str(part) for part in command], cwd=cwd, env=clean_environment(TERM="xterm-256color", **environment),
-            stdin=keyboard, stdout=keyboard, stderr=keyboard, start_new_session=True,
+            [*at_terminal, *map(str, command)], cwd=cwd, env=clean_environment(TERM="xterm-256color", **environment),
+            stdin=keyboard, stdout=keyboard, stderr=keyboard,
         )  # fmt: skip
         os.close(keyboard)
 
