@@ -257,8 +257,8 @@ def test_a_silent_server_does_not_keep_a_run_from_stopping_in_time(server, launc
     os.kill(launched.pid, signal.SIGTERM)
     began = time.monotonic()
     launched.wait(timeout=60)
-    assert left_of(below, timeout=1) == []
-    assert time.monotonic() - began < 10
+    assert left_of(below, timeout=5) == []
+    assert time.monotonic() - began < 20  # torchrun kills after 30
     assert "Stopped by SIGTERM after step" in (tmp_path / "said").read_text()
     assert max(step for step, _ in records(tmp_path / "run", "train/loss")) in dict(written(tmp_path / "run")[0])
 

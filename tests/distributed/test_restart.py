@@ -11,11 +11,13 @@ import pytest
 from cifar.checkpoint import checkpoint_path, checkpoints, load_checkpoint
 from tests.distributed.disturb import FLAGS, Watched, send
 from tests.distributed.soak import soak
-from tests.processes import records, result
+from tests.processes import records, result, train
 
 # A rate at which rounding, which differs with the world size, doesn't grow.
 MODEST = ["--lr", "0.0002", "--lr-scaling", "none"]
 TWO = ["--standalone", "--nproc_per_node=2"]
+# Seconds, also on a machine with too much else to do: half of those after which torchrun kills.
+SOON = 15
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,7 @@ def stopped(folder):
 def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(scenarios):
     run_dir, said, status, seconds = scenarios[stopped].result()
     assert status == 0, "anything else, and torchrun would start it again"
-    assert seconds < 10
+    assert seconds < SOON
     (step,) = [line.split("after step ")[1].split(" of")[0] for line in said.splitlines() if "Stopped by" in line]
     assert f"Stopped by SIGUSR1 after step {step} of 6,000; to go on: --resume {run_dir}" in said
     newest = next(iter(checkpoints(run_dir)))
@@ -81,7 +83,7 @@ def frozen(folder):
 def test_a_frozen_rank_ends_the_run_within_the_timeout_and_is_named(scenarios):
     pid, said, status, seconds = scenarios[frozen].result()
     assert status == 1
-    assert seconds < 8 + 2, "torchrun's own end takes a moment"
+    assert seconds < 8 + SOON, "torchrun's own end takes a moment"
     named = f"error: rank 1 (process {pid} on {socket.gethostname()}) gave no sign of life for 6 s (--timeout 8)"
     assert said.count(named) == 1
     assert "Traceback" not in said.split("ChildFailedError")[0].split(named)[0]
@@ -130,8 +132,7 @@ def test_a_run_goes_on_while_a_host_leaves_and_returns(scenarios, tmp_path):
     assert result(run_dir)["steps"] == 4000
     # The same global batches as one process that nobody disturbs, to summation order.
     alone = tmp_path / "alone"
-    run = Watched(alone, [*FLAGS, *MODEST, "--local-batch-size", "8", "--max-steps", "1000", "--run-dir", str(alone)],
-                  ["--standalone", "--nproc_per_node=1"])  # fmt: skip
-    assert run.end(90) == 0
+    done = train(*FLAGS, *MODEST, "--local-batch-size", "8", "--max-steps", "1000", "--run-dir", alone, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     theirs = {step: loss for step, loss in records(run_dir, "train/loss") if step <= 1000}
     assert theirs == pytest.approx(dict(records(alone, "train/loss")), abs=1e-4)
