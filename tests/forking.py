@@ -2,6 +2,7 @@
 
 import os
 import signal
+import warnings
 from collections.abc import Callable
 
 
@@ -10,7 +11,9 @@ def fork(work: Callable[[], object]) -> int:
 
     Only this thread goes on in the copy: `work` must not train, nor wait for any other thread.
     """
-    child = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12's, of what the docstring says
+        child = os.fork()
     if child:
         return child
     try:
