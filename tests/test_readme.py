@@ -37,7 +37,7 @@ RUN_BY = {
     r"torchrun .*--max-restarts": (RESTART, "a_run_that_is_disturbed_at_random_ends_as_the_undisturbed_one"),
     r"torchrun .*-m cifar.explain": ("tests/distributed/test_ranks.py", "explain_shows_that_ranks_agree"),
     r"torchrun .*train_ddp.py": (WORLD, "the_loss_curve_is_that_of_one_process"),
-    r"python train_ddp.py --evaluate": (WORLD, "a_checkpoint_has_one_accuracy_at_every_world_size"),
+    r"python train_ddp.py --evaluate": (WORLD, "a_checkpoint_has_the_same_accuracy_at_seven_processes"),
     r"python train_ddp.py --resume": (WORLD, "resume_with_another_world_size_keeps_the_global_batch"),
     r"python train_ddp.py --help": ("tests/test_config.py", "help_lists_every_flag_of_the_design"),
     r"python train_ddp.py": ("tests/test_readme.py", "the_examples_of_how_to_change_it"),
