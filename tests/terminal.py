@@ -7,6 +7,7 @@ import select
 import signal
 import struct
 import subprocess
+import sys
 import termios
 import time
 from collections.abc import Sequence
@@ -14,6 +15,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from tests.processes import clean_environment
+
+# Makes it the terminal that Ctrl-C comes from, also for a pytest in the background, where Ctrl-C is ignored.
+_AT_TERMINAL = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.login_tty(sys.stdin.fileno())
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
 
 
 class Terminal:
@@ -25,10 +34,9 @@ class Terminal:
         self._written = b""
         self._screen, keyboard = pty.openpty()
         fcntl.ioctl(keyboard, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-        # Ctrl-C works at a real one, also where pytest was started in the background, which is to ignore it.
-        at_terminal = ["env", "--default-signal=INT", "setsid", "--ctty"]
         self._process = subprocess.Popen(
-            [*at_terminal, *map(str, command)], cwd=cwd, env=clean_environment(TERM="xterm-256color", **environment),
+            [sys.executable, "-c", _AT_TERMINAL, *map(str, command)],
+            cwd=cwd, env=clean_environment(TERM="xterm-256color", **environment),
             stdin=keyboard, stdout=keyboard, stderr=keyboard,
         )  # fmt: skip
         os.close(keyboard)
