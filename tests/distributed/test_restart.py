@@ -23,7 +23,7 @@ SOON = 15
 @pytest.fixture(scope="module")
 def scenarios(tmp_path_factory):
     """All of them, two at a time: most of their time is waiting for processes to start, or for one that is frozen."""
-    parts = (short_soak, stopped, frozen, hosts)
+    parts = (short_soak, stopped, frozen)
     with ThreadPoolExecutor(2) as pool:
         yield {part: pool.submit(part, tmp_path_factory.mktemp(part.__name__)) for part in parts}
 
@@ -122,8 +122,9 @@ def hosts(folder):
             second.kill()
 
 
-def test_a_run_goes_on_while_a_host_leaves_and_returns(scenarios, tmp_path):
-    run_dir, said, statuses = scenarios[hosts].result()
+@pytest.mark.cluster
+def test_a_run_goes_on_while_a_host_leaves_and_returns(tmp_path):
+    run_dir, said, statuses = hosts(tmp_path)
     assert statuses == (0, 0)
     assert said.count("8 global") == 4, "alone, together, alone, together"
     assert said.count("4 local x 1 process x 2 accumulated = 8 global") == 2
