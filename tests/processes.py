@@ -57,7 +57,8 @@ def _quietly(flags: Sequence[object]) -> list[str]:
 def left_of(processes: Iterable[psutil.Process], timeout: float) -> list[psutil.Process]:
     """Those of `processes` that still run after `timeout` seconds.
 
-    One that has ended, but whose parent has not been told yet, is gone: the init of a container takes its time.
+    One that has ended, but whose parent has not been told yet, is gone, which psutil.wait_procs doesn't know: the init
+    of a container takes its time.
     """
     end = time.monotonic() + timeout
     while (left := [process for process in processes if _runs(process)]) and time.monotonic() < end:

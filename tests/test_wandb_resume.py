@@ -140,7 +140,7 @@ def test_the_record_on_disk_is_complete_when_the_server_goes_away(server, track,
     assert rows == expected(1, 2, 3, 4)
     assert found["exit"][-1]["exit_code"] == 1
     cores = [process for process in psutil.Process().children() if "wandb" in process.name()]
-    assert [core for core in cores if core.status() != psutil.STATUS_ZOMBIE] == []
+    assert left_of(cores, timeout=0) == []
     said = capfd.readouterr()
     assert said.out + said.err == ""
 
@@ -255,10 +255,8 @@ def test_a_silent_server_does_not_keep_a_run_from_stopping_in_time(server, launc
     assert any("wandb" in process.name() for process in below)
     server.hang()
     os.kill(launched.pid, signal.SIGTERM)
-    began = time.monotonic()
-    launched.wait(timeout=60)
-    assert left_of(below, timeout=5) == []
-    assert time.monotonic() - began < 20  # torchrun kills after 30
+    assert left_of(below, timeout=10) == []
+    launched.wait(timeout=20)
     assert "Stopped by SIGTERM after step" in (tmp_path / "said").read_text()
     assert max(step for step, _ in records(tmp_path / "run", "train/loss")) in dict(written(tmp_path / "run")[0])
 

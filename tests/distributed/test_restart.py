@@ -3,7 +3,6 @@
 import os
 import signal
 import socket
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,13 +10,11 @@ import pytest
 from cifar.checkpoint import checkpoint_path, checkpoints, load_checkpoint
 from tests.distributed.disturb import FLAGS, Watched, send
 from tests.distributed.soak import soak
-from tests.processes import records, result, train
+from tests.processes import left_of, records, result, train
 
 # A rate at which rounding, which differs with the world size, doesn't grow.
 MODEST = ["--lr", "0.0002", "--lr-scaling", "none"]
 TWO = ["--standalone", "--nproc_per_node=2"]
-# Seconds, also on a machine with too much else to do: half of those after which torchrun kills.
-SOON = 15
 
 
 @pytest.fixture(scope="module")
@@ -44,18 +41,19 @@ def stopped(folder):
     run = Watched(run_dir, [*FLAGS, "--max-steps", "6000", "--run-dir", str(run_dir)], [*TWO, "--max-restarts=3"])
     try:
         run.until_step(40)
-        began = time.monotonic()
-        send(run.ranks()[1], signal.SIGUSR1)
+        ranks = run.ranks()
+        send(ranks[1], signal.SIGUSR1)
+        late = left_of(ranks, 10)
         status = run.end(20)
-        return run_dir, run.said(), status, time.monotonic() - began
+        return run_dir, run.said(), status, late
     finally:
         run.kill()
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(scenarios):
-    run_dir, said, status, seconds = scenarios[stopped].result()
+    run_dir, said, status, late = scenarios[stopped].result()
     assert status == 0, "anything else, and torchrun would start it again"
-    assert seconds < SOON
+    assert late == []
     (step,) = [line.split("after step ")[1].split(" of")[0] for line in said.splitlines() if "Stopped by" in line]
     assert f"Stopped by SIGUSR1 after step {step} of 6,000; to go on: --resume {run_dir}" in said
     newest = next(iter(checkpoints(run_dir)))
@@ -71,19 +69,19 @@ def frozen(folder):
     run = Watched(run_dir, [*FLAGS, "--max-steps", "60000", "--timeout", "8", "--run-dir", str(run_dir)], TWO)
     try:
         run.until_step(40)
-        victim = run.ranks()[1]
-        began = time.monotonic()
-        send(victim, signal.SIGSTOP)
-        status = run.end(30)
-        return victim.pid, run.said(), status, time.monotonic() - began
+        ranks = run.ranks()
+        send(ranks[1], signal.SIGSTOP)
+        late = left_of(ranks, 8 + 2)
+        status = run.end(20)
+        return ranks[1].pid, run.said(), status, late
     finally:
         run.kill()
 
 
 def test_a_frozen_rank_ends_the_run_within_the_timeout_and_is_named(scenarios):
-    pid, said, status, seconds = scenarios[frozen].result()
+    pid, said, status, late = scenarios[frozen].result()
     assert status == 1
-    assert seconds < 8 + SOON, "torchrun's own end takes a moment"
+    assert late == []
     named = f"error: rank 1 (process {pid} on {socket.gethostname()}) gave no sign of life for 6 s (--timeout 8)"
     assert said.count(named) == 1
     assert "Traceback" not in said.split("ChildFailedError")[0].split(named)[0]
