@@ -32,10 +32,25 @@ def build_optimizer(net: nn.Module, config: TrainConfig) -> torch.optim.Optimize
         muon = {"orthogonal": True, "momentum": config.muon_momentum, "nesterov": True, "weight_decay": 0.0}
         groups.append({"params": filters, "lr_scale": config.muon_lr / config.lr, **muon})
     groups = [group for group in groups if group["params"]]
-    if config.optimizer == "muon":
-        return Muon(groups, **sgd)
     # Fused: one kernel updates all parameters, which for a small net is most of what an update costs.
-    return torch.optim.SGD(groups, **sgd, fused=True)
+    optimizer = Muon(groups, **sgd) if config.optimizer == "muon" else torch.optim.SGD(groups, **sgd, fused=True)
+    if config.momentum and config.optimizer == "sgd":
+        # torch would allocate the buffers in the first update, and leave them uninitialized if fp16's loss scaler
+        # skips it. From zeros, the first update has the same bits.
+        for parameter in trained:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    optimizer.register_load_state_dict_post_hook(_match_layout)
+    return optimizer
+
+
+def _match_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Give each tensor of the loaded state the memory layout of its parameter.
+
+    torch keeps the checkpoint's strides. The fused update reads parameter, gradient and momentum as flat rows, so
+    momentum in another layout would be applied to the wrong elements.
+    """
+    for parameter, state in optimizer.state.items():
+        state.update({name: torch.empty_like(parameter).copy_(value) for name, value in state.items()})
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

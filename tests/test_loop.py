@@ -1,5 +1,6 @@
 """The loop: one process through whole programs, to the numbers the tutorial's own loop gives, and exactly again."""
 
+import copy
 import json
 import math
 import shutil
@@ -11,8 +12,11 @@ from torch import nn
 
 import train_ddp
 from cifar.checkpoint import checkpoint_path, load_checkpoint
+from cifar.config import TrainConfig
 from cifar.errors import TrainingDivergedError, UserError
+from cifar.loop import TrainState
 from cifar.nets import build_net
+from cifar.optim import build_optimizer
 from tests.comparing import numbers, same, wait_for_checkpoints
 from tests.processes import records, result
 
@@ -243,3 +247,26 @@ def test_the_losses_of_two_seeds_differ_and_of_one_agree(tmp_path):
     first = curve("a", "1")
     assert curve("b", "1") == first
     assert curve("c", "2") != first
+
+
+def test_momentum_is_loaded_into_the_layout_of_its_parameter():
+    """As when a run begun with batches of 4 on a CPU, in the plain layout, goes on with larger ones or on a GPU."""
+
+    def state(layout):
+        torch.manual_seed(0)
+        net = build_net("net").to(memory_format=layout)
+        config = TrainConfig(lr=0.1)
+        return TrainState(net, build_optimizer(net, config), torch.amp.GradScaler("cpu", enabled=False))
+
+    def update(own):
+        for parameter in own.net.parameters():
+            parameter.grad = torch.sin(parameter.detach() * 100)
+        own.optimizer.step()
+        return torch.cat([parameter.detach().flatten() for parameter in own.net.parameters()])
+
+    plain, last = state(torch.contiguous_format), state(torch.channels_last)
+    update(plain)
+    last.load_state_dict(copy.deepcopy(plain.state_dict()))
+    for parameter, own in last.optimizer.state.items():
+        assert own["momentum_buffer"].stride() == parameter.stride()
+    assert torch.allclose(update(last), update(plain), atol=1e-6)

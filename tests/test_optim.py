@@ -82,3 +82,38 @@ def test_one_group_of_fused_sgd_where_nothing_else_is_asked_for():
     (group,) = optimizer.param_groups
     assert group["fused"]
     assert [id(parameter) for parameter in group["params"]] == [id(parameter) for parameter in net.parameters()]
+
+
+def test_an_update_that_the_scaler_skips_leaves_no_trace():
+    """fp16's first updates overflow as a rule; torch's fused SGD then left momentum in whatever memory it got."""
+
+    def trained(skip):
+        torch.manual_seed(0)
+        net = nn.Linear(50, 20)
+        optimizer = build_optimizer(net, TrainConfig(lr=0.1, momentum=0.9))
+        optimizer.grad_scale = torch.tensor(1.0)
+        for found in [1.0] * skip + [0.0] * 3:
+            [torch.full((50, 20), float("nan")) for _ in range(20)].clear()  # freed: the next to be allotted
+            for parameter in net.parameters():
+                parameter.grad = torch.full_like(parameter, float("inf") if found else 0.5)
+            optimizer.found_inf = torch.tensor(found)
+            optimizer.step()
+        return net.weight.detach()
+
+    assert torch.equal(trained(skip=2), trained(skip=0))
+
+
+def test_momentum_from_zeros_is_torchs_own_first_update():
+    def trained(optimizer, net):
+        for _ in range(3):
+            for parameter in net.parameters():
+                parameter.grad = torch.sin(parameter.detach() * 100)
+            optimizer.step()
+        return net.weight.detach()
+
+    nets = [nn.Linear(50, 20) for _ in "12"]
+    nets[1].load_state_dict(nets[0].state_dict())
+    ours = build_optimizer(nets[0], TrainConfig(lr=0.1, momentum=0.9))
+    assert torch.equal(
+        trained(ours, nets[0]), trained(torch.optim.SGD(nets[1].parameters(), 0.1, 0.9, fused=True), nets[1])
+    )
