@@ -18,14 +18,14 @@ import torch
 
 from cifar import batches, checkpoint, claim, console, data, evaluation, graph, loop, nets, optim, session
 from cifar.config import parse_args
-from cifar.runtime import Runtime
-from cifar.voice import one_voice
+from cifar.distributed.runtime import Runtime
+from cifar.cli import exit_on_error
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse_args(argv)
     runtime = Runtime(config)
-    config = claim.continue_own_run(config, runtime)  # if torchrun has restarted this launch
+    config = claim.find_own_run(config, runtime)  # if torchrun has restarted this launch
 
     # 1. Load CIFAR-10: uint8 tensors on the device; every rank reads its own shard of the same permutation.
     images = data.load_data(config, runtime)
@@ -35,11 +35,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # 2. Define the net. DistributedDataParallel hands rank zero's weights to all and averages gradients.
     torch.manual_seed(config.seed)
-    net = nets.build_net(config.model, data.normalize(images.train.images[:5000].cpu()))
+    net = nets.build_model(config.model, data.normalize(images.train.images[:5000].cpu()))
     model = runtime.wrap(net, config.compile)
 
     if config.evaluate is not None:
-        checkpoint.load_net(net, checkpoint.read_checkpoint(config.evaluate), config.model, config.evaluate)
+        checkpoint.load_model(net, checkpoint.read_checkpoint(config.evaluate), config.model, config.evaluate)
         views = evaluation.evaluate(net, test_loader, runtime, config.tta) if config.tta != "none" else None
         console.print_test(runtime, images, evaluation.evaluate(net, test_loader, runtime), views)
         return runtime.close()
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     optimizer = optim.build_optimizer(net, config)
     state = loop.TrainState(net, optimizer, runtime.scaler)
     step = graph.GraphedStep() if config.cuda_graph else loop.train_step
-    with session.Session(config, runtime, images, plan, state) as run:
+    with session.Run(config, runtime, images, plan, state) as run:
         if run.finished:  # but for its result: it was killed after its last step
             test = evaluation.evaluate(net, test_loader, runtime)
         while not run.finished:
@@ -63,5 +63,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with one_voice("train_ddp.py"):
+    with exit_on_error("train_ddp.py"):
         main()

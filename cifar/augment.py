@@ -1,10 +1,10 @@
 """Augmentation of whole batches, on the device, as a pure function of (seed, epoch, image)."""
 
+import hashlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from cifar.seeds import generator
 
 
 class CropFlip:
@@ -69,3 +69,14 @@ class CropFlip:
         rows, columns = (place >= first) & (place < first + self._cutout)
         gray = images.new_full((), 128)  # about zero after normalization
         return torch.where((rows[:, None, :, None] & columns[:, None, None, :]), gray, images)
+
+
+def derive_seed(seed: int, *purpose: str | int) -> int:
+    """A 62-bit seed of its own for each (seed, purpose), e.g. `derive_seed(0, "augment", epoch)`."""
+    text = "/".join(str(part) for part in (seed, *purpose))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
+
+
+def generator(seed: int, *purpose: str | int) -> torch.Generator:
+    """A CPU generator seeded for this purpose; its numbers are the same on every machine and rank."""
+    return torch.Generator().manual_seed(derive_seed(seed, *purpose))

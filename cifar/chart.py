@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from cifar.records import Series
+from cifar.metrics import Series
 
 _WIDTH, _HEIGHT = 540, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 10, 40

@@ -10,8 +10,8 @@ import tyro
 
 from cifar.config import run_tyro
 from cifar.errors import UserError
-from cifar.records import Series, read_records, seconds_of_training, series
-from cifar.voice import one_voice
+from cifar.metrics import Series, read_metrics, seconds_of_training, series
+from cifar.cli import exit_on_error
 
 _COLUMNS = ("accuracy", "with TTA", "seconds", "images/s", "steps", "processes", "batch", "lr", "seed", "run")
 
@@ -67,7 +67,7 @@ def read_run(run_dir: Path) -> Run:
         batch = config["global_batch_size"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{run_dir} is not a run folder of train_ddp.py: {type(error).__name__}: {error}") from error
-    records = read_records(run_dir)
+    records = read_metrics(run_dir)
     tests = series(records, "test/accuracy")
     seconds = dict(seconds_of_training(records, batch))
     return Run(
@@ -151,5 +151,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with one_voice("cifar.compare"):
+    with exit_on_error("cifar.compare"):
         main()

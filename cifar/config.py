@@ -1,99 +1,112 @@
-"""The configuration of a run: one frozen dataclass, made from a recipe and the command line."""
+"""The configuration of a run: its fields, their checks and their JSON form."""
 
-import argparse
-import contextlib
 import dataclasses
-import io
 import json
-import os
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from cifar.datasets import DATASETS
 from cifar.errors import UserError
-from cifar.nets import NETS
-from cifar.recipes import RECIPES, Recipe
 
-try:
-    import tyro
-except ModuleNotFoundError as error:
-    raise SystemExit("The command line needs the package tyro: pip install tyro") from error
 
-C = TypeVar("C")
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The hyperparameters of a run. `lr` is stated for the recipe's own global batch."""
+
+    model: str = "net"
+    """Model to train."""
+    epochs: int = 4
+    """Passes over the training images."""
+    local_batch_size: int = 4
+    """Images that one process runs at once (a micro-batch)."""
+    global_batch_size: int | None = None
+    """Images that one optimizer step sees. More than local batch x world size accumulates gradients."""
+    lr: float = 0.001
+    """Learning rate, stated for the recipe's own global batch; see --lr-scaling."""
+    lr_scaling: Literal["linear", "none"] = "linear"
+    """linear: lr x global batch / the recipe's own global batch (Goyal et al. 2017). none: lr as it is."""
+    optimizer: Literal["sgd", "muon"] = "sgd"
+    """sgd, or muon: Muon for the convolution filters and SGD for the other parameters."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    nesterov: bool = False
+    """Use Nesterov momentum."""
+    weight_decay: float = 0.0
+    """Weight decay of SGD."""
+    bias_lr_scale: float = 1.0
+    """Learning rate of the biases as a multiple of lr."""
+    muon_lr: float = 0.24
+    """Learning rate of Muon; it follows the same schedule as lr."""
+    muon_momentum: float = 0.6
+    """Nesterov momentum of Muon."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Learning rate over the run: constant, or falling to zero along half a cosine or a straight line."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear warm-up; the schedule is multiplied by it."""
+    label_smoothing: float = 0.0
+    """Share of the target probability spread evenly over all classes (Szegedy et al. 2016)."""
+    augment: Literal["none", "crop-flip", "crop-altflip"] = "none"
+    """none; a random crop and a random horizontal flip; or a random crop and a flip in every other epoch."""
+    crop_padding: int = 4
+    """Pixels by which a random crop may shift an image."""
+    cutout: int = 0
+    """Side in pixels of the gray square cut out of each training image; 0 for none (DeVries & Taylor 2017)."""
+    tta: Literal["none", "flip", "crop"] = "none"
+    """Test-time augmentation at the end of the run: average over mirrored, and over shifted and mirrored images."""
+    log_steps: int = 2000
+    """Optimizer steps between two lines of running loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Recipe):
-    """Train a net on CIFAR-10 in one process or, under torchrun, in many."""
+    """Train a model on CIFAR-10, in one process or in many."""
 
     recipe: str = "tutorial"
-    """The named set of defaults: tutorial, wide, net-fast, resnet18, speed94 or speed96."""
+    """Named set of defaults; every one of them is also a flag."""
     dataset: str = "auto"
-    """cifar10; synthetic, the built-in stand-in; or auto: CIFAR-10 if it is on disk or can be fetched, else the
-    stand-in, with a warning."""
+    """auto: CIFAR-10 if it is on disk or can be downloaded, else the synthetic dataset, with a warning."""
     data_dir: Path = Path("data")
-    """Folder that holds or receives cifar-10-batches-py/ (default: $CIFAR_DATA_DIR, then data)."""
+    """Directory of the dataset. CIFAR-10 is read from, or downloaded into, its cifar-10-batches-py/."""
     data_url: str | None = None
-    """URL of cifar-10-python.tar.gz to try before the built-in sources."""
+    """URL of cifar-10-python.tar.gz to try before the built-in mirrors."""
     max_steps: int | None = None
     """End training after this many optimizer steps; evaluation and records follow as usual."""
     seed: int = 0
     """Seed of the weights, the shuffling and the augmentation."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the forward and backward pass; the weights stay fp32."""
+    """Precision of the forward and backward pass; the weights stay fp32."""
     compile: bool = False
-    """Compile the net with torch.compile."""
+    """Compile the model with torch.compile."""
     cuda_graph: bool = False
-    """Capture the optimizer step as a CUDA graph and replay it: for one process whose steps are mostly launches."""
+    """Capture the training step as a CUDA graph and replay it; needs one process and a GPU."""
     comm_hook: Literal["none", "fp16", "bf16", "powersgd"] = "none"
-    """Compression of the gradients that the processes exchange; under powersgd, resuming isn't bit-exact."""
+    """Compression of the gradients in the all-reduce; with powersgd, resuming is not bit-exact."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto: CUDA if there is a GPU, else MPS in a single process, else the CPU."""
+    """auto: CUDA if there is a GPU, else MPS for a single process, else the CPU."""
     run_dir: Path | None = None
-    """Folder of this run, new or empty (default: a fresh one under runs/)."""
+    """Directory of this run, new or empty."""
     resume: Path | None = None
-    """Folder of a run to continue from its newest good checkpoint, with its own configuration."""
+    """Continue the run in this directory from its newest valid checkpoint, with its own configuration."""
     checkpoint_steps: int | None = None
-    """Save a checkpoint every so many optimizer steps, besides each epoch's end and the run's."""
+    """Save a checkpoint every so many optimizer steps, besides the one after each epoch."""
     keep_checkpoints: int = 3
-    """Checkpoints to keep: so many of the newest, and the one with the best test accuracy."""
+    """Number of newest checkpoints to keep, besides the one with the best test accuracy."""
     timeout: float = 120
-    """Seconds after which a process that doesn't answer ends the run, instead of the default 30 minutes."""
+    """Seconds without a heartbeat, or in a collective, after which the run ends (torch's default is 30 minutes)."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online where a W&B key is configured, else offline; never a prompt."""
+    """auto: online if a W&B key is configured, else offline; never a prompt."""
     evaluate: Path | None = None
     """Print the test accuracy of this checkpoint instead of training."""
 
-    lr_batch_size: Annotated[int, tyro.conf.Suppress] = 4
-    """The recipe's own global batch, for which lr is stated."""
-
-    @classmethod
-    def from_recipe(cls, name: str, **changes: Any) -> "TrainConfig":
-        """The defaults of the recipe `name`, with `changes` applied.
-
-        Raises:
-            UserError: there is no such recipe.
-        """
-        if name not in RECIPES:
-            raise UserError(f"unknown recipe {name!r}: choose from {', '.join(RECIPES)}")
-        recipe = RECIPES[name]
-        size = recipe.global_batch_size or recipe.local_batch_size
-        fields = dataclasses.asdict(recipe) | {"recipe": name, "lr_batch_size": size}
-        return cls(**(fields | changes))
+    lr_batch_size: int = 4
+    """The recipe's own global batch, for which lr is stated; not a flag."""
 
     def check(self) -> None:
-        """Refuse values that no run can have.
+        """Check the range of every value.
 
         Raises:
-            UserError: names the flag, the value and what would do.
+            UserError: a value is out of range; names the flag and the allowed values.
         """
-        if self.model not in NETS:
-            raise UserError(f"unknown model {self.model!r}: choose from {', '.join(NETS)}")
-        if self.dataset not in ("auto", *DATASETS):
-            raise UserError(f"unknown --dataset {self.dataset!r}: choose from auto, {', '.join(DATASETS)}")
         for name in (
             "epochs", "local_batch_size", "global_batch_size", "max_steps", "log_steps", "checkpoint_steps",
             "keep_checkpoints",
@@ -126,30 +139,30 @@ class TrainConfig(Recipe):
             raise UserError(f"--seed is {self.seed}: it must be at least 0 and below 2**63")
         if self.cuda_graph and self.precision == "fp16":
             raise UserError(
-                "--cuda-graph goes with --precision fp32 or bf16: fp16 decides at each step whether to update"
+                "--cuda-graph needs --precision fp32 or bf16: with fp16 the host decides at each step whether to update"
             )
         if self.nesterov and self.momentum == 0:
             raise UserError("--nesterov needs a --momentum above 0")
 
     def to_json(self) -> dict[str, Any]:
-        """Every field as JSON has it: paths become strings."""
+        """Return every field as a JSON value; paths become strings."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "TrainConfig":
-        """The inverse of `to_json`.
+        """Return the configuration that `to_json` described.
 
         Raises:
-            UserError: the fields are not those of this version's configuration, or not of their type.
+            UserError: a field is missing, unknown or of the wrong type.
         """
         paths = {k: Path(fields[k]) for k in ("data_dir", "run_dir", "resume", "evaluate") if fields.get(k)}
         try:
             config = cls(**(fields | paths))
         except TypeError as error:
-            raise UserError(f"this configuration is from another version of the program: {error}") from error
+            raise UserError(f"this configuration was written by another version of cifar-ddp: {error}") from error
         for name, hint in get_type_hints(cls).items():
             if not _is_a(getattr(config, name), hint):
-                raise UserError(f"{name} is {getattr(config, name)!r}, which is no {hint}")
+                raise UserError(f"{name} is {getattr(config, name)!r}, not a value of type {getattr(hint, '__name__', hint)}")
         return config
 
 
@@ -161,89 +174,34 @@ def _is_a(value: Any, hint: Any) -> bool:
     return isinstance(value, int | float if hint is float else hint) and (hint is bool or not isinstance(value, bool))
 
 
-# What a resumed run may be told anew; every other flag has to agree with the run's own configuration.
+# Flags that may change on resume; every other flag must match the run's own configuration.
 MAY_CHANGE = frozenset({
     "resume", "epochs", "max_steps", "log_steps", "checkpoint_steps", "keep_checkpoints", "local_batch_size", "timeout",
     "data_dir", "data_url", "device", "compile", "cuda_graph", "tta", "wandb",
 })  # fmt: skip
 
 
-def parse_args(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") -> TrainConfig:
-    """The configuration that the command line asks for (`argv`, or that of this process).
-
-    Raises:
-        UserError: a flag or value is unknown, impossible or, with `--resume`, contradicts the run's own.
-        SystemExit: after `--help`.
-    """
-    # Two flags decide what the other flags' defaults are, so they are read first.
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--recipe", default="tutorial")
-    first.add_argument("--resume", type=Path)
-    try:
-        early, _ = first.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise UserError(str(error)) from error
-    if early.resume is None:
-        defaults = TrainConfig.from_recipe(early.recipe, data_dir=Path(os.environ.get("CIFAR_DATA_DIR") or "data"))
-    else:
-        defaults = read_config(early.resume)
-
-    config = run_tyro(TrainConfig, argv, prog, defaults)
-    config.check()
-    if config.resume is not None:
-        for name, asked, own in differences(config, defaults):
-            if name not in MAY_CHANGE:
-                raise UserError(
-                    f"{flag(name)} {asked} contradicts {own} of the run in {config.resume}: leave it out, "
-                    f"or start a new run without --resume"
-                )
-    return config
-
-
 def read_config(run_dir: Path) -> TrainConfig:
-    """The configuration that a run recorded in its folder, with `resume` set to continue it.
+    """Return the configuration recorded in `run_dir`, with `resume` set to it.
 
     Raises:
-        UserError: there is none, or it can't be read.
+        UserError: there is none, or it cannot be read.
     """
     path = run_dir / "config.json"
     try:
         return TrainConfig.from_json(json.loads(path.read_text())["config"] | {"resume": str(run_dir)})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--resume {run_dir}: no run is there to continue ({path}: {error})") from error
+        raise UserError(f"--resume {run_dir}: there is no run to continue ({path}: {error})") from error
     except UserError as error:
         raise UserError(f"--resume {run_dir}: {path}: {error}") from error
 
 
 def differences(a: TrainConfig, b: TrainConfig) -> list[tuple[str, Any, Any]]:
-    """(field, value in `a`, value in `b`) of every field in which the two differ."""
+    """Return (field, value in `a`, value in `b`) for every field in which the two differ."""
     pairs = ((field.name, getattr(a, field.name), getattr(b, field.name)) for field in dataclasses.fields(a))
     return [(name, x, y) for name, x, y in pairs if x != y]
 
 
 def flag(field: str) -> str:
-    """`local_batch_size` as it is written on the command line."""
+    """Return the command-line flag of a field: "--local-batch-size" for "local_batch_size"."""
     return "--" + field.replace("_", "-")
-
-
-def run_tyro(cls: type[C], argv: Sequence[str] | None, prog: str, defaults: C | None = None) -> C:
-    """A `cls` from the command line.
-
-    Raises:
-        UserError: what tyro says of the command line, in one line.
-        SystemExit: after `--help`.
-    """
-    # tyro draws a box around its complaint on standard error; caught here, it becomes one line in one voice.
-    said = io.StringIO()
-    speaks = os.environ.get("RANK", "0") == "0"  # --help, too, is printed once
-    default = tyro.MISSING_NONPROP if defaults is None else defaults
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(cls, prog=prog, args=argv, default=default, console_outputs=speaks)
-    except SystemExit as exit_:
-        if not exit_.code:
-            raise
-    lines = [line.strip("│╭╮╰╯ ") for line in said.getvalue().splitlines()[1:]]
-    text = " ".join(line for line in lines if line.strip("─"))
-    text = re.split(r"Argument helptext:|For full helptext", text)[0].strip()
-    raise UserError(f"{text} ({prog} --help lists every flag)")

@@ -2,14 +2,15 @@
 
 import math
 
-from cifar.batches import BatchPlan, describe
+from cifar.batch_plan import BatchPlan, count
 from cifar.config import TrainConfig
 from cifar.data import Data
 from cifar.datasets import CLASSES
 from cifar.evaluation import Evaluation
 from cifar.loop import LogPoint, TrainState
 from cifar.resume import Resumed
-from cifar.runtime import Runtime
+from cifar.optim import base_learning_rate
+from cifar.distributed.runtime import Runtime
 
 STAND_IN = "WARNING: these are the built-in stand-in images, not CIFAR-10: no accuracy here compares with CIFAR-10's"
 
@@ -43,10 +44,10 @@ class Console:
             if resumed.changes:
                 lines["changed"] = ", ".join(resumed.changes)
         for name, text in lines.items():
-            self._runtime.say(f"{name:<11} {text}")
+            self._runtime.print0(f"{name:<11} {text}")
         if self._data.name == "synthetic":
-            self._runtime.say(STAND_IN)
-        self._runtime.say()
+            self._runtime.print0(STAND_IN)
+        self._runtime.print0()
 
     def start_bar(self, state: TrainState) -> None:
         """Show images/s and the time left, where standard error is a terminal."""
@@ -66,11 +67,11 @@ class Console:
 
     def on_log(self, point: LogPoint) -> None:
         """The running loss, as the tutorial prints it."""
-        self._runtime.say(f"[{point.epoch}, {point.batch:5d}] loss: {point.loss:.3f}")
+        self._runtime.print0(f"[{point.epoch}, {point.batch:5d}] loss: {point.loss:.3f}")
 
     def on_test(self, epoch: int, test: Evaluation) -> None:
         """One line at an epoch's end."""
-        self._runtime.say(f"epoch {epoch}: test accuracy {100 * test.accuracy:.2f} %, loss {test.loss:.3f}")
+        self._runtime.print0(f"epoch {epoch}: test accuracy {100 * test.accuracy:.2f} %, loss {test.loss:.3f}")
 
     def close(self) -> None:
         """Take the bar away."""
@@ -84,11 +85,28 @@ def print_test(runtime: Runtime, data: Data, test: Evaluation, views: Evaluation
     `views` is the evaluation with test-time augmentation, where there is one.
     """
     percent = math.floor(100 * test.accuracy)
-    runtime.say(f"Accuracy of the network on the {test.total} test images: {percent} %")
-    runtime.say(f"({test.correct:,} of {test.total:,} correct, loss {test.loss:.4f})")
+    runtime.print0(f"Accuracy of the network on the {test.total} test images: {percent} %")
+    runtime.print0(f"({test.correct:,} of {test.total:,} correct, loss {test.loss:.4f})")
     if views is not None:
-        runtime.say(f"with test-time augmentation: {100 * views.accuracy:.2f} %, without: {100 * test.accuracy:.2f} %")
+        runtime.print0(f"with test-time augmentation: {100 * views.accuracy:.2f} %, without: {100 * test.accuracy:.2f} %")
     for name, accuracy in zip(CLASSES, test.class_accuracies(), strict=True):
-        runtime.say(f"Accuracy for class: {name:5s} is {100 * accuracy:.1f} %")
+        runtime.print0(f"Accuracy for class: {name:5s} is {100 * accuracy:.1f} %")
     if data.name == "synthetic":
-        runtime.say(STAND_IN)
+        runtime.print0(STAND_IN)
+
+
+def describe(config: TrainConfig, plan: BatchPlan) -> tuple[str, str]:
+    """The arithmetic of the batches and of the learning rate, a line each."""
+    batches = (
+        f"{plan.local_batch_size} local x {count(plan.world_size, 'process', 'es')} x {plan.accumulation} accumulated "
+        f"= {plan.global_batch_size} global; {plan.steps_per_epoch:,} steps an epoch, {count(config.epochs, 'epoch')}"
+    )
+    base = base_learning_rate(config, plan)
+    if config.lr_scaling == "none":
+        rate = f"{config.lr:g}, not scaled"
+    elif plan.global_batch_size == config.lr_batch_size:
+        rate = f"{base:g}, stated for this global batch"
+    else:
+        rate = f"{config.lr:g} x {plan.global_batch_size} / {config.lr_batch_size} = {base:g} (linear scaling)"
+    warmup = f", warm-up over epochs 0 to {config.warmup_epochs:g}" if config.warmup_epochs else ""
+    return batches, f"{rate}; {config.schedule}{warmup}"

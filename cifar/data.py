@@ -9,15 +9,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from cifar.augment import CropFlip
-from cifar.batches import BatchPlan
-from cifar.cifar10 import prepare_cifar10
+from cifar.batch_plan import BatchPlan
+from cifar.datasets.cifar10 import prepare_cifar10
 from cifar.config import TrainConfig
 from cifar.datasets import DATASETS
-from cifar.runtime import Runtime
-from cifar.seeds import derive_seed
+from cifar.distributed.runtime import Runtime
+from cifar.augment import derive_seed
 
 EVAL_BATCH_SIZE = 1000
-PREPARED = 1024  # images that are gathered, augmented and normalized at once: for small batches that costs most
+CHUNK = 1024  # images that are gathered, augmented and normalized at once: for small batches that costs most
 
 
 class DeviceImages(Dataset[tuple[Tensor, Tensor]]):
@@ -65,7 +65,7 @@ class BatchedDistributedSampler(DistributedSampler[Tensor]):
         super().__init__(dataset, num_replicas=world_size, rank=rank, seed=derive_seed(seed, "shuffle"), drop_last=True)
         self.batch_size = batch_size
         self.first = 0
-        self.together = 1
+        self.chunk = 1
         self.device = dataset.labels.device
 
     def __len__(self) -> int:
@@ -77,7 +77,7 @@ class BatchedDistributedSampler(DistributedSampler[Tensor]):
         order = torch.randperm(len(self.dataset), generator=draws)  # type: ignore[arg-type]
         own = order[self.rank : self.total_size : self.num_replicas].to(self.device)
         own = own[self.first * self.batch_size : len(self) * self.batch_size]
-        yield from own.split(self.together * self.batch_size) if len(own) else ()
+        yield from own.split(self.chunk * self.batch_size) if len(own) else ()
 
 
 class TrainLoader(DataLoader[Any]):
@@ -89,7 +89,7 @@ class TrainLoader(DataLoader[Any]):
     def __init__(self, dataset: DeviceImages, plan: BatchPlan, rank: int, seed: int) -> None:
         sampler = BatchedDistributedSampler(dataset, rank, plan.world_size, plan.local_batch_size, seed)
         super().__init__(dataset, batch_size=None, sampler=sampler)
-        sampler.together = max(1, PREPARED // plan.local_batch_size)
+        sampler.chunk = max(1, CHUNK // plan.local_batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
         size = self.sampler.batch_size
@@ -138,18 +138,18 @@ def load_data(config: TrainConfig, runtime: Runtime) -> Data:
     """
     missing = None
     if config.dataset in ("auto", "cifar10"):
-        with runtime.together():
+        with runtime.fail_together():
             if runtime.local_rank == 0:
                 required = config.dataset == "cifar10"
                 missing = prepare_cifar10(config.data_dir, config.data_url, required, show=runtime.is_main)
     # One host without the data is enough for all to take the stand-in: they have to train on the same images.
     reasons = [reason for reason in runtime.gather(missing) if reason is not None]
     if reasons:
-        runtime.say(f"WARNING: training on the built-in stand-in, not on CIFAR-10: {reasons[0]}")
+        runtime.print0(f"WARNING: training on the built-in stand-in, not on CIFAR-10: {reasons[0]}")
     name = config.dataset
     if name == "auto":
         name = "synthetic" if reasons else "cifar10"
-    with runtime.together():
+    with runtime.fail_together():
         train, test = DATASETS[name](config.data_dir)
 
     device, layout = runtime.device, runtime.layout

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from cifar.data import EvalLoader
 from cifar.datasets import CLASSES
-from cifar.runtime import Runtime
-from cifar.tta import augmented_scores
+from cifar.distributed.runtime import Runtime
 
 _FIXED_POINT = 2**20  # units of loss and confidence: fine enough for six decimals
 _MAX_LOSS = 2**22  # of one image: ten thousand of them stay below 2**63 units
@@ -65,7 +64,7 @@ class Evaluation:
 def evaluate(net: nn.Module, loader: EvalLoader, runtime: Runtime, tta: str = "none") -> Evaluation:
     """Test `net`, the bare module, on the images of all ranks' loaders together. Collective: every rank calls it.
 
-    `tta` is the test-time augmentation, "none", "flip" or "crop"; see `cifar.tta`.
+    `tta` is the test-time augmentation, "none", "flip" or "crop"; see `cifar.evaluation`.
 
     Ranks hold uneven shares, so the forward pass must not communicate; DistributedDataParallel would hang here.
     What the one all_reduce adds up is a row of integers for every test image, in fixed point: sums of integers
@@ -102,3 +101,19 @@ def evaluate(net: nn.Module, loader: EvalLoader, runtime: Runtime, tta: str = "n
 
 def _fixed(values: Tensor) -> Tensor:
     return (values.nan_to_num(0) * _FIXED_POINT).round()
+
+
+def augmented_scores(net: nn.Module, images: Tensor, tta: str) -> Tensor:
+    """Class scores, float [batch, 10], of normalized images, float32 [batch, 3, 32, 32].
+
+    Args:
+        tta: "none"; "flip": the mean over an image and its mirror image; "crop": half of that, and half of the same
+            for the image moved by a pixel up and left, and down and right: six views.
+    """
+    if tta == "none":
+        return net(images)
+    if tta == "flip":
+        return (net(images) + net(images.flip(3))) / 2
+    padded = F.pad(images, (1, 1, 1, 1), "reflect")
+    moved = [augmented_scores(net, view, "flip") for view in (padded[:, :, :-2, :-2], padded[:, :, 2:, 2:])]
+    return augmented_scores(net, images, "flip") / 2 + (moved[0] + moved[1]) / 4

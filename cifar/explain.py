@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cifar.batches import BatchPlan, learning_rate
+from cifar.batch_plan import BatchPlan, learning_rate
 from cifar.config import TrainConfig, parse_args
 from cifar.data import TrainLoader, load_data
 from cifar.datasets import CLASSES
 from cifar.errors import UserError
 from cifar.loop import forward_backward
-from cifar.nets import build_net
+from cifar.models import build_model
 from cifar.optim import build_optimizer, set_learning_rate
-from cifar.runtime import Runtime
-from cifar.voice import one_voice
+from cifar.distributed.runtime import Runtime
+from cifar.cli import exit_on_error
 
 Gradients = dict[str, Tensor]
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = BatchPlan.make(config, runtime.world_size, len(data.train))
     loader = TrainLoader(data.train, plan, runtime.rank, config.seed)
     torch.manual_seed(config.seed)
-    net = build_net(config.model)
+    net = build_model(config.model)
     model = runtime.wrap(net)
     optimizer = build_optimizer(net, config)
     images, labels = next(iter(loader))
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def explain_forward(net: nn.Module, images: Tensor, labels: Tensor, dataset: str, runtime: Runtime) -> None:
     """The shapes through the layers."""
-    say = runtime.say
+    say = runtime.print0
     say(f"FORWARD: a micro-batch of {dataset}, {_shape(images)} in [{images.min():.2f}, {images.max():.2f}]")
     say(f"   labels: {', '.join(CLASSES[label] for label in labels[:8])}{', ...' if len(labels) > 8 else ''}")
 
@@ -72,7 +72,7 @@ def explain_forward(net: nn.Module, images: Tensor, labels: Tensor, dataset: str
 
 def explain_all_reduce(model: nn.Module, net: nn.Module, images: Tensor, labels: Tensor, runtime: Runtime) -> None:
     """What DistributedDataParallel adds: gradients that differ between ranks become their mean on all of them."""
-    runtime.say("\nALL-REDUCE: every rank computes the gradient of its own images")
+    runtime.print0("\nALL-REDUCE: every rank computes the gradient of its own images")
     with runtime.accelerator.no_sync(model):
         forward_backward(model, images, labels, runtime.scaler, 1.0)
     own = _gradients(net)
@@ -81,26 +81,26 @@ def explain_all_reduce(model: nn.Module, net: nn.Module, images: Tensor, labels:
     averaged = _gradients(net)
     net.zero_grad()
     before, after = runtime.gather(_norm(own)), runtime.gather(_norm(averaged))
-    runtime.say(f"   before it, the gradient's norm on each rank: {', '.join(f'{norm:.6f}' for norm in before)}")
-    runtime.say(f"   after it:                                    {', '.join(f'{norm:.6f}' for norm in after)}")
+    runtime.print0(f"   before it, the gradient's norm on each rank: {', '.join(f'{norm:.6f}' for norm in before)}")
+    runtime.print0(f"   after it:                                    {', '.join(f'{norm:.6f}' for norm in after)}")
     _check(len(set(before)) == runtime.world_size, "the ranks' own gradients differ")
     _check(len(set(after)) == 1, "the ranks' gradients agree after the all-reduce")
     mean = {name: runtime.mean(gradient) for name, gradient in own.items()}
     _check(_difference(mean, averaged) < 1e-6, "the all-reduce is the mean over the ranks")
-    runtime.say("   they differ before and agree after; what they agree on is the mean over the ranks")
+    runtime.print0("   they differ before and agree after; what they agree on is the mean over the ranks")
 
 
 def explain_backward(model: nn.Module, net: nn.Module, images: Tensor, labels: Tensor, runtime: Runtime) -> None:
     """The loss, and what `backward` leaves in `.grad`."""
     _check(all(parameter.grad is None for parameter in net.parameters()), "every .grad is None before backward")
     loss = forward_backward(model, images, labels, runtime.scaler, 1.0)
-    runtime.say("\nBACKWARD: every .grad is None before it")
+    runtime.print0("\nBACKWARD: every .grad is None before it")
     where = " of rank 0's images" if runtime.world_size > 1 else ""
-    runtime.say(
+    runtime.print0(
         f"   loss: cross-entropy {loss:.4f}{where} (guessing costs ln {len(CLASSES)} = {math.log(len(CLASSES)):.4f})"
     )
     for name, gradient in _gradients(net).items():
-        runtime.say(f"   {name + '.grad':<18} {_shape(gradient):>16}  norm {gradient.norm():.6f}")
+        runtime.print0(f"   {name + '.grad':<18} {_shape(gradient):>16}  norm {gradient.norm():.6f}")
 
 
 def explain_update(
@@ -122,9 +122,9 @@ def explain_update(
         worst = max(worst, (parameter.detach() - (before[name] - lr * direction)).abs().max().item())
     _check(worst < 1e-6, "the update is p - lr * buffer")
     rule = "p - lr * (grad + weight decay * p + momentum * buffer)" if config.nesterov else "p - lr * buffer"
-    runtime.say("\nUPDATE: the optimizer holds the net's own parameters and reads their .grad")
-    runtime.say(f"   SGD: {rule}, lr {lr:g}; in this first step the buffer is the gradient")
-    runtime.say(f"   the parameters that it left differ from that formula by at most {worst:.1e}")
+    runtime.print0("\nUPDATE: the optimizer holds the net's own parameters and reads their .grad")
+    runtime.print0(f"   SGD: {rule}, lr {lr:g}; in this first step the buffer is the gradient")
+    runtime.print0(f"   the parameters that it left differ from that formula by at most {worst:.1e}")
 
 
 def explain_zero_grad(model: nn.Module, net: nn.Module, images: Tensor, labels: Tensor, runtime: Runtime) -> None:
@@ -137,9 +137,9 @@ def explain_zero_grad(model: nn.Module, net: nn.Module, images: Tensor, labels: 
     fresh = _gradients(net)
     total = {name: stale[name] + fresh[name] for name in fresh}
     _check(_difference(added, total) < 1e-5, "backward adds to .grad")
-    runtime.say("\nZERO_GRAD: a second backward, after the update and without zeroing, would have added to .grad:")
-    runtime.say(f"   norm {_norm(added):.6f}, the step's {_norm(stale):.6f} and the new {_norm(fresh):.6f} added up")
-    runtime.say(f"   with zero_grad in between it is the new gradient alone: norm {_norm(fresh):.6f}")
+    runtime.print0("\nZERO_GRAD: a second backward, after the update and without zeroing, would have added to .grad:")
+    runtime.print0(f"   norm {_norm(added):.6f}, the step's {_norm(stale):.6f} and the new {_norm(fresh):.6f} added up")
+    runtime.print0(f"   with zero_grad in between it is the new gradient alone: norm {_norm(fresh):.6f}")
 
 
 def _gradients(net: nn.Module) -> Gradients:
@@ -164,5 +164,5 @@ def _check(holds: bool, claim: str) -> None:
 
 
 if __name__ == "__main__":
-    with one_voice("cifar.explain"):
+    with exit_on_error("cifar.explain"):
         main()

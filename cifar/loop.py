@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar.batches import BatchPlan, learning_rate
+from cifar.batch_plan import BatchPlan, learning_rate
 from cifar.config import TrainConfig
 from cifar.data import TrainLoader
 from cifar.errors import TrainingDivergedError
 from cifar.optim import set_learning_rate
-from cifar.runtime import Runtime
+from cifar.distributed.runtime import Runtime
 
 
 @dataclass

@@ -14,8 +14,8 @@ from torch import Tensor
 from cifar.chart import Line, chart
 from cifar.datasets import CLASSES
 from cifar.evaluation import Evaluation
-from cifar.records import read_records, series
-from cifar.run import write_atomically
+from cifar.metrics import read_metrics, series
+from cifar.files import write_atomically
 
 _WRONG_IMAGES = 36
 
@@ -86,7 +86,7 @@ def write_page(run_dir: Path, test: Evaluation, images: Tensor) -> Path:
     Raises:
         OSError: it can't be written.
     """
-    records = read_records(run_dir)
+    records = read_metrics(run_dir)
     result = json.loads((run_dir / "result.json").read_text())
     config = json.loads((run_dir / "config.json").read_text())
     title = f"{run_dir.resolve().name}: {100 * result['test_accuracy']:.2f} %"

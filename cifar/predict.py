@@ -13,14 +13,14 @@ import tyro
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from cifar.checkpoint import load_net, read_checkpoint
+from cifar.checkpoint import load_model, read_checkpoint
 from cifar.config import run_tyro
 from cifar.console import STAND_IN
 from cifar.data import normalize
 from cifar.datasets import CLASSES
 from cifar.errors import UserError
-from cifar.nets import NETS, build_net
-from cifar.voice import one_voice
+from cifar.models import MODELS, build_model
+from cifar.cli import exit_on_error
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("no picture is named: python -m cifar.predict CHECKPOINT IMAGE [IMAGE ...]")
     content = read_checkpoint(asked.checkpoint)
     model = content["config"].get("model")
-    if model not in NETS:
+    if model not in MODELS:
         raise UserError(f"{asked.checkpoint} holds a net {model!r}, which this version doesn't know")
-    net = build_net(model)
-    load_net(net, content, model, asked.checkpoint)
+    net = build_model(model)
+    load_model(net, content, model, asked.checkpoint)
     probabilities = predict(net, torch.stack([read_image(path) for path in asked.images]))
     for path, row in zip(asked.images, probabilities, strict=True):
         top = row.topk(3)
@@ -92,5 +92,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with one_voice("cifar.predict"):
+    with exit_on_error("cifar.predict"):
         main()

@@ -1,59 +1,13 @@
-"""Named sets of defaults: what a run trains when the command line says nothing else.
+"""Named sets of defaults: what a run trains unless the command line says otherwise.
 
-Every field of a recipe is also a flag, so a recipe is a starting point: `--recipe wide --epochs 3` works.
+Every field of a recipe is also a flag, so a recipe is a starting point: `--recipe wide --epochs 3` works. To add one,
+add an entry to `RECIPES`.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+import dataclasses
+from typing import Any
 
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """The hyperparameters of a training run. `lr` belongs to a global batch of `local_batch_size` images."""
-
-    model: str = "net"
-    """The net to train: net, net-wide, resnet18, speed or speed-wide."""
-    epochs: int = 4
-    """Passes over the 50,000 training images."""
-    local_batch_size: int = 4
-    """Images that one process runs at once."""
-    global_batch_size: int | None = None
-    """Images that one optimizer step sees (default: local batch x world size); more accumulates gradients."""
-    lr: float = 0.001
-    """Learning rate for the recipe's own global batch; see --lr-scaling."""
-    lr_scaling: Literal["linear", "none"] = "linear"
-    """linear: lr x global batch / the recipe's own global batch (Goyal et al. 2017)."""
-    optimizer: Literal["sgd", "muon"] = "sgd"
-    """sgd, or muon: Muon for the filters of the convolutions, SGD for all else."""
-    momentum: float = 0.9
-    """Momentum of SGD."""
-    nesterov: bool = False
-    """Nesterov's momentum instead of the heavy ball."""
-    weight_decay: float = 0.0
-    """Weight decay of SGD."""
-    bias_lr_scale: float = 1.0
-    """Learning rate of the biases, as a multiple of lr."""
-    muon_lr: float = 0.24
-    """Learning rate of Muon, which follows the same schedule as lr."""
-    muon_momentum: float = 0.6
-    """Nesterov's momentum in Muon."""
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """How the learning rate moves over the run: not at all, or to zero along half a cosine or a straight line."""
-    warmup_epochs: float = 0.0
-    """Epochs over which the learning rate grows from nothing to what it should be."""
-    label_smoothing: float = 0.0
-    """Share of the target probability that is spread evenly over all classes."""
-    augment: Literal["none", "crop-flip", "crop-altflip"] = "none"
-    """none; a random crop and a random horizontal flip; or a crop and a flip in every other epoch."""
-    crop_padding: int = 4
-    """Pixels by which a random crop may move an image."""
-    cutout: int = 0
-    """Side of a square of every training image that is blanked out, 0 for none (DeVries & Taylor 2017)."""
-    tta: Literal["none", "flip", "crop"] = "none"
-    """Test-time augmentation after the run: the mean over mirror images, and over images moved by a pixel."""
-    log_steps: int = 2000
-    """Optimizer steps between two lines of running loss."""
-
+from cifar.config import Recipe, TrainConfig
 
 RECIPES: dict[str, Recipe] = {
     # The classic four-step PyTorch tutorial, number for number.
@@ -144,3 +98,15 @@ RECIPES: dict[str, Recipe] = {
         log_steps=10,
     ),
 }
+
+
+def config_from_recipe(name: str, **changes: Any) -> TrainConfig:
+    """Return the defaults of the recipe `name`, with `changes` applied.
+
+    Raises:
+        KeyError: there is no such recipe.
+    """
+    recipe = RECIPES[name]
+    lr_batch_size = recipe.global_batch_size or recipe.local_batch_size
+    fields = dataclasses.asdict(recipe) | {"recipe": name, "lr_batch_size": lr_batch_size}
+    return TrainConfig(**(fields | changes))

@@ -7,8 +7,8 @@ from typing import Any
 
 from cifar.datasets import CLASSES
 from cifar.evaluation import Evaluation
-from cifar.records import read_records, series
-from cifar.run import write_atomically
+from cifar.metrics import read_metrics, series
+from cifar.files import write_atomically
 
 _TRAIN, _TEST, _PALE = "#1f6fb4", "#d9541e", "#9aa5b1"
 
@@ -26,7 +26,7 @@ def draw_report(run_dir: Path, test: Evaluation) -> Path:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    records = read_records(run_dir)
+    records = read_metrics(run_dir)
     result = json.loads((run_dir / "result.json").read_text())
     path = run_dir / "report.png"
     style: Any = {

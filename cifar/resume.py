@@ -1,16 +1,18 @@
 """Continuing a run: whether its folder allows it, what has changed since, and the state to go on from."""
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cifar.batches import BatchPlan
-from cifar.checkpoint import load_net, newest_checkpoint
+from cifar.batch_plan import BatchPlan
+from cifar.checkpoint import load_model, newest_checkpoint
 from cifar.config import MAY_CHANGE, TrainConfig, differences, flag, read_config
 from cifar.errors import StoppedError, UserError
 from cifar.loop import TrainState
-from cifar.runtime import Runtime
+from cifar.run_dir import _launchers
+from cifar.distributed.runtime import Runtime
 
 
 @dataclass(frozen=True)
@@ -49,16 +51,16 @@ def restore(
         StoppedError: the run has finished, and is this launch's own.
     """
     found = None
-    with runtime.together():
+    with runtime.fail_together():
         if runtime.is_main:
             found = _find(config, runtime, dataset, plan, own)
     found = runtime.from_main(found)
     for complaint in found.complaints:
-        runtime.say(f"WARNING: passed over: {complaint}")
+        runtime.print0(f"WARNING: passed over: {complaint}")
     if found.finished and own:
         raise StoppedError(f"the run in {config.resume} has finished", status=0)
     if found.path is not None:
-        with runtime.together():
+        with runtime.fail_together():
             _load(found.path, found.state, config, runtime, plan, state)
     return Resumed(found.path, found.changes)
 
@@ -114,9 +116,33 @@ def _finished_steps(run_dir: Path) -> int:
 def _load(
     path: Path, saved: dict[str, Any], config: TrainConfig, runtime: Runtime, plan: BatchPlan, state: TrainState
 ) -> None:
-    load_net(state.net, {"config": {"model": config.model}, "state": saved}, config.model, path)
+    load_model(state.net, {"config": {"model": config.model}, "state": saved}, config.model, path)
     windows = saved["window_loss"]
     # With other ranks there is nobody to give each sum back to; their mean gives the same average.
     own = windows[runtime.rank] if len(windows) == runtime.world_size else sum(windows) / len(windows)
     # As if it were of as many micro-batches as a rank now has in a step.
     state.load_state_dict(saved | {"window_loss": own * (plan.accumulation / saved["accumulation"])})
+
+
+def find_own_run(config: TrainConfig, runtime: Runtime) -> TrainConfig:
+    """The configuration to go on with: that of the run which this launch has begun before, else `config`.
+
+    torchrun starts the same command line again when a rank has failed or a host has come or gone; it is one and the
+    same run then. The launch is known by torchrun's own process, which stays. (TORCHELASTIC_RUN_ID is no help: it is
+    "none" in every launch that doesn't set it; nor is the restart count, which a host that returns begins at zero.)
+    """
+    agent = runtime.launch.agent()
+    own = None
+    if agent is not None and runtime.local_rank == 0:
+        named = config.resume or config.run_dir
+        candidates = [named] if named is not None else Path("runs").glob("*")
+        began = float(agent.rsplit(":", 1)[1])
+        for run_dir in candidates:
+            with contextlib.suppress(OSError):
+                # A folder that hasn't changed since torchrun began can't be this launch's.
+                if run_dir.stat().st_mtime >= began - 1 and agent in _launchers(run_dir):
+                    own = run_dir
+    run_dirs = [found for found in runtime.gather(own) if found is not None]
+    if not run_dirs:
+        return config
+    return read_config(run_dirs[0])

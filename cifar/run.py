@@ -1,103 +1,245 @@
-"""A run is a folder: made before training, proven writable, never another run's."""
+"""A run from its folder to its result: what is saved, recorded and said while `train_ddp.py` trains."""
 
-import contextlib
-import json
-import os
-from collections.abc import Callable
-from datetime import datetime
+import dataclasses
+import math
+import signal
 from pathlib import Path
-from typing import IO, Any
+from types import TracebackType
+from typing import Any, NoReturn
 
-from cifar.errors import UserError
+from cifar.batch_plan import BatchPlan
+from cifar.run_dir import RunLock
+from cifar.config import TrainConfig
+from cifar.console import Console, print_test
+from cifar.data import Data
+from cifar.errors import StoppedError, TrainingDivergedError, UserError
+from cifar.evaluation import Evaluation
+from cifar.loop import LogPoint, TrainState
+from cifar.resume import Resumed, restore
+from cifar.run_dir import check_writable, create_run_dir
+from cifar.distributed.runtime import Runtime
+from cifar.checkpoint import CheckpointWriter
+from cifar.distributed.preemption import StopAgreement, StopRequest
+from cifar.tracking import Tracking
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Have `write` fill a temporary file, flush it to the disk and rename it to `path`.
+class Run:
+    """One run, new or resumed; a context manager that ends its records in order, whatever ends the training.
 
-    Whatever interrupts it, `path` is afterwards either what it was or complete.
-
-    Raises:
-        OSError: the disk is full or not writable; `path` is what it was.
+    Every rank holds one and calls the same methods; rank zero writes and speaks.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    # The rename itself lasts once the folder is on the disk. Not every file system can do that; `path` is new anyhow.
-    with contextlib.suppress(OSError):
-        folder = os.open(path.parent, os.O_RDONLY)
+
+    def __init__(self, config: TrainConfig, runtime: Runtime, data: Data, plan: BatchPlan, state: TrainState) -> None:
+        """Make the run's folder, or read that of `--resume` into `state`; then print the banner.
+
+        Raises:
+            UserError: the folder can't be used, or there is nothing to resume.
+            StoppedError: torchrun has started a run again that had finished.
+        """
+        self._runtime, self._data, self._plan, self._state = runtime, data, plan, state
+        self._last_step = plan.last_step(config)
+        self._claim: RunLock | None = None
+        self._stopping = False
         try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+            resumed = self._open(config)
+        except (UserError, StoppedError):
+            if self._claim is not None:
+                self._claim.release(undo=True)
+            raise
+        self._writer = CheckpointWriter(
+            self.dir, config.keep_checkpoints, runtime.print0, resumed.newest if resumed else None
+        )
+        self._tracking = Tracking(self.config, runtime, self.dir, data, self._facts(), state.step)
+        self._console = Console(config, runtime, data, plan)
+        self._console.banner(state, str(self.dir), self._tracking.describe(), resumed)
+        self._request = StopRequest(runtime.launch)
+        self._agreement = StopAgreement(runtime, self._request)
 
+    def _open(self, config: TrainConfig) -> Resumed | None:
+        """Take possession of the run's folder, and note there what is going on."""
+        runtime, state = self._runtime, self._state
+        agents = [agent for agent in runtime.gather(runtime.launch.agent()) if agent is not None]
+        run_dir: Path | None = None
+        with runtime.fail_together():
+            if runtime.is_main:
+                run_dir = config.resume or create_run_dir(config.run_dir, config.recipe)
+                self._claim = RunLock(run_dir)
+        self.dir = runtime.from_main(run_dir)
+        resumed = None
+        if config.resume is not None:
+            own = runtime.from_main(self._claim and self._claim.owned_by(agents))
+            resumed = restore(config, runtime, self._data.name, self._plan, state, bool(own))
+        self.config = dataclasses.replace(
+            config, run_dir=self.dir, resume=None, global_batch_size=self._plan.global_batch_size
+        )
+        with runtime.fail_together():
+            if self._claim is not None:
+                # Weights, momentum and the file being written beside its predecessor, with room for the records.
+                parameters = sum(parameter.numel() for parameter in state.net.parameters())
+                check_writable(self.dir, need=3 * 8 * parameters + (4 << 20))
+                try:
+                    write_json(self.dir / "config.json", {"config": self.config.to_json(), **self._facts()})
+                    self._claim.record_owner(agents)
+                except OSError as error:
+                    raise UserError(f"the configuration can't be written into {self.dir}: {error}") from error
+        return resumed
 
-def write_json(path: Path, content: Any) -> None:
-    """Write `content` as indented JSON, atomically."""
-    text = json.dumps(content, indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    def __enter__(self) -> "Run":
+        self._request.__enter__()
+        self._console.start_bar(self._state)
+        return self
 
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._console.close()
+        self._writer.flush()
+        stopped = isinstance(error, StoppedError)
+        self._tracking.close(exit_code=0 if kind is None else 1, preempting=stopped)
+        if stopped:
+            self._runtime.close()
+        self._request.__exit__(kind, error, trace)
+        if self._claim is not None:
+            self._claim.release()
+        if isinstance(error, TrainingDivergedError):
+            good = self._writer.newest or "none yet"
+            raise TrainingDivergedError(f"{error}; last good checkpoint: {good}; try a lower --lr") from None
 
-def create_run(wanted: Path | None, recipe: str) -> Path:
-    """A new, empty run folder: `wanted`, or a fresh name under runs/.
+    @property
+    def finished(self) -> bool:
+        """Whether the last step has been done."""
+        return self._state.step >= self._last_step
 
-    Raises:
-        UserError: `wanted` isn't empty, or the folder can't be made.
-    """
-    try:
-        if wanted is not None:
-            wanted.mkdir(parents=True, exist_ok=True)
-            if any(wanted.iterdir()):
-                raise UserError(
-                    f"--run-dir {wanted} is not empty: name a new folder, or continue that run with --resume {wanted}"
-                )
-            return wanted
-        stem = f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{recipe}"
-        for suffix in ("", *(f"-{n}" for n in range(2, 100))):
-            fresh = Path("runs") / (stem + suffix)
-            fresh.parent.mkdir(exist_ok=True)
-            try:
-                fresh.mkdir()
-            except FileExistsError:
-                continue  # another launch in the same second
-            return fresh
-        raise UserError(f"runs/{stem}-* are all taken: name a folder with --run-dir")
-    except OSError as error:
-        raise UserError(f"the run folder can't be made: {error}; name another with --run-dir") from error
+    def on_log(self, point: LogPoint) -> None:
+        """Record and print a log point."""
+        self._console.on_log(point)
+        self._tracking.log_train(point, test_follows=point.batch == self._plan.steps_per_epoch or self.finished)
 
+    def on_step(self) -> bool:
+        """Move the progress bar; True, on all ranks after the same step, once one of them was asked to stop."""
+        self._console.on_step()
+        self._stopping = self._agreement.after_step() or self._stopping
+        return self._stopping
 
-def check_writable(run_dir: Path, need: int) -> None:
-    """Prove now, not after an epoch, that `need` bytes can be written into `run_dir`.
+    def end_epoch(self, test: Evaluation) -> None:
+        """Record the evaluation after an epoch, or after the last step, and save a checkpoint.
 
-    Files that a killed process left half-written are removed.
+        Raises:
+            TrainingDivergedError: the test loss isn't finite, so that there is nothing worth saving.
+            StoppedError: some rank was asked to stop.
+        """
+        if not math.isfinite(test.loss):
+            raise TrainingDivergedError(
+                f"the test loss became {test.loss} after step {self._state.step}, "
+                f"with lr {self._state.optimizer.param_groups[0]['lr']:g}"
+            )
+        if test.accuracy > self._state.best_accuracy:
+            self._state.best_accuracy, self._state.best_step = test.accuracy, self._state.step
+        epoch = math.ceil(self._state.step / self._plan.steps_per_epoch)
+        self._console.on_test(epoch, test)
+        self._tracking.log_test(self._state.step, epoch, test)
+        self.save()
+        if self._stopping and not self.finished:
+            self.stop()
 
-    Raises:
-        UserError: they can't; a folder that was empty is empty again, so that the same command can be repeated.
-    """
-    checkpoints = run_dir / "checkpoints"
-    try:
-        checkpoints.mkdir(exist_ok=True)
-        for leftover in checkpoints.glob(".*.tmp"):
-            leftover.unlink()
-        probe = run_dir / ".space-probe"
+    def save(self) -> None:
+        """Have a checkpoint of this step written, in the background."""
+        # Each rank has its own sum of losses since the last log point; all go in, so that resuming is exact.
+        windows = self._runtime.gather(self._state.window_loss.item())
+        if self._runtime.is_main:
+            state = self._state.state_dict() | {"window_loss": windows, "accumulation": self._plan.accumulation}
+            self._writer.save({"config": self.config.to_json(), "dataset": self._data.name, "state": state})
+
+    def stop(self) -> NoReturn:
+        """Leave after this step, which has been saved.
+
+        Raises:
+            StoppedError: always; says how to go on.
+        """
+        self._writer.flush()
+        launch = self._runtime.launch
+        asked = self._runtime.gather((launch.host, self._request.name))
+        leaving = {host for host, name in asked if name is not None}
+        names = ", ".join(sorted({name for _, name in asked if name is not None}))
+        text = f"Stopped by {names} after step {self._state.step:,} of {self._last_step:,}"
+        # With restarts left, the hosts that weren't asked go on without the others: torchrun takes this status for a
+        # failure, and starts them again. What torchrun itself stops is restarted or not whatever the status; what it
+        # doesn't know of would be restarted for any but 0.
+        if launch.restarts_left > 0 and len({host for host, _ in asked} - leaving):
+            raise StoppedError(
+                f"{text} on host {', '.join(map(str, sorted(leaving)))}; the others go on without it",
+                status=0 if launch.host in leaving else 1,
+            )
+        number = getattr(signal, self._request.name or "", 1)
+        raise StoppedError(f"{text}; to go on: --resume {self.dir}", status=0 if launch.elastic else 128 + int(number))
+
+    def finish(self, test: Evaluation, views: Evaluation | None = None) -> None:
+        """Print the accuracies of the finished run, write result.json, report.png and index.html.
+
+        `views` is the evaluation with test-time augmentation, where there is one.
+        """
+        self._console.close()
+        self._runtime.print0("Finished Training")
+        print_test(self._runtime, self._data, test, views)
+        if not self._runtime.is_main:
+            return
+        result = self._result(test) | {"tta": self.config.tta, "test_accuracy_tta": views and views.accuracy}
+        self._tracking.finish(self._state.step, result, test)
         try:
-            with probe.open("wb") as file:
-                for _ in range(0, need, 1 << 20):
-                    file.write(bytes(1 << 20))
-                file.flush()
-                os.fsync(file.fileno())
-        finally:
-            probe.unlink(missing_ok=True)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            checkpoints.rmdir()  # only if it is empty
-        raise UserError(
-            f"the run folder {run_dir} does not take the {need / 1e6:.1f} MB of this run's records: {error}; "
-            f"free space or name another with --run-dir"
-        ) from error
+            write_json(self.dir / "result.json", result)
+            from cifar.page import write_page
+            from cifar.report import draw_report
+
+            write_page(self.dir, test, self._data.test.images)
+            draw_report(self.dir, test)
+            self._runtime.print0(f"records, index.html and report.png are in {self.dir}")
+        except OSError as error:
+            self._runtime.print0(f"WARNING: the result could not be written into {self.dir}: {error}")
+        except ImportError as error:  # the training is done, and result.json written
+            self._runtime.print0(f"WARNING: no report.png: {error} (pip install matplotlib)")
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "dataset": self._data.name,
+            "world_size": self._runtime.world_size,
+            "accumulation": self._plan.accumulation,
+            "steps_per_epoch": self._plan.steps_per_epoch,
+            "device": str(self._runtime.device.type),
+            **versions(),
+        }
+
+    def _result(self, test: Evaluation) -> dict[str, Any]:
+        config, state = self.config, self._state
+        return {
+            "recipe": config.recipe,
+            "dataset": self._data.name,
+            "model": config.model,
+            "epochs": config.epochs,
+            "steps": state.step,
+            "world_size": self._runtime.world_size,
+            "local_batch_size": self._plan.local_batch_size,
+            "global_batch_size": self._plan.global_batch_size,
+            "seed": config.seed,
+            "precision": config.precision,
+            "device": self._runtime.device.type,
+            "train_seconds": state.train_seconds,
+            "images_per_second": state.step * self._plan.global_batch_size / state.train_seconds,
+            "test_loss": test.loss,
+            "test_correct": test.correct,
+            "test_total": test.total,
+            "test_accuracy": test.accuracy,
+            "test_class_accuracy": test.class_accuracies(),
+            "best_accuracy": state.best_accuracy,
+            "best_step": state.best_step,
+            "checkpoint_seconds": self._writer.waited_seconds,
+        }
+
+
+def versions() -> dict[str, str]:
+    """What the numbers of a run depend on besides its configuration."""
+    import platform
+
+    import accelerate
+    import torch
+
+    return {"python": platform.python_version(), "torch": torch.__version__, "accelerate": accelerate.__version__}

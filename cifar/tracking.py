@@ -1,9 +1,6 @@
 """The records of a run, made by rank zero: W&B, metrics.jsonl and result.json."""
 
 import contextlib
-import errno
-import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,50 +10,9 @@ from cifar.data import Data
 from cifar.datasets import CLASSES
 from cifar.evaluation import Evaluation
 from cifar.loop import LogPoint
-from cifar.run import write_atomically
-from cifar.runtime import Runtime
-from cifar.wandb_run import STEP_AXIS, end_wandb, finish, first_line, lay_out, pictures, replay, start_wandb
-
-
-class MetricsFile:
-    """`metrics.jsonl`: a JSON object per line, with the step and the numbers logged at it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._complained = False
-
-    def keep_until(self, step: int) -> list[dict[str, Any]]:
-        """Drop the lines after `step`, which a resumed run is about to write again, and any that is cut short.
-
-        Returns:
-            What the lines that are kept hold.
-        """
-        if not self.path.exists():
-            return []
-        kept, rows = [], []
-        for line in self.path.read_text().splitlines():
-            with contextlib.suppress(ValueError):
-                row = json.loads(line)
-                if row["step"] <= step:
-                    kept.append(line + "\n")
-                    rows.append(row)
-        write_atomically(self.path, lambda file: file.write("".join(kept).encode()))
-        return rows
-
-    def log(self, step: int, values: dict[str, Any]) -> None:
-        """Append the numbers among `values`. A full disk costs the line and one warning, not the run."""
-        numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
-        line = (json.dumps({"step": step, **numbers}) + "\n").encode()
-        try:
-            with self.path.open("ab", buffering=0) as file:
-                end = file.tell()
-                if file.write(line) < len(line):
-                    file.truncate(end)  # half a line would spoil the next one too
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            if not self._complained:
-                print(f"WARNING: {self.path} can't be written: {error}", flush=True)
-                self._complained = True
+from cifar.metrics import MetricsFile
+from cifar.distributed.runtime import Runtime
+from cifar.wandb_logger import STEP_AXIS, end_wandb, finish, first_line, define_metrics, pictures, replay, start_wandb
 
 
 class Tracking:
@@ -79,7 +35,7 @@ class Tracking:
             self._accelerator.trackers.append(self._wandb)
             with self._surviving_wandb():
                 self._wandb.store_init_configuration(config.to_json() | facts)
-                lay_out(self._wandb.tracker)
+                define_metrics(self._wandb.tracker)
                 replay(self._wandb.tracker, recorded, run_dir)
 
     def describe(self) -> str:
@@ -144,6 +100,6 @@ class Tracking:
         except Exception as error:
             if self._wandb is None:
                 raise
-            self._runtime.say(f"WARNING: W&B's record ends here: {type(error).__name__}: {first_line(error)}")
+            self._runtime.print0(f"WARNING: W&B's record ends here: {type(error).__name__}: {first_line(error)}")
             self._accelerator.trackers.remove(self._wandb)
             self._wandb = None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import ROOT
+from tests.helpers.processes import ROOT
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +26,7 @@ def real_data() -> Path:
 def runtime():
     """One process on the CPU, in fp32."""
     from cifar.config import TrainConfig
-    from cifar.runtime import Runtime
+    from cifar.distributed.runtime import Runtime
 
     return Runtime(TrainConfig(device="cpu"))
 
@@ -53,7 +53,7 @@ def wandb(monkeypatch):
     """W&B as in a new process, without an account and without a server."""
     import wandb
 
-    from tests.wandb_server import NOWHERE
+    from tests.helpers.wandb_server import NOWHERE
 
     for hooked in ("exit", "excepthook"):  # W&B wraps them anew in each of its lives
         monkeypatch.setattr(sys, hooked, getattr(sys, hooked))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.processes import ROOT, clean_environment
+from tests.helpers.processes import ROOT, clean_environment
 
 FIRST_STEP = "[1,     1] loss"
 """How the line of the first optimizer step begins, of `train_ddp.py --log-steps 1` and of the tutorial's loop."""

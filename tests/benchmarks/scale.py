@@ -72,9 +72,9 @@ def predict(compute: float, batch: int, size: float, link: Link, processes: int,
 
 def gradient_bytes(model: str) -> int:
     """Bytes of the gradients of the net `model`, in fp32."""
-    from cifar.nets import build_net
+    from cifar.models import build_model
 
-    return 4 * sum(parameter.numel() for parameter in build_net(model).parameters() if parameter.requires_grad)
+    return 4 * sum(parameter.numel() for parameter in build_model(model).parameters() if parameter.requires_grad)
 
 
 def table(compute: float, batch: int, size: float) -> list[str]:
@@ -133,10 +133,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
     parser.add_argument("--check", action="store_true", help="measure on this CPU with 1, 2 and 4 processes instead")
     args = parser.parse_args(argv)
-    from cifar.nets import NETS
+    from cifar.models import MODELS
 
-    if args.model not in NETS:
-        parser.error(f"unknown model {args.model!r}: choose from {', '.join(NETS)}")
+    if args.model not in MODELS:
+        parser.error(f"unknown model {args.model!r}: choose from {', '.join(MODELS)}")
     if not args.step_ms > 0 or args.batch < 1:
         parser.error(f"--step-ms {args.step_ms:g} and --batch {args.batch} must be above 0")
     if args.check:

@@ -18,7 +18,7 @@ from tests.benchmarks.scale import Link, all_reduce_seconds, gradient_bytes
 
 SIZES = tuple(4**k * 1024 for k in range(8))  # 1 KiB to 16 MiB
 PROCESSES = (1, 2, 4)
-NETS = {"net": 128, "net-wide": 64}  # local batches
+MODELS = {"net": 128, "net-wide": 64}  # local batches
 ROUNDS = 3
 
 
@@ -63,7 +63,7 @@ def check(parser: argparse.ArgumentParser) -> dict[str, Any]:
     if not (data_dir / "cifar-10-batches-py").is_dir():
         parser.error(f"no cifar-10-batches-py in {data_dir}: name its folder with $CIFAR_DATA_DIR")
     cores = os.cpu_count() or 1
-    steps: dict[tuple[str, int], list[float]] = {(net, p): [] for net in NETS for p in PROCESSES}
+    steps: dict[tuple[str, int], list[float]] = {(net, p): [] for net in MODELS for p in PROCESSES}
     measured: list[tuple[int, int, float]] = []
     with tempfile.TemporaryDirectory(prefix="scale-") as name:
         folder = Path(name)
@@ -72,10 +72,10 @@ def check(parser: argparse.ArgumentParser) -> dict[str, Any]:
                 child = python("-m", "tests.benchmarks.scale_check", cwd=folder, processes=p, threads=1)
                 measured += [(p, size, seconds) for p, size, seconds in child.last_json()["measured"]]
             for net, p in steps:
-                flags = ("--recipe", "wide", "--model", net, "--local-batch-size", NETS[net], "--lr-scaling", "none")
+                flags = ("--recipe", "wide", "--model", net, "--local-batch-size", MODELS[net], "--lr-scaling", "none")
                 work = ("--max-steps", 120, "--log-steps", 40, "--device", "cpu")
                 _, run_dir = train(folder, data_dir, *flags, *work, processes=p, threads=1)
-                steps[net, p].append(NETS[net] * p / steady(run_windows(run_dir)))
+                steps[net, p].append(MODELS[net] * p / steady(run_windows(run_dir)))
     link = fit(measured)
     print(f"gloo here: alpha {1e6 * link.alpha:.0f} us, {link.bandwidth / 1e9:.2f} GB/s, from {len(measured)} medians")
     print(f"{'net':10}{'processes':>10}{'predicted ms':>14}{'measured ms':>14}{'error':>8}")

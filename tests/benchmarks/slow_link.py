@@ -15,8 +15,8 @@ from pathlib import Path
 
 from tests.benchmarks.children import run_windows, steady
 from tests.benchmarks.measure import machine
-from tests.hosts import ADDRESSES, Hosts, why_not
-from tests.processes import ROOT, clean_environment
+from tests.helpers.hosts import ADDRESSES, Hosts, why_not
+from tests.helpers.processes import ROOT, clean_environment
 
 HOOKS = ("none", "bf16", "powersgd")
 WARM_UP = 24  # steps that are not measured; PowerSGD leaves the first 20 as they are

@@ -1,0 +1,160 @@
+"""The command line: flags to a configuration, and failures to one line and an exit status."""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import torch.distributed as dist
+import tyro
+
+from cifar.config import MAY_CHANGE, TrainConfig, differences, flag, read_config
+from cifar.datasets import DATASETS
+from cifar.distributed.environment import is_rank_zero
+from cifar.distributed.runtime import Runtime
+from cifar.errors import StoppedError, TrainingDivergedError, UserError
+from cifar.models import MODELS
+from cifar.recipes import RECIPES, config_from_recipe
+from cifar.resume import find_own_run
+
+C = TypeVar("C")
+
+# torchrun ends all ranks as soon as one has left: the others wait for rank zero to print its line first.
+_RANK_ZERO_FIRST_SECONDS = 5
+
+# Error messages of gloo, NCCL and torch's store for a peer that is gone; most are plain RuntimeErrors.
+_PEER_LOST = re.compile(
+    r"Connection (closed|reset) by peer|Timed out waiting \d+ms|Connection refused|Broken pipe|Connection was likely "
+    r"closed|remote process exited|wait timeout after|Socket Timeout|NCCL communicator was aborted",
+    re.IGNORECASE,
+)
+
+
+@contextlib.contextmanager
+def launch(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") -> Iterator[tuple[TrainConfig, Runtime]]:
+    """Parse the flags and join the other ranks; leave them at the end of the block.
+
+    After a restart by torchrun, the configuration is that of the run which this launch began.
+
+    Raises:
+        UserError: the command line or the environment is wrong.
+    """
+    config = parse_args(argv, prog)
+    runtime = Runtime(config)
+    yield find_own_run(config, runtime), runtime
+    runtime.close()
+
+
+def parse_args(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") -> TrainConfig:
+    """Return the configuration for the flags `argv`, or for those of this process.
+
+    Raises:
+        UserError: a value is out of range or, with `--resume`, conflicts with the run's own.
+        SystemExit: after `--help`, or after tyro has explained an unknown flag or value (status 2).
+    """
+    # --recipe and --resume decide the defaults of all other flags, so they are parsed first.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--recipe", default="tutorial")
+    first.add_argument("--resume", type=Path)
+    try:
+        early, _ = first.parse_known_args(argv)
+    except argparse.ArgumentError:  # a flag without its value, which tyro will explain
+        early = argparse.Namespace(recipe="tutorial", resume=None)
+    if early.resume is None:
+        recipe = early.recipe if early.recipe in RECIPES else "tutorial"  # tyro will list the choices
+        defaults = config_from_recipe(recipe, data_dir=Path(os.environ.get("CIFAR_DATA_DIR") or "data"))
+    else:
+        defaults = read_config(early.resume)
+        for name, choices in _choices().items():
+            if getattr(defaults, name) not in choices:
+                raise UserError(f"--resume {early.resume}: this version has no {name} {getattr(defaults, name)!r}")
+
+    flags = _flags_class()
+    parsed = parse_flags(flags, argv, prog, flags(**vars(defaults)))
+    config = TrainConfig(**vars(parsed))
+    config.check()
+    if config.resume is not None:
+        for name, given, own in differences(config, defaults):
+            if name not in MAY_CHANGE:
+                raise UserError(
+                    f"{flag(name)} {given} conflicts with {own} of the run in {config.resume}: leave it out, "
+                    f"or start a new run without --resume"
+                )
+    return config
+
+
+def _choices() -> dict[str, tuple[str, ...]]:
+    return {"recipe": tuple(RECIPES), "model": tuple(MODELS), "dataset": ("auto", *DATASETS)}
+
+
+def _flags_class() -> type[TrainConfig]:
+    """Return TrainConfig as tyro should see it: names from the registries as choices, defaults of None explained."""
+    hints = {
+        "global_batch_size": "(default: local batch x world size)",
+        "data_dir": "(default: $CIFAR_DATA_DIR, then data)",
+        "run_dir": "(default: a new one in runs/)",
+    }
+    types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
+    changed: dict[str, Any] = {name: Literal[choices] for name, choices in _choices().items()}  # type: ignore[valid-type]
+    changed |= {
+        name: Annotated[types[name], tyro.conf.arg(help_behavior_hint=hint)] for name, hint in hints.items()
+    }
+    changed["lr_batch_size"] = tyro.conf.Suppress[int]
+    fields = [(name, type_, dataclasses.field(default=getattr(TrainConfig, name))) for name, type_ in changed.items()]
+    flags = dataclasses.make_dataclass("TrainConfig", fields, bases=(TrainConfig,), frozen=True, kw_only=True)
+    flags.__doc__ = TrainConfig.__doc__
+    return flags
+
+
+def parse_flags(cls: type[C], argv: Sequence[str] | None, prog: str, defaults: C | None = None) -> C:
+    """Return a `cls` from the command line; `--help` and tyro's complaints are printed by rank zero only.
+
+    Raises:
+        SystemExit: after `--help` (status 0) or a complaint (status 2).
+    """
+    default = tyro.MISSING_NONPROP if defaults is None else defaults
+    return tyro.cli(cls, prog=prog, args=argv, default=default, console_outputs=is_rank_zero())
+
+
+@contextlib.contextmanager
+def exit_on_error(prog: str) -> Iterator[None]:
+    """Report an expected failure as one line on stderr, from rank zero, and set the exit status."""
+    try:
+        yield
+    except StoppedError as stop:
+        _print_from_rank_zero([str(stop)], sys.stdout)
+        raise SystemExit(stop.status) from None
+    except (UserError, TrainingDivergedError) as error:
+        _print_from_rank_zero([f"{prog}: error: {error}"], sys.stderr)
+        _wait_for_rank_zero()
+        raise SystemExit(error.status) from None
+    except SystemExit as exit_:  # tyro's, which has printed its complaint on rank zero
+        if exit_.code:
+            _wait_for_rank_zero()
+        raise
+    except RuntimeError as error:
+        lost = _PEER_LOST.search(str(error))
+        if lost is None or not dist.is_available() or "RANK" not in os.environ:
+            raise
+        reason = f"another process of this run is gone or does not answer ({lost[0]})"
+        _print_from_rank_zero([f"{prog}: error: {reason}; the launcher's report names it"], sys.stderr)
+        sys.stdout.flush()
+        os._exit(1)  # no destructors: gloo's threads still wait for that process, and would abort this one
+    except KeyboardInterrupt:  # before training began; during training it becomes a StoppedError
+        raise SystemExit(130) from None
+
+
+def _print_from_rank_zero(lines: Iterable[str], file: Any) -> None:
+    if is_rank_zero():
+        print(*lines, sep="\n", file=file, flush=True)
+
+
+def _wait_for_rank_zero() -> None:
+    if not is_rank_zero():
+        time.sleep(_RANK_ZERO_FIRST_SECONDS)

@@ -1,0 +1,84 @@
+"""Starting the program as its users do: as a process of its own, or as several under torchrun."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def clean_environment(**extra: str) -> dict[str, str]:
+    """This environment without what a launcher or a W&B account would have left in it."""
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "ACCELERATE_", "TORCHELASTIC_", "WANDB_", "OMP_NUM_THREADS")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    return kept | {"NETRC": os.devnull, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | extra
+
+
+def run(
+    command: Sequence[object], cwd: Path, timeout: float = 240, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `command` with this Python's environment; output as text, standard error separate."""
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd, env=clean_environment(**environment), capture_output=True, text=True, timeout=timeout,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def train(*flags: object, cwd: Path, processes: int = 1, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python train_ddp.py FLAGS` or, with several processes, `torchrun --nproc_per_node=N train_ddp.py FLAGS`.
+
+    On the CPU and without W&B unless the flags say otherwise.
+    """
+    if processes > 1:
+        return torchrun(processes, *flags, cwd=cwd, **environment)
+    return run([sys.executable, ROOT / "train_ddp.py", *_quietly(flags)], cwd, 240, **environment)
+
+
+def torchrun(processes: int, *flags: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`torchrun --nproc_per_node=PROCESSES train_ddp.py FLAGS`, on the CPU and without W&B as `train`."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return run([*launcher, ROOT / "train_ddp.py", *_quietly(flags)], cwd, 240, **environment)
+
+
+def _quietly(flags: Sequence[object]) -> list[str]:
+    given = [str(flag) for flag in flags]
+    defaults = {"--wandb": "disabled", "--device": "cpu"}
+    return given + [part for name, value in defaults.items() if name not in given for part in (name, value)]
+
+
+def left_of(processes: Iterable[psutil.Process], timeout: float) -> list[psutil.Process]:
+    """Those of `processes` that still run after `timeout` seconds.
+
+    One that has ended, but whose parent has not been told yet, is gone, which psutil.wait_procs doesn't know: the init
+    of a container takes its time.
+    """
+    end = time.monotonic() + timeout
+    while (left := [process for process in processes if _runs(process)]) and time.monotonic() < end:
+        time.sleep(0.02)
+    return left
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def records(run_dir: Path, name: str) -> list[tuple[int, Any]]:
+    """(step, value) of every record of `name` in a run's metrics.jsonl."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line[name]) for line in lines if name in line]
+
+
+def result(run_dir: Path) -> dict[str, Any]:
+    """A run's result.json."""
+    return json.loads((run_dir / "result.json").read_text())

@@ -1,0 +1,110 @@
+"""One run of two processes, disturbed at random many times over, against the run that nothing disturbs.
+
+python -m tests.helpers.soak --disturbances 50 --seed 1 --folder runs/soak
+"""
+
+import argparse
+import json
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cifar.checkpoint import checkpoint_path, load_checkpoint
+from tests.helpers.disturb import FLAGS, Watched, damage_newest, send
+
+LAUNCHER = ["--standalone", "--nproc_per_node=2", "--max-restarts=1000"]
+TIMEOUT = 8
+STEPS_BETWEEN = (60, 250)
+KINDS = ("kill", "damage", "stop rank", "stop torchrun", "freeze", "kill torchrun")
+
+
+def soak(folder: Path, disturbances: int, seed: int, seconds: float) -> dict[str, Any]:
+    """Disturb a run `disturbances` times, or for `seconds`, and compare what it ends with.
+
+    Returns:
+        What was done, how many steps each lost and how many seconds it took to the first step after it.
+
+    Raises:
+        AssertionError: the weights, the optimizer or the metrics differ, or something didn't end when it should.
+    """
+    chance = random.Random(seed)
+    steps = STEPS_BETWEEN[1] * (disturbances + 1)
+    flags = [*FLAGS, "--timeout", str(TIMEOUT), "--max-steps", str(steps), "--epochs", str(1 + steps // 6250)]
+    plain, disturbed = folder / "plain", folder / "disturbed"
+    quiet = Watched(plain, [*flags, "--run-dir", str(plain)], LAUNCHER, "plain.txt")
+    assert quiet.end(60 + steps / 20) == 0, quiet.said()
+
+    began, done = time.monotonic(), []
+    run = Watched(disturbed, [*flags, "--run-dir", str(disturbed)], LAUNCHER, "disturbed.txt")
+    try:
+        while len(done) < disturbances and time.monotonic() - began < seconds:
+            run.until_step(run.step() + chance.randint(*STEPS_BETWEEN))
+            # Every kind once, in random order, then at random.
+            seen = {kind for kind, *_ in done}
+            kind = chance.choice([kind for kind in KINDS if kind not in seen] or KINDS)
+            run, lost, waited = disturb(run, kind, chance, flags)
+            done.append((kind, lost, round(waited, 1)))
+            print(f"{len(done):3d}. {kind}: {lost} steps lost, {waited:.1f} s to the first step after it", flush=True)
+        assert run.end(60 + steps / 20) == 0, run.said()[-3000:]
+    finally:
+        run.kill()
+
+    mine, theirs = (load_checkpoint(checkpoint_path(place, steps))["state"] for place in (disturbed, plain))
+    for name in theirs["net"]:
+        assert torch.equal(mine["net"][name], theirs["net"][name]), f"{name} differs"
+    for index, momentum in theirs["optimizer"]["state"].items():
+        assert torch.equal(mine["optimizer"]["state"][index]["momentum_buffer"], momentum["momentum_buffer"])
+    assert numbers(disturbed) == numbers(plain)
+    return {"steps": steps, "disturbances": done, "seconds": round(time.monotonic() - began)}
+
+
+def disturb(run: Watched, kind: str, chance: random.Random, flags: list[str]) -> tuple[Watched, int, float]:
+    """Do it, and wait for the first step after it: the launch that goes on, the steps lost, the seconds."""
+    ranks = run.ranks()
+    victim = chance.choice(ranks)
+    resumes = run.said().count("resumes     ")
+    reached, began = run.step(), time.monotonic()
+    if kind in ("kill", "damage"):
+        send(victim, signal.SIGKILL)
+        if kind == "damage":
+            damage_newest(run.run_dir, chance.random())
+    elif kind == "freeze":
+        send(victim, signal.SIGSTOP)
+    else:
+        number = chance.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+        send(run.agent if "torchrun" in kind else victim, signal.SIGKILL if "kill" in kind else number)
+        run.end(10)
+        run = Watched(run.run_dir, ["--resume", str(run.run_dir)], LAUNCHER, run.log.name)
+        resumes = 0
+    run.until_line("resumes     ", resumes + 1)
+    begins = int(run.said().split("resumes     after step ")[-1].split(" of ")[0].replace(",", ""))
+    run.until(lambda: run.step() > begins, "a step after it")
+    if "stop" in kind:
+        assert begins >= reached, f"{kind} lost steps: {reached} was reached, {begins} saved"
+    return run, max(0, reached - begins), time.monotonic() - began
+
+
+def numbers(run_dir: Path) -> list[dict[str, Any]]:
+    """Every record but those that depend on the clock."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "train/images_per_second"} for line in lines]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--disturbances", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=3600)
+    parser.add_argument("--folder", type=Path, required=True)
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True)
+    report = soak(arguments.folder.resolve(), arguments.disturbances, arguments.seed, arguments.seconds)
+    lost = sorted(lost for _, lost, _ in report["disturbances"])
+    waited = sorted(waited for *_, waited in report["disturbances"])
+    print(f"the same weights, optimizer and metrics after {report['steps']:,} steps and {len(lost)} disturbances")
+    print(f"steps lost: median {lost[len(lost) // 2]}, most {lost[-1]}")
+    print(f"seconds to the first step: median {waited[len(waited) // 2]}, most {waited[-1]}")

@@ -1,0 +1,85 @@
+"""A terminal of one's own, to start a command at, read what it shows, and type."""
+
+import fcntl
+import os
+import pty
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from tests.helpers.processes import clean_environment
+
+# Makes it the terminal that Ctrl-C comes from, also for a pytest in the background, where Ctrl-C is ignored.
+_AT_TERMINAL = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.login_tty(sys.stdin.fileno())
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
+
+class Terminal:
+    """A command at a terminal; a context manager."""
+
+    def __init__(
+        self, command: Sequence[object], cwd: Path, rows: int = 40, columns: int = 120, **environment: str
+    ) -> None:
+        self._written = b""
+        self._screen, keyboard = pty.openpty()
+        fcntl.ioctl(keyboard, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _AT_TERMINAL, *map(str, command)],
+            cwd=cwd, env=clean_environment(TERM="xterm-256color", **environment),
+            stdin=keyboard, stdout=keyboard, stderr=keyboard,
+        )  # fmt: skip
+        os.close(keyboard)
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # with what it has started
+        self._process.wait()
+        os.close(self._screen)
+
+    @property
+    def written(self) -> str:
+        """All that it has written so far, with the terminal's control sequences."""
+        return self._written.decode(errors="replace")
+
+    def until(self, text: str, timeout: float = 60) -> None:
+        """Wait until `text` has been written."""
+        end = time.monotonic() + timeout
+        while text not in self.written:
+            assert time.monotonic() < end, f"no {text!r} within {timeout} s: {self.written[-2000:]}"
+            assert self._read(), f"it ended without {text!r}: {self.written[-2000:]}"
+
+    def type(self, keys: str) -> None:
+        """Press these keys."""
+        os.write(self._screen, keys.encode())
+
+    def end(self, timeout: float = 120) -> int:
+        """Its exit status, once it has ended."""
+        end = time.monotonic() + timeout
+        while self._read():
+            assert time.monotonic() < end, f"still there after {timeout} s: {self.written[-2000:]}"
+        return self._process.wait(timeout)
+
+    def _read(self) -> bool:
+        """Take in what has been written; False once nothing will be any more."""
+        if not select.select([self._screen], [], [], 0.1)[0]:
+            return True
+        try:
+            chunk = os.read(self._screen, 1 << 16)
+        except OSError:  # how Linux says that the other side has closed
+            return False
+        self._written += chunk
+        return bool(chunk)
