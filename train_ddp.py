@@ -1,65 +1,74 @@
-"""Train a net on CIFAR-10, in one process or in many.
+"""Train a model on CIFAR-10, in one process or in many.
 
     python train_ddp.py                              # one process: the GPU if there is one, else the CPU
     torchrun --nproc_per_node=4 train_ddp.py         # 4 GPUs of one host (or 4 CPU processes)
     torchrun --nproc_per_node=2 train_ddp.py --device cpu --recipe wide --global-batch-size 512
     python train_ddp.py --resume runs/NAME           # continue a run
     python train_ddp.py --evaluate runs/NAME/checkpoints/step-00050000.pt
-    python -m pdb train_ddp.py --dataset synthetic   # one process has no process group: debug it as any script
+    python -m pdb train_ddp.py --dataset synthetic   # debug it like any script
 
-The four steps are those of the classic PyTorch tutorial. Each process runs this whole script; what makes them
-one training run is that they start from the same weights, take turns at the same permutation of the images, and
-average their gradients before every update. `--help` lists the flags.
+Every process runs this whole script. They make up one training run because they start from the same weights, take
+turns at the same permutation of the images, and average their gradients before every update. `--help` lists the flags.
 """
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from cifar import batches, checkpoint, claim, console, data, evaluation, graph, loop, nets, optim, session
-from cifar.config import parse_args
+from cifar.cli import exit_on_error, launch
+from cifar.cuda_graph import CudaGraph
+from cifar.data import load_data
 from cifar.distributed.runtime import Runtime
-from cifar.cli import exit_on_error
+from cifar.evaluation import evaluate
+from cifar.loop import train_epoch
+from cifar.models import build_model
+from cifar.optim import build_optimizer
+from cifar.run import Run, evaluate_checkpoint
+
+
+def train_step(
+    model: nn.Module,
+    batches: Sequence[tuple[Tensor, Tensor]],  # micro-batches: images, float32 [n, 3, 32, 32]; labels, int64 [n]
+    optimizer: torch.optim.Optimizer,
+    runtime: Runtime,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Update the model once and return this rank's mean cross-entropy, a float32 scalar on the device."""
+    optimizer.zero_grad()  # backward adds to .grad: without this, the last step's gradients would stay in
+    total = torch.zeros((), device=runtime.device)
+    for images, labels in runtime.accumulate(model, batches):  # DDP averages the gradients in the last backward
+        loss = F.cross_entropy(model(images), labels, label_smoothing=label_smoothing) / len(batches)
+        runtime.backward(loss)  # loss.backward(), with the loss scaled under fp16
+        total += loss.detach()
+    runtime.step(optimizer)  # optimizer.step(), skipped under fp16 if a gradient overflowed
+    return total
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config = parse_args(argv)
-    runtime = Runtime(config)
-    config = claim.find_own_run(config, runtime)  # if torchrun has restarted this launch
+    """Run the four steps of the tutorial."""
+    with launch(argv) as (config, runtime):
+        # 1. Load CIFAR-10: uint8 tensors on the device; every rank reads its share of one permutation.
+        data = load_data(config, runtime)
 
-    # 1. Load CIFAR-10: uint8 tensors on the device; every rank reads its own shard of the same permutation.
-    images = data.load_data(config, runtime)
-    plan = batches.BatchPlan.make(config, runtime.world_size, len(images.train))
-    train_loader = data.TrainLoader(images.train, plan, runtime.rank, config.seed)
-    test_loader = data.EvalLoader(images.test, runtime.rank, runtime.world_size)
+        # 2. Define the model. DistributedDataParallel sends rank zero's weights to all ranks.
+        torch.manual_seed(config.seed)
+        model = runtime.prepare(build_model(config.model, len(data.classes), data.sample), config.compile)
+        if config.evaluate is not None:
+            evaluate_checkpoint(config, model, data, runtime)
+            return
+        optimizer = build_optimizer(model, config)
+        step = CudaGraph(train_step) if config.cuda_graph else train_step
 
-    # 2. Define the net. DistributedDataParallel hands rank zero's weights to all and averages gradients.
-    torch.manual_seed(config.seed)
-    net = nets.build_model(config.model, data.normalize(images.train.images[:5000].cpu()))
-    model = runtime.wrap(net, config.compile)
+        with Run(config, runtime, data, model, optimizer) as run:
+            while not run.finished:
+                # 3. Train for an epoch: zero_grad, forward, loss, backward, step.
+                train_epoch(run, model, data.train, optimizer, step)
 
-    if config.evaluate is not None:
-        checkpoint.load_model(net, checkpoint.read_checkpoint(config.evaluate), config.model, config.evaluate)
-        views = evaluation.evaluate(net, test_loader, runtime, config.tta) if config.tta != "none" else None
-        console.print_test(runtime, images, evaluation.evaluate(net, test_loader, runtime), views)
-        return runtime.close()
-
-    optimizer = optim.build_optimizer(net, config)
-    state = loop.TrainState(net, optimizer, runtime.scaler)
-    step = graph.GraphedStep() if config.cuda_graph else loop.train_step
-    with session.Run(config, runtime, images, plan, state) as run:
-        if run.finished:  # but for its result: it was killed after its last step
-            test = evaluation.evaluate(net, test_loader, runtime)
-        while not run.finished:
-            # 3. Train for an epoch: forward, loss, backward, update.
-            loop.train_epoch(model, train_loader, state, config, plan, runtime, run, step)
-
-            # 4. Test on the 10,000 images: each counts once, whatever the number of processes.
-            test = evaluation.evaluate(net, test_loader, runtime)
-            run.end_epoch(test)
-        views = evaluation.evaluate(net, test_loader, runtime, config.tta) if config.tta != "none" else None
-        run.finish(test, views)
-    runtime.close()
+                # 4. Test on the 10,000 images: each counts once, at any number of processes.
+                run.end_epoch(evaluate(model, data.test, runtime))
+            run.finish()
 
 
 if __name__ == "__main__":

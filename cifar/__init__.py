@@ -1,1 +1,3 @@
-"""The parts of the CIFAR-10 training pipeline; `train_ddp.py` puts them together."""
+"""Distributed training on CIFAR-10; see train_ddp.py."""
+
+__version__ = "0.2.0"

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches, on the device, as a pure function of (seed, epoch, image)."""
+"""Augmentation of whole batches on the device, as a function of (seed, epoch, image)."""
 
 import hashlib
 
@@ -7,31 +7,46 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class CropFlip:
-    """A random crop, then a horizontal flip for one image in two, then perhaps a blank square (cutout).
+def derive_seed(seed: int, *purpose: str | int) -> int:
+    """Return a 62-bit seed for each (seed, purpose), e.g. `derive_seed(0, "augment", epoch)`.
 
-    The draws of an epoch are a table with a row for every training image, computed from (seed, epoch) alone:
-    whichever rank meets an image, in whichever micro-batch, does the same to it.
+    Randomness derived this way is a function: no generator state has to be saved or kept equal between ranks.
+    """
+    text = "/".join(str(part) for part in (seed, *purpose))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
+
+
+def generator(seed: int, *purpose: str | int) -> torch.Generator:
+    """Return a CPU generator seeded for this purpose; its numbers are the same on every machine and rank."""
+    return torch.Generator().manual_seed(derive_seed(seed, *purpose))
+
+
+class CropFlip:
+    """A random crop, a horizontal flip of every other image on average, and optionally cutout.
+
+    The draws of an epoch are tables with an entry for every training image, computed from (seed, epoch) alone: an image
+    is augmented the same way on every rank and in every micro-batch.
     """
 
     def __init__(
         self, size: int, seed: int, device: torch.device, padding: int = 4, alternate: bool = False, cutout: int = 0
     ) -> None:
-        """Draw the table of the first epoch.
+        """Draw the tables of epoch 0.
 
         Args:
-            size: the number of training images.
-            padding: pixels by which an image may move.
-            alternate: flip the other half of the images in every other epoch, so that two epochs show each image
-                both ways (arXiv 2404.00498, section 3.6), and mirror what is beyond the edges instead of black.
-            cutout: side of the blank square, clipped at the edges; 0 for none.
+            size: number of training images.
+            padding: pixels by which an image may be shifted.
+            alternate: flip each image in every other epoch instead of at random (arXiv 2404.00498, section 3.6), and
+                pad with the reflected image instead of with black.
+            cutout: side in pixels of a gray square, clipped at the edges; 0 for none (DeVries & Taylor 2017,
+                arXiv 1708.04552).
         """
         self._size, self._seed, self._device = size, seed, device
         self._padding, self._alternate, self._cutout = padding, alternate, cutout
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the table of `epoch`."""
+        """Draw the tables of `epoch`."""
         draws = generator(self._seed, "augment", epoch)
         shifts = torch.randint(0, 2 * self._padding + 1, (2, self._size), generator=draws)
         flips = torch.randint(0, 2, (self._size,), generator=draws, dtype=torch.bool)
@@ -43,40 +58,29 @@ class CropFlip:
         self._flips = flips.to(self._device)
 
     def __call__(self, images: Tensor, indices: Tensor) -> Tensor:
-        """Augment `images`, uint8 [batch, 3, 32, 32], which are those with `indices`, int64 [batch].
+        """Return augmented `images`, uint8 [batch, 3, 32, 32], whose indices in the training set are int64 [batch].
 
-        What comes back is channels-last in memory, and done soonest if `images` is too.
+        The result is channels-last in memory; `images` should be, too, for speed.
         """
         (batch, channels, height, width), padding = images.shape, self._padding
         mode = "reflect" if self._alternate else "constant"
-        # Crops are copied row by row: 32 pixels are one run of bytes if the channels come last. A flipped crop is
-        # a crop of the flipped image, as far from its other edge.
+        # Crops are copied row by row: with channels last, 32 pixels are one run of bytes. A flipped crop is a crop of
+        # the flipped image, measured from the other edge.
         both = F.pad(torch.cat((images, images.flip(3))), (padding,) * 4, mode)
         pixels = both.permute(0, 2, 3, 1).contiguous()  # [2 * batch, 40, 40, 3]
         flips, left = self._flips[indices], self._columns[indices]
         left = torch.where(flips, 2 * padding - left, left)
         chosen = torch.arange(batch, device=images.device) + batch * flips
         top = chosen * pixels.shape[1] + self._rows[indices]
-        rows = top[:, None] + torch.arange(height, device=images.device)  # [batch, 32], of all rows in `pixels`
+        rows = top[:, None] + torch.arange(height, device=images.device)  # [batch, 32], rows of `pixels`
         starts = rows * pixels.shape[2] + left[:, None]
-        runs = pixels.view(-1).unfold(0, width * channels, channels)  # the 32 pixels from each pixel on
+        runs = pixels.view(-1).unfold(0, width * channels, channels)  # 32 pixels from each pixel on
         crops = runs.index_select(0, starts.view(-1)).view(batch, height, width, channels).permute(0, 3, 1, 2)
-        return crops if self._cutout == 0 else self._blank(crops, indices)
+        return crops if self._cutout == 0 else self._cut_out(crops, indices)
 
-    def _blank(self, images: Tensor, indices: Tensor) -> Tensor:
+    def _cut_out(self, images: Tensor, indices: Tensor) -> Tensor:
         place = torch.arange(images.shape[3], device=images.device)
-        first = self._centers[:, indices, None] - self._cutout // 2
+        first = self._centers[:, indices, None] - self._cutout // 2  # [2, batch, 1]
         rows, columns = (place >= first) & (place < first + self._cutout)
         gray = images.new_full((), 128)  # about zero after normalization
         return torch.where((rows[:, None, :, None] & columns[:, None, None, :]), gray, images)
-
-
-def derive_seed(seed: int, *purpose: str | int) -> int:
-    """A 62-bit seed of its own for each (seed, purpose), e.g. `derive_seed(0, "augment", epoch)`."""
-    text = "/".join(str(part) for part in (seed, *purpose))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
-
-
-def generator(seed: int, *purpose: str | int) -> torch.Generator:
-    """A CPU generator seeded for this purpose; its numbers are the same on every machine and rank."""
-    return torch.Generator().manual_seed(derive_seed(seed, *purpose))

@@ -1,4 +1,4 @@
-"""The arithmetic of batches and learning rates, done once at the start and printed in the banner."""
+"""The batch arithmetic: local batch x world size x accumulation = global batch."""
 
 from dataclasses import dataclass
 
@@ -9,13 +9,13 @@ from cifar.recipes import RECIPES
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How the images of one optimizer step are spread over processes and micro-batches.
+    """The division of an optimizer step's images into processes and micro-batches.
 
     Attributes:
         world_size: processes that train together.
-        local_batch_size: images in a micro-batch, what one process runs at once.
+        local_batch_size: images in a micro-batch, which one process runs at once.
         global_batch_size: images that one optimizer step sees.
-        steps_per_epoch: optimizer steps in an epoch; the images left over are dropped (others every epoch).
+        steps_per_epoch: optimizer steps in an epoch; the remaining images are dropped (different ones every epoch).
     """
 
     world_size: int
@@ -25,24 +25,24 @@ class BatchPlan:
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches whose gradients each process adds up before an update."""
+        """Return the micro-batches per process and optimizer step."""
         return self.global_batch_size // (self.local_batch_size * self.world_size)
 
     @classmethod
     def make(cls, config: TrainConfig, world_size: int, train_size: int) -> "BatchPlan":
-        """The plan for `train_size` training images.
+        """Return the plan for `train_size` training images.
 
-        A resumed run keeps its global batch on any number of processes, and so does a recipe that states one (but for
-        what doesn't divide): where the local batch doesn't fit, the largest smaller one that does is taken.
+        A resumed run and a recipe that states a global batch keep it at any world size (a recipe's is rounded down to a
+        multiple of the world size): if the local batch does not divide it, the next smaller one that does is used.
 
         Raises:
-            UserError: the sizes don't divide, or a batch is larger than the training set.
+            UserError: the sizes do not divide, or the global batch is larger than the training set.
         """
         local = config.local_batch_size
         size = config.global_batch_size or local * world_size
         own = RECIPES[config.recipe].global_batch_size
         if own is not None and config.global_batch_size == own:
-            size -= size % world_size  # a recipe that states its global batch runs on any number of processes
+            size -= size % world_size
         if config.resume is not None or own is not None:
             local = next((n for n in range(local, 0, -1) if size % (n * world_size) == 0), local)
         unit = local * world_size
@@ -62,14 +62,14 @@ class BatchPlan:
         return cls(world_size, local, size, train_size // size)
 
     def total_steps(self, config: TrainConfig) -> int:
-        """Optimizer steps of the whole run, `--max-steps` left aside."""
+        """Return the optimizer steps of the whole run, regardless of `--max-steps`."""
         return config.epochs * self.steps_per_epoch
 
     def last_step(self, config: TrainConfig) -> int:
-        """The optimizer step at which the run ends."""
+        """Return the optimizer step at which the run ends."""
         return min(self.total_steps(config), config.max_steps or self.total_steps(config))
 
 
 def count(number: int, noun: str, plural: str = "s") -> str:
-    """ "1 epoch", "2 epochs"."""
+    """Return the number with its noun: "1 epoch", "2 epochs"."""
     return f"{number} {noun}" + (plural if number != 1 else "")

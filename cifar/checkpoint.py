@@ -122,7 +122,7 @@ def load_model(net: torch.nn.Module, content: dict[str, Any], model: str, path: 
     if saved != model:
         raise UserError(f"{path} holds a {saved!r}, not a {model!r}: add --model {saved}")
     try:
-        net.load_state_dict(content["state"]["net"])
+        net.load_state_dict(content["state"]["model"])
     except (RuntimeError, KeyError, TypeError) as error:
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
         raise UserError(f"{path} doesn't fit the net {model!r}: {reason}") from error

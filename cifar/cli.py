@@ -101,10 +101,8 @@ def _flags_class() -> type[TrainConfig]:
         "run_dir": "(default: a new one in runs/)",
     }
     types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
-    changed: dict[str, Any] = {name: Literal[choices] for name, choices in _choices().items()}  # type: ignore[valid-type]
-    changed |= {
-        name: Annotated[types[name], tyro.conf.arg(help_behavior_hint=hint)] for name, hint in hints.items()
-    }
+    changed: dict[str, Any] = {name: Literal[choices] for name, choices in _choices().items()}
+    changed |= {name: Annotated[types[name], tyro.conf.arg(help_behavior_hint=hint)] for name, hint in hints.items()}
     changed["lr_batch_size"] = tyro.conf.Suppress[int]
     fields = [(name, type_, dataclasses.field(default=getattr(TrainConfig, name))) for name, type_ in changed.items()]
     flags = dataclasses.make_dataclass("TrainConfig", fields, bases=(TrainConfig,), frozen=True, kw_only=True)

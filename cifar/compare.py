@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import tyro
 
+from cifar.cli import exit_on_error
 from cifar.config import run_tyro
 from cifar.errors import UserError
 from cifar.metrics import Series, read_metrics, seconds_of_training, series
-from cifar.cli import exit_on_error
 
 _COLUMNS = ("accuracy", "with TTA", "seconds", "images/s", "steps", "processes", "batch", "lr", "seed", "run")
 

@@ -162,7 +162,9 @@ class TrainConfig(Recipe):
             raise UserError(f"this configuration was written by another version of cifar-ddp: {error}") from error
         for name, hint in get_type_hints(cls).items():
             if not _is_a(getattr(config, name), hint):
-                raise UserError(f"{name} is {getattr(config, name)!r}, not a value of type {getattr(hint, '__name__', hint)}")
+                raise UserError(
+                    f"{name} is {getattr(config, name)!r}, not a value of type {getattr(hint, '__name__', hint)}"
+                )
         return config
 
 

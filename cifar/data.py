@@ -1,4 +1,4 @@
-"""CIFAR-10, or its stand-in, as tensors that live on the device, behind DistributedSampler loaders."""
+"""A dataset as tensors on the device, behind DistributedSampler loaders."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -8,57 +8,67 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from cifar.augment import CropFlip
+from cifar.augment import CropFlip, derive_seed
 from cifar.batch_plan import BatchPlan
-from cifar.datasets.cifar10 import prepare_cifar10
 from cifar.config import TrainConfig
 from cifar.datasets import DATASETS
+from cifar.datasets.cifar10 import prepare_cifar10
 from cifar.distributed.runtime import Runtime
-from cifar.augment import derive_seed
 
 EVAL_BATCH_SIZE = 1000
-CHUNK = 1024  # images that are gathered, augmented and normalized at once: for small batches that costs most
+CHUNK = 1024  # images prepared per call; with tiny batches the per-call overhead dominates
+_SAMPLE = 5000  # training images for data-dependent initialization
 
 
 class DeviceImages(Dataset[tuple[Tensor, Tensor]]):
-    """Images and labels on one device, read by whole batches.
+    """Images and labels on one device, read in whole batches.
 
     Attributes:
         images: uint8 [n, 3, 32, 32], channels-last in memory.
         labels: int64 [n].
+        classes: the class names, in the order of the labels.
         augment: applied to every batch before normalization, or None.
     """
 
     def __init__(
-        self, images: Tensor, labels: Tensor, device: torch.device, layout: torch.memory_format = torch.channels_last
+        self,
+        images: Tensor,
+        labels: Tensor,
+        classes: tuple[str, ...],
+        device: torch.device,
+        memory_format: torch.memory_format = torch.channels_last,
     ) -> None:
         self.images = images.to(device, memory_format=torch.channels_last)
         self.labels = labels.to(device)
+        self.classes = classes
         self.augment: CropFlip | None = None
-        self._layout = layout
+        self._memory_format = memory_format
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Images, float32 [batch, 3, 32, 32] in [-1, 1], and labels, int64 [batch], of `indices`, int64 [batch]."""
-        # index_select copies whole images where [indices] would gather bytes one by one, but minds no memory format.
+        """Return images, float32 [batch, 3, 32, 32] in [-1, 1], and labels, int64 [batch], of int64 [batch] indices."""
+        # index_select copies whole images where [indices] would gather single bytes, but it ignores memory formats.
         images = self.images.permute(0, 2, 3, 1).index_select(0, indices).permute(0, 3, 1, 2)
         if self.augment is not None:
             images = self.augment(images, indices)
-        return normalize(images.contiguous(memory_format=self._layout)), self.labels[indices]
+        return normalize(images.contiguous(memory_format=self._memory_format)), self.labels[indices]
 
 
 def normalize(images: Tensor) -> Tensor:
-    """ToTensor and Normalize(0.5, 0.5): uint8 0..255 becomes float32 -1..1, the same bits as torchvision's."""
+    """Map uint8 0..255 to float32 -1..1: torchvision's ToTensor and Normalize(0.5, 0.5), to the same bits."""
     return images.float().div_(255).sub_(0.5).div_(0.5)
 
 
 class BatchedDistributedSampler(DistributedSampler[Tensor]):
-    """torch's DistributedSampler, whose items are the indices of whole micro-batches: int64 [batch], on the device.
+    """torch's DistributedSampler, yielding the indices of whole micro-batches: int64 [batch], on the device.
 
-    The ranks' k-th micro-batches together are the k-th slice of one permutation, whatever the world size. An item may
-    be those of `together` micro-batches, one after the other.
+    The k-th micro-batches of all ranks together are the k-th slice of one permutation, at every world size.
+
+    Attributes:
+        first: the micro-batch of the epoch to begin at.
+        chunk: micro-batches per item.
     """
 
     def __init__(self, dataset: DeviceImages, rank: int, world_size: int, batch_size: int, seed: int) -> None:
@@ -72,16 +82,16 @@ class BatchedDistributedSampler(DistributedSampler[Tensor]):
         return self.num_samples // self.batch_size  # micro-batches
 
     def __iter__(self) -> Iterator[Tensor]:
-        # What DistributedSampler.__iter__ computes, without making a Python list of 50,000 numbers.
-        draws = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(len(self.dataset), generator=draws)  # type: ignore[arg-type]
-        own = order[self.rank : self.total_size : self.num_replicas].to(self.device)
-        own = own[self.first * self.batch_size : len(self) * self.batch_size]
-        yield from own.split(self.chunk * self.batch_size) if len(own) else ()
+        # As DistributedSampler.__iter__, without a Python list of 50,000 numbers.
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.dataset), generator=generator)  # type: ignore[arg-type]
+        shard = order[self.rank : self.total_size : self.num_replicas].to(self.device)
+        shard = shard[self.first * self.batch_size : len(self) * self.batch_size]
+        yield from shard.split(self.chunk * self.batch_size) if len(shard) else ()
 
 
 class TrainLoader(DataLoader[Any]):
-    """Micro-batches of this rank, shuffled anew every epoch."""
+    """The micro-batches of this rank, reshuffled every epoch."""
 
     sampler: BatchedDistributedSampler
     dataset: DeviceImages
@@ -97,7 +107,7 @@ class TrainLoader(DataLoader[Any]):
             yield from zip(images.split(size), labels.split(size), strict=True)
 
     def set_epoch(self, epoch: int, first: int = 0) -> None:
-        """Choose the epoch's permutation and augmentation, and begin at its micro-batch `first`."""
+        """Select the permutation and augmentation of `epoch`, and begin at its micro-batch `first`."""
         self.sampler.set_epoch(epoch)
         self.sampler.first = first
         if self.dataset.augment is not None:
@@ -105,9 +115,9 @@ class TrainLoader(DataLoader[Any]):
 
 
 class EvalLoader(DataLoader[Any]):
-    """Batches of this rank's share of the test set: every image once, none repeated to make the shares even.
+    """Batches of this rank's shard of the test set, unpadded: each image is in exactly one shard.
 
-    (DistributedSampler repeats images to that end, which is what spoils distributed accuracies:
+    (DistributedSampler repeats images to make the shards even, which falsifies distributed accuracies:
     pytorch/pytorch#25162.)
     """
 
@@ -115,26 +125,38 @@ class EvalLoader(DataLoader[Any]):
     dataset: DeviceImages
 
     def __init__(self, dataset: DeviceImages, rank: int, world_size: int) -> None:
-        own = torch.arange(rank, len(dataset), world_size, device=dataset.labels.device)
-        super().__init__(dataset, batch_size=None, sampler=own.split(EVAL_BATCH_SIZE))
+        shard = torch.arange(rank, len(dataset), world_size, device=dataset.labels.device)
+        super().__init__(dataset, batch_size=None, sampler=shard.split(EVAL_BATCH_SIZE))
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains and tests on; `name` is that of the dataset."""
+    """The training and the test set of a run.
+
+    Attributes:
+        name: of the dataset, "cifar10" for one.
+        classes: the class names, in the order of the labels.
+        plan: how the training images are divided into batches.
+    """
 
     name: str
-    train: DeviceImages
-    test: DeviceImages
+    classes: tuple[str, ...]
+    plan: BatchPlan
+    train: TrainLoader
+    test: EvalLoader
+
+    def sample(self) -> Tensor:
+        """Return the first 5,000 training images, normalized: float32 [n, 3, 32, 32] on the CPU."""
+        return normalize(self.train.dataset.images[:_SAMPLE].cpu())
 
 
 def load_data(config: TrainConfig, runtime: Runtime) -> Data:
-    """Find, fetch or make the data, the same on every rank, and put it on the device.
+    """Load the dataset, the same on every rank, onto the device. Collective.
 
-    Local rank zero downloads while the others wait.
+    Local rank zero downloads CIFAR-10 if it has to, while the others wait.
 
     Raises:
-        UserError: a file is damaged, or CIFAR-10 was asked for by name and can't be had.
+        UserError: a file is corrupt, `--dataset cifar10` is not available, or the batch sizes do not divide.
     """
     missing = None
     if config.dataset in ("auto", "cifar10"):
@@ -142,21 +164,23 @@ def load_data(config: TrainConfig, runtime: Runtime) -> Data:
             if runtime.local_rank == 0:
                 required = config.dataset == "cifar10"
                 missing = prepare_cifar10(config.data_dir, config.data_url, required, show=runtime.is_main)
-    # One host without the data is enough for all to take the stand-in: they have to train on the same images.
+    # If one host lacks CIFAR-10, all use the synthetic dataset: they have to train on the same images.
     reasons = [reason for reason in runtime.gather(missing) if reason is not None]
     if reasons:
-        runtime.print0(f"WARNING: training on the built-in stand-in, not on CIFAR-10: {reasons[0]}")
+        runtime.print0(f"WARNING: training on the synthetic dataset, not on CIFAR-10: {reasons[0]}")
     name = config.dataset
     if name == "auto":
         name = "synthetic" if reasons else "cifar10"
     with runtime.fail_together():
-        train, test = DATASETS[name](config.data_dir)
+        dataset = DATASETS[name](config.data_dir)
 
-    device, layout = runtime.device, runtime.layout
-    data = Data(name, DeviceImages(*train, device, layout), DeviceImages(*test, device, layout))
+    def to_device(split: tuple[Tensor, Tensor]) -> DeviceImages:
+        return DeviceImages(*split, dataset.classes, runtime.device, runtime.memory_format)
+
+    train, test = to_device(dataset.train), to_device(dataset.test)
     if config.augment != "none":
         alternate = config.augment == "crop-altflip"
-        data.train.augment = CropFlip(
-            len(data.train), config.seed, device, config.crop_padding, alternate, config.cutout
-        )
-    return data
+        train.augment = CropFlip(len(train), config.seed, runtime.device, config.crop_padding, alternate, config.cutout)
+    plan = BatchPlan.make(config, runtime.world_size, len(train))
+    train_loader = TrainLoader(train, plan, runtime.rank, config.seed)
+    return Data(name, dataset.classes, plan, train_loader, EvalLoader(test, runtime.rank, runtime.world_size))

@@ -1,8 +1,8 @@
-"""The ways in which a run ends early on purpose; everything else keeps its traceback."""
+"""The expected failures, which end a run with one line and an exit status; every other exception is a bug."""
 
 
 class UserError(Exception):
-    """A mistake of the user's or of the machine's set-up: one line that says what to do, exit status 2."""
+    """A wrong flag, file or environment: one line that says what to do, exit status 2."""
 
     status = 2
 
@@ -14,10 +14,10 @@ class TrainingDivergedError(Exception):
 
 
 class StoppedError(Exception):
-    """The run was asked to stop and has: one line that says how to go on. No mistake.
+    """The run stopped because it was asked to: one line that says how to continue.
 
     Attributes:
-        status: of the exit; see `session.stop_status`.
+        status: the exit status; see `Run.stop`.
     """
 
     def __init__(self, text: str, status: int) -> None:

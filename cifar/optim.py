@@ -1,4 +1,4 @@
-"""The optimizers."""
+"""SGD, Muon and the learning-rate schedule."""
 
 import math
 from collections.abc import Callable
@@ -11,18 +11,18 @@ from cifar.batch_plan import BatchPlan
 from cifar.config import TrainConfig
 
 
-def build_optimizer(net: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer of the trained parameters of `net`, which it holds by reference: it reads their `.grad`.
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Return the optimizer of the trainable parameters of `model`; it holds these very tensors and reads their `.grad`.
 
-    Each group's "lr_scale" is what the schedule's learning rate is multiplied by for it.
+    The learning rate of a parameter group is the schedule's times the group's "lr_scale".
     """
     sgd: dict[str, Any] = {
-        "lr": config.lr,  # the loop sets each step's own; see batches.learning_rate
+        "lr": config.lr,  # replaced before every step; see learning_rate
         "momentum": config.momentum,
         "nesterov": config.nesterov,
         "weight_decay": config.weight_decay,
     }
-    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     biases = [parameter for parameter in trained if parameter.ndim == 1 and config.bias_lr_scale != 1]
     filters = [parameter for parameter in trained if parameter.ndim == 4 and config.optimizer == "muon"]
     taken = {id(parameter) for parameter in biases + filters}
@@ -34,7 +34,7 @@ def build_optimizer(net: nn.Module, config: TrainConfig) -> torch.optim.Optimize
         muon = {"orthogonal": True, "momentum": config.muon_momentum, "nesterov": True, "weight_decay": 0.0}
         groups.append({"params": filters, "lr_scale": config.muon_lr / config.lr, **muon})
     groups = [group for group in groups if group["params"]]
-    # Fused: one kernel updates all parameters, which for a small net is most of what an update costs.
+    # Fused: one kernel updates all parameters; for a small model, launching kernels is most of the cost of an update.
     optimizer = Muon(groups, **sgd) if config.optimizer == "muon" else torch.optim.SGD(groups, **sgd, fused=True)
     if config.momentum and config.optimizer == "sgd":
         # torch would allocate the buffers in the first update, and leave them uninitialized if fp16's loss scaler
@@ -56,20 +56,46 @@ def _match_layout(optimizer: torch.optim.Optimizer) -> None:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Use `lr`, times each group's scale, from the next update on."""
+    """Set the learning rate of every group to `lr` times the group's "lr_scale"."""
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):  # a captured graph reads it where it is
+        if isinstance(group["lr"], Tensor):  # read by a captured CUDA graph, so it must stay in place
             group["lr"].fill_(lr * group["lr_scale"])
         else:
             group["lr"] = lr * group["lr_scale"]
 
 
+def base_learning_rate(config: TrainConfig, plan: BatchPlan) -> float:
+    """Return the learning rate for the plan's global batch, scaled linearly (Goyal et al. 2017, arXiv 1706.02677)."""
+    if config.lr_scaling == "none":
+        return config.lr
+    return config.lr * plan.global_batch_size / config.lr_batch_size
+
+
+def learning_rate(config: TrainConfig, plan: BatchPlan, step: int) -> float:
+    """Return the learning rate of optimizer step `step`, counted from 0: a function, with no state to save.
+
+    "cosine" is Loshchilov & Hutter 2017 (arXiv 1608.03983) without restarts, "linear" a straight line to zero. The
+    linear warm-up of Goyal et al. multiplies the schedule, so with both the base rate is never quite reached.
+    """
+    lr = base_learning_rate(config, plan)
+    if config.warmup_epochs:
+        lr *= min(1.0, (step + 1) / (config.warmup_epochs * plan.steps_per_epoch))
+    if config.schedule == "cosine":
+        lr *= (1 + math.cos(math.pi * step / plan.total_steps(config))) / 2
+    elif config.schedule == "linear":
+        lr *= 1 - step / plan.total_steps(config)
+    return lr
+
+
 class Muon(torch.optim.Optimizer):
-    """Muon for the groups with `orthogonal=True`, SGD with momentum for the others.
+    """Momentum with orthogonalized updates (K. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+
+    torch.optim.Muon takes matrices only. This one takes convolution filters, in the groups with `orthogonal=True`; the
+    other groups are updated by SGD with momentum.
 
     Args:
         params: parameter groups. In an orthogonal one, each parameter [out, ...] is kept at the norm sqrt(out).
-        lr, momentum, nesterov, weight_decay: as those of torch.optim.SGD; each may differ between groups.
+        lr, momentum, nesterov, weight_decay: as in torch.optim.SGD; each may differ between groups.
     """
 
     def __init__(
@@ -96,17 +122,17 @@ class Muon(torch.optim.Optimizer):
         buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
         update = gradient.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
         if group["orthogonal"]:
-            # What follows doesn't depend on a filter's scale, so it is held where lr means the same for all.
+            # BatchNorm makes the output independent of the filter's scale: fix it, so that lr means the same for all.
             parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
             update = orthogonalize(update.flatten(1)).view_as(update)
         parameter.sub_(update * group["lr"])
 
 
 def orthogonalize(matrix: Tensor, steps: int = 3) -> Tensor:
-    """`matrix`, [rows, columns], with its singular values moved towards 1: after 3 steps, most are in 0.5 to 1.5.
+    """Return `matrix`, [rows, columns], with singular values moved towards 1: after 3 steps, most are in 0.5 to 1.5.
 
-    Newton-Schulz iterations of fifth order with Jordan's coefficients, which trade accuracy for speed; in bfloat16 on
-    a GPU, where that is enough.
+    Uses fifth-order Newton-Schulz iterations with Jordan's coefficients, which trade accuracy for speed; on a GPU in
+    bfloat16, which is accurate enough.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrix.bfloat16() if matrix.is_cuda else matrix
@@ -117,26 +143,3 @@ def orthogonalize(matrix: Tensor, steps: int = 3) -> Tensor:
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.T if tall else x).to(matrix.dtype)
-
-
-def base_learning_rate(config: TrainConfig, plan: BatchPlan) -> float:
-    """The learning rate for this global batch: linear scaling after Goyal et al. 2017 (arXiv 1706.02677)."""
-    if config.lr_scaling == "none":
-        return config.lr
-    return config.lr * plan.global_batch_size / config.lr_batch_size
-
-
-def learning_rate(config: TrainConfig, plan: BatchPlan, step: int) -> float:
-    """The learning rate of optimizer step `step` (from 0): a function of the step, with no state to save.
-
-    "cosine" is Loshchilov & Hutter 2017 (arXiv 1608.03983) without restarts, "linear" a straight line to zero; the
-    warm-up is that of Goyal et al., which large batches need for their scaled rates.
-    """
-    lr = base_learning_rate(config, plan)
-    if config.warmup_epochs:
-        lr *= min(1.0, (step + 1) / (config.warmup_epochs * plan.steps_per_epoch))
-    if config.schedule == "cosine":
-        lr *= (1 + math.cos(math.pi * step / plan.total_steps(config))) / 2
-    elif config.schedule == "linear":
-        lr *= 1 - step / plan.total_steps(config)
-    return lr

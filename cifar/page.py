@@ -14,8 +14,8 @@ from torch import Tensor
 from cifar.chart import Line, chart
 from cifar.datasets import CLASSES
 from cifar.evaluation import Evaluation
-from cifar.metrics import read_metrics, series
 from cifar.files import write_atomically
+from cifar.metrics import read_metrics, series
 
 _WRONG_IMAGES = 36
 

@@ -14,13 +14,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from cifar.checkpoint import load_model, read_checkpoint
+from cifar.cli import exit_on_error
 from cifar.config import run_tyro
 from cifar.console import STAND_IN
 from cifar.data import normalize
 from cifar.datasets import CLASSES
 from cifar.errors import UserError
 from cifar.models import MODELS, build_model
-from cifar.cli import exit_on_error
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 from cifar.datasets import CLASSES
 from cifar.evaluation import Evaluation
-from cifar.metrics import read_metrics, series
 from cifar.files import write_atomically
+from cifar.metrics import read_metrics, series
 
 _TRAIN, _TEST, _PALE = "#1f6fb4", "#d9541e", "#9aa5b1"
 

@@ -1,92 +1,113 @@
-"""A run from its folder to its result: what is saved, recorded and said while `train_ddp.py` trains."""
+"""One run from its directory to its result: checkpoints, records, console output, stopping."""
 
 import dataclasses
 import math
+import platform
 import signal
+import subprocess
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from cifar.batch_plan import BatchPlan
-from cifar.run_dir import RunLock
+import accelerate
+import torch
+from torch import nn
+
+import cifar
+from cifar.checkpoint import CheckpointWriter, load_model, read_checkpoint
 from cifar.config import TrainConfig
 from cifar.console import Console, print_test
 from cifar.data import Data
+from cifar.distributed.preemption import StopAgreement, StopRequest
+from cifar.distributed.runtime import Runtime, unwrap
 from cifar.errors import StoppedError, TrainingDivergedError, UserError
-from cifar.evaluation import Evaluation
+from cifar.evaluation import Evaluation, evaluate
+from cifar.files import write_json
 from cifar.loop import LogPoint, TrainState
 from cifar.resume import Resumed, restore
-from cifar.run_dir import check_writable, create_run_dir
-from cifar.distributed.runtime import Runtime
-from cifar.checkpoint import CheckpointWriter
-from cifar.distributed.preemption import StopAgreement, StopRequest
+from cifar.run_dir import RunLock, check_writable, create_run_dir
 from cifar.tracking import Tracking
 
 
 class Run:
-    """One run, new or resumed; a context manager that ends its records in order, whatever ends the training.
+    """One run, new or resumed; a context manager that closes its records, however the training ends.
 
-    Every rank holds one and calls the same methods; rank zero writes and speaks.
+    Every rank has one and calls the same methods; rank zero writes and prints.
+
+    Attributes:
+        config: the configuration, resolved: with the run directory and the global batch size.
+        plan: the batch arithmetic.
+        state: everything that changes during training.
+        dir: the run directory.
     """
 
-    def __init__(self, config: TrainConfig, runtime: Runtime, data: Data, plan: BatchPlan, state: TrainState) -> None:
-        """Make the run's folder, or read that of `--resume` into `state`; then print the banner.
+    def __init__(
+        self,
+        config: TrainConfig,
+        runtime: Runtime,
+        data: Data,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        """Create the run directory, or restore the run of `--resume`; then print the banner.
 
         Raises:
-            UserError: the folder can't be used, or there is nothing to resume.
-            StoppedError: torchrun has started a run again that had finished.
+            UserError: the directory cannot be used, or there is nothing to resume.
+            StoppedError: torchrun has restarted a run that had finished.
         """
-        self._runtime, self._data, self._plan, self._state = runtime, data, plan, state
-        self._last_step = plan.last_step(config)
-        self._claim: RunLock | None = None
+        self.runtime, self.data, self.plan = runtime, data, data.plan
+        self.state = TrainState(unwrap(model), optimizer, runtime.scaler)
+        self._last_step = self.plan.last_step(config)
+        self._lock: RunLock | None = None
         self._stopping = False
+        self._test: Evaluation | None = None
         try:
             resumed = self._open(config)
         except (UserError, StoppedError):
-            if self._claim is not None:
-                self._claim.release(undo=True)
+            if self._lock is not None:
+                self._lock.release(undo=True)
             raise
         self._writer = CheckpointWriter(
-            self.dir, config.keep_checkpoints, runtime.print0, resumed.newest if resumed else None
+            self.dir, config.keep_checkpoints, runtime.print0, resumed.checkpoint if resumed else None
         )
-        self._tracking = Tracking(self.config, runtime, self.dir, data, self._facts(), state.step)
-        self._console = Console(config, runtime, data, plan)
-        self._console.banner(state, str(self.dir), self._tracking.describe(), resumed)
+        self._tracking = Tracking(self.config, runtime, self.dir, data, self._environment(), self.state.step)
+        self._console = Console(config, runtime, data)
+        self._console.banner(self.state, str(self.dir), self._tracking.describe(), resumed)
         self._request = StopRequest(runtime.launch)
         self._agreement = StopAgreement(runtime, self._request)
 
     def _open(self, config: TrainConfig) -> Resumed | None:
-        """Take possession of the run's folder, and note there what is going on."""
-        runtime, state = self._runtime, self._state
+        """Create or find the run directory, lock it, restore the state, and record the configuration."""
+        runtime, state = self.runtime, self.state
         agents = [agent for agent in runtime.gather(runtime.launch.agent()) if agent is not None]
         run_dir: Path | None = None
         with runtime.fail_together():
             if runtime.is_main:
                 run_dir = config.resume or create_run_dir(config.run_dir, config.recipe)
-                self._claim = RunLock(run_dir)
+                self._lock = RunLock(run_dir)
         self.dir = runtime.from_main(run_dir)
         resumed = None
         if config.resume is not None:
-            own = runtime.from_main(self._claim and self._claim.owned_by(agents))
-            resumed = restore(config, runtime, self._data.name, self._plan, state, bool(own))
+            own = runtime.from_main(self._lock and self._lock.owned_by(agents))
+            resumed = restore(config, runtime, self.data, state, bool(own))
         self.config = dataclasses.replace(
-            config, run_dir=self.dir, resume=None, global_batch_size=self._plan.global_batch_size
+            config, run_dir=self.dir, resume=None, global_batch_size=self.plan.global_batch_size
         )
         with runtime.fail_together():
-            if self._claim is not None:
-                # Weights, momentum and the file being written beside its predecessor, with room for the records.
-                parameters = sum(parameter.numel() for parameter in state.net.parameters())
+            if self._lock is not None:
+                # Weights, momentum and a checkpoint beside its predecessor, with room for the records.
+                parameters = sum(parameter.numel() for parameter in state.model.parameters())
                 check_writable(self.dir, need=3 * 8 * parameters + (4 << 20))
                 try:
-                    write_json(self.dir / "config.json", {"config": self.config.to_json(), **self._facts()})
-                    self._claim.record_owner(agents)
+                    write_json(self.dir / "config.json", {"config": self.config.to_json(), **self._environment()})
+                    self._lock.record_owner(agents)
                 except OSError as error:
-                    raise UserError(f"the configuration can't be written into {self.dir}: {error}") from error
+                    raise UserError(f"the configuration cannot be written to {self.dir}: {error}") from error
         return resumed
 
     def __enter__(self) -> "Run":
         self._request.__enter__()
-        self._console.start_bar(self._state)
+        self._console.start_bar(self.state)
         return self
 
     def __exit__(
@@ -97,149 +118,179 @@ class Run:
         stopped = isinstance(error, StoppedError)
         self._tracking.close(exit_code=0 if kind is None else 1, preempting=stopped)
         if stopped:
-            self._runtime.close()
+            self.runtime.close()
         self._request.__exit__(kind, error, trace)
-        if self._claim is not None:
-            self._claim.release()
+        if self._lock is not None:
+            self._lock.release()
         if isinstance(error, TrainingDivergedError):
-            good = self._writer.newest or "none yet"
-            raise TrainingDivergedError(f"{error}; last good checkpoint: {good}; try a lower --lr") from None
+            newest = self._writer.newest or "none"
+            raise TrainingDivergedError(f"{error}; last good checkpoint: {newest}; try a lower --lr") from None
 
     @property
     def finished(self) -> bool:
-        """Whether the last step has been done."""
-        return self._state.step >= self._last_step
+        """Return whether the last step is done."""
+        return self.state.step >= self._last_step
 
-    def on_log(self, point: LogPoint) -> None:
-        """Record and print a log point."""
-        self._console.on_log(point)
-        self._tracking.log_train(point, test_follows=point.batch == self._plan.steps_per_epoch or self.finished)
-
-    def on_step(self) -> bool:
-        """Move the progress bar; True, on all ranks after the same step, once one of them was asked to stop."""
-        self._console.on_step()
+    def after_step(self) -> bool:
+        """Advance the progress bar; return True, on all ranks after the same step, once a rank was asked to stop."""
+        self._console.after_step()
         self._stopping = self._agreement.after_step() or self._stopping
         return self._stopping
 
+    def log(self, point: LogPoint) -> None:
+        """Print and record training metrics."""
+        self._console.log(point)
+        test_follows = point.epoch_step == self.plan.steps_per_epoch or self.finished
+        self._tracking.log_train(point, test_follows)
+
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint of this step in the background. Collective."""
+        # Each rank has its own running loss; the checkpoint holds all of them, so that resuming is exact.
+        losses = self.runtime.gather(self.state.running_loss.item())
+        if self.runtime.is_main:
+            self._writer.save({
+                "format": 2,
+                "config": self.config.to_json(),
+                "dataset": self.data.name,
+                "classes": list(self.data.classes),
+                "state": self.state.state_dict() | {"running_loss": losses},
+            })  # fmt: skip
+
     def end_epoch(self, test: Evaluation) -> None:
-        """Record the evaluation after an epoch, or after the last step, and save a checkpoint.
+        """Record the test after an epoch, or after the last step, and save a checkpoint.
 
         Raises:
-            TrainingDivergedError: the test loss isn't finite, so that there is nothing worth saving.
+            TrainingDivergedError: the test loss is not finite, so that there is nothing worth saving.
             StoppedError: some rank was asked to stop.
         """
+        state = self.state
         if not math.isfinite(test.loss):
-            raise TrainingDivergedError(
-                f"the test loss became {test.loss} after step {self._state.step}, "
-                f"with lr {self._state.optimizer.param_groups[0]['lr']:g}"
-            )
-        if test.accuracy > self._state.best_accuracy:
-            self._state.best_accuracy, self._state.best_step = test.accuracy, self._state.step
-        epoch = math.ceil(self._state.step / self._plan.steps_per_epoch)
-        self._console.on_test(epoch, test)
-        self._tracking.log_test(self._state.step, epoch, test)
-        self.save()
+            lr = state.optimizer.param_groups[0]["lr"]
+            raise TrainingDivergedError(f"the test loss became {test.loss} after step {state.step}, with lr {lr:g}")
+        if test.accuracy > state.best_accuracy:
+            state.best_accuracy, state.best_step = test.accuracy, state.step
+        epoch = math.ceil(state.step / self.plan.steps_per_epoch)
+        self._test = test
+        self._console.log_test(epoch, test)
+        self._tracking.log_test(state.step, epoch, test)
+        self.save_checkpoint()
         if self._stopping and not self.finished:
             self.stop()
 
-    def save(self) -> None:
-        """Have a checkpoint of this step written, in the background."""
-        # Each rank has its own sum of losses since the last log point; all go in, so that resuming is exact.
-        windows = self._runtime.gather(self._state.window_loss.item())
-        if self._runtime.is_main:
-            state = self._state.state_dict() | {"window_loss": windows, "accumulation": self._plan.accumulation}
-            self._writer.save({"config": self.config.to_json(), "dataset": self._data.name, "state": state})
-
     def stop(self) -> NoReturn:
-        """Leave after this step, which has been saved.
+        """Stop after this step, whose checkpoint has been saved.
 
         Raises:
-            StoppedError: always; says how to go on.
+            StoppedError: always; its text says how to continue.
         """
         self._writer.flush()
-        launch = self._runtime.launch
-        asked = self._runtime.gather((launch.host, self._request.name))
-        leaving = {host for host, name in asked if name is not None}
-        names = ", ".join(sorted({name for _, name in asked if name is not None}))
-        text = f"Stopped by {names} after step {self._state.step:,} of {self._last_step:,}"
-        # With restarts left, the hosts that weren't asked go on without the others: torchrun takes this status for a
-        # failure, and starts them again. What torchrun itself stops is restarted or not whatever the status; what it
-        # doesn't know of would be restarted for any but 0.
-        if launch.restarts_left > 0 and len({host for host, _ in asked} - leaving):
+        launch = self.runtime.launch
+        requests = self.runtime.gather((launch.host, self._request.name))
+        leaving = {host for host, name in requests if name is not None}
+        names = ", ".join(sorted({name for _, name in requests if name is not None}))
+        text = f"Stopped by {names} after step {self.state.step:,} of {self._last_step:,}"
+        # With restarts left, the hosts that were not asked continue without the others: torchrun takes status 1 for a
+        # failure and restarts them. After a signal to torchrun itself the status does not matter; after a signal to a
+        # rank alone, torchrun would restart the run for any status but 0.
+        if launch.restarts_left > 0 and len({host for host, _ in requests} - leaving):
             raise StoppedError(
-                f"{text} on host {', '.join(map(str, sorted(leaving)))}; the others go on without it",
+                f"{text} on host {', '.join(map(str, sorted(leaving)))}; the others continue without it",
                 status=0 if launch.host in leaving else 1,
             )
         number = getattr(signal, self._request.name or "", 1)
-        raise StoppedError(f"{text}; to go on: --resume {self.dir}", status=0 if launch.elastic else 128 + int(number))
+        status = 0 if launch.elastic else 128 + int(number)
+        raise StoppedError(f"{text}; to continue: --resume {self.dir}", status)
 
-    def finish(self, test: Evaluation, views: Evaluation | None = None) -> None:
-        """Print the accuracies of the finished run, write result.json, report.png and index.html.
-
-        `views` is the evaluation with test-time augmentation, where there is one.
-        """
+    def finish(self) -> None:
+        """Print the accuracies of the finished run; write result.json, report.png and index.html. Collective."""
+        state, runtime = self.state, self.runtime
+        if self._test is None:  # the run was killed after its last step and resumed
+            self._test = evaluate(state.model, self.data.test, runtime)
+        test, tta_test = self._test, None
+        if self.config.tta != "none":
+            tta_test = evaluate(state.model, self.data.test, runtime, self.config.tta)
         self._console.close()
-        self._runtime.print0("Finished Training")
-        print_test(self._runtime, self._data, test, views)
-        if not self._runtime.is_main:
+        runtime.print0("Finished Training")
+        print_test(runtime, self.data.name, test, tta_test)
+        if not runtime.is_main:
             return
-        result = self._result(test) | {"tta": self.config.tta, "test_accuracy_tta": views and views.accuracy}
-        self._tracking.finish(self._state.step, result, test)
+        result = self._result(test) | {"tta": self.config.tta, "test_accuracy_tta": tta_test and tta_test.accuracy}
+        self._tracking.finish(state.step, result, test)
         try:
             write_json(self.dir / "result.json", result)
-            from cifar.page import write_page
-            from cifar.report import draw_report
-
-            write_page(self.dir, test, self._data.test.images)
-            draw_report(self.dir, test)
-            self._runtime.print0(f"records, index.html and report.png are in {self.dir}")
         except OSError as error:
-            self._runtime.print0(f"WARNING: the result could not be written into {self.dir}: {error}")
-        except ImportError as error:  # the training is done, and result.json written
-            self._runtime.print0(f"WARNING: no report.png: {error} (pip install matplotlib)")
+            runtime.print0(f"WARNING: result.json cannot be written to {self.dir}: {error}")
+            return
+        try:
+            from cifar.report import write_report  # matplotlib takes a second to import
 
-    def _facts(self) -> dict[str, Any]:
+            write_report(self.dir, test, self.data.test.dataset.images)
+        except Exception as error:  # nothing that draws may fail a finished run
+            runtime.print0(f"WARNING: no report in {self.dir}: {type(error).__name__}: {error}")
+        else:
+            runtime.print0(f"records, index.html and report.png are in {self.dir}")
+
+    def _environment(self) -> dict[str, Any]:
+        """Return what the numbers of a run depend on besides its configuration."""
         return {
-            "dataset": self._data.name,
-            "world_size": self._runtime.world_size,
-            "accumulation": self._plan.accumulation,
-            "steps_per_epoch": self._plan.steps_per_epoch,
-            "device": str(self._runtime.device.type),
-            **versions(),
+            "dataset": self.data.name,
+            "world_size": self.runtime.world_size,
+            "accumulation": self.plan.accumulation,
+            "steps_per_epoch": self.plan.steps_per_epoch,
+            "device": self.runtime.device.type,
+            "version": cifar.__version__,
+            "git_commit": _git_commit(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "accelerate": accelerate.__version__,
         }
 
     def _result(self, test: Evaluation) -> dict[str, Any]:
-        config, state = self.config, self._state
+        config, state = self.config, self.state
         return {
             "recipe": config.recipe,
-            "dataset": self._data.name,
+            "dataset": self.data.name,
             "model": config.model,
             "epochs": config.epochs,
             "steps": state.step,
-            "world_size": self._runtime.world_size,
-            "local_batch_size": self._plan.local_batch_size,
-            "global_batch_size": self._plan.global_batch_size,
+            "world_size": self.runtime.world_size,
+            "local_batch_size": self.plan.local_batch_size,
+            "global_batch_size": self.plan.global_batch_size,
             "seed": config.seed,
             "precision": config.precision,
-            "device": self._runtime.device.type,
+            "device": self.runtime.device.type,
             "train_seconds": state.train_seconds,
-            "images_per_second": state.step * self._plan.global_batch_size / state.train_seconds,
+            "images_per_second": state.step * self.plan.global_batch_size / state.train_seconds,
             "test_loss": test.loss,
             "test_correct": test.correct,
             "test_total": test.total,
             "test_accuracy": test.accuracy,
-            "test_class_accuracy": test.class_accuracies(),
+            "test_class_accuracy": list(test.class_accuracies().values()),
             "best_accuracy": state.best_accuracy,
             "best_step": state.best_step,
             "checkpoint_seconds": self._writer.waited_seconds,
         }
 
 
-def versions() -> dict[str, str]:
-    """What the numbers of a run depend on besides its configuration."""
-    import platform
+def evaluate_checkpoint(config: TrainConfig, model: nn.Module, data: Data, runtime: Runtime) -> None:
+    """Print the test accuracy of the checkpoint `config.evaluate`. Collective.
 
-    import accelerate
-    import torch
+    Raises:
+        UserError: the checkpoint is corrupt, or of another model or dataset.
+    """
+    assert config.evaluate is not None
+    load_model(unwrap(model), read_checkpoint(config.evaluate), config.model, config.evaluate)
+    tta_test = evaluate(model, data.test, runtime, config.tta) if config.tta != "none" else None
+    print_test(runtime, data.name, evaluate(model, data.test, runtime), tta_test)
 
-    return {"python": platform.python_version(), "torch": torch.__version__, "accelerate": accelerate.__version__}
+
+def _git_commit() -> str | None:
+    """Return the commit of this source tree, with "-dirty" if files have changed; None if it is not a git checkout."""
+    root = Path(__file__).resolve().parents[1]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    if not (root / ".git").exists():
+        return None
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -43,7 +43,7 @@ class RunLock:
 
     def owned_by(self, launchers: list[str]) -> bool:
         """Whether one of `launchers` was the last to sign here."""
-        return not set(launchers).isdisjoint(_launchers(self._note.parent))
+        return not set(launchers).isdisjoint(owners(self._note.parent))
 
     def record_owner(self, launchers: list[str]) -> None:
         """Note who writes, and which launchers' runs these are, beside the lock.
@@ -119,7 +119,7 @@ def check_writable(run_dir: Path, need: int) -> None:
         ) from error
 
 
-def _launchers(run_dir: Path) -> list[str]:
+def owners(run_dir: Path) -> list[str]:
     return _read(run_dir / "launch.json").get("launchers", [])
 
 

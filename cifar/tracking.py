@@ -7,12 +7,11 @@ from typing import Any
 
 from cifar.config import TrainConfig
 from cifar.data import Data
-from cifar.datasets import CLASSES
+from cifar.distributed.runtime import Runtime
 from cifar.evaluation import Evaluation
 from cifar.loop import LogPoint
 from cifar.metrics import MetricsFile
-from cifar.distributed.runtime import Runtime
-from cifar.wandb_logger import STEP_AXIS, end_wandb, finish, first_line, define_metrics, pictures, replay, start_wandb
+from cifar.wandb_logger import STEP_AXIS, define_metrics, end_wandb, finish, first_line, pictures, replay, start_wandb
 
 
 class Tracking:
@@ -59,7 +58,7 @@ class Tracking:
 
     def log_test(self, step: int, epoch: int, test: Evaluation) -> None:
         """Record an evaluation."""
-        classes = {f"test_class/{name}": x for name, x in zip(CLASSES, test.class_accuracies(), strict=True)}
+        classes = {f"test_class/{name}": x for name, x in test.class_accuracies().items()}
         values = {"epoch": epoch, "test/loss": test.loss, "test/accuracy": test.accuracy, **classes}
         self._log(step, values)
 

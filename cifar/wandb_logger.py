@@ -14,10 +14,9 @@ from accelerate.tracking import WandBTracker
 
 from cifar.config import TrainConfig
 from cifar.data import Data
-from cifar.datasets import CLASSES
+from cifar.distributed.runtime import Runtime
 from cifar.evaluation import Evaluation
 from cifar.files import write_atomically
-from cifar.distributed.runtime import Runtime
 
 PROJECT = "cifar-ddp"
 STEP_AXIS = "trainer/step"  # what the charts of training are drawn over
@@ -187,14 +186,18 @@ def pictures(data: Data, test: Evaluation) -> dict[str, Any]:
     table = wandb.Table(columns=["image", "index", "class", "predicted", "confidence"])
     for i in test.most_confidently_wrong(_WRONG_IMAGES):
         # Four times the size, or a dashboard shows a postage stamp.
-        pixels = data.test.images[i].cpu().permute(1, 2, 0).numpy().repeat(4, axis=0).repeat(4, axis=1)
-        truth, guess, confidence = CLASSES[test.labels[i]], CLASSES[test.predicted[i]], float(test.confidence[i])
+        pixels = data.test.dataset.images[i].cpu().permute(1, 2, 0).numpy().repeat(4, axis=0).repeat(4, axis=1)
+        truth, guess, confidence = (
+            test.classes[test.labels[i]],
+            test.classes[test.predicted[i]],
+            float(test.confidence[i]),
+        )
         images.append(wandb.Image(pixels, caption=f"{truth}, taken for {guess} ({100 * confidence:.0f} %)"))
         table.add_data(images[-1], i, truth, guess, round(confidence, 4))
     matrix = wandb.plot.confusion_matrix(
         y_true=test.labels.tolist(),
         preds=test.predicted.tolist(),
-        class_names=list(CLASSES),
+        class_names=list(test.classes),
         title="Confusion matrix",
     )
     return {

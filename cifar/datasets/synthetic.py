@@ -27,9 +27,7 @@ def make_synthetic() -> Dataset:
     """
     patterns = _patterns()
     noise = _bytes("noise", _NOISES * _PIXELS).reshape(_NOISES, _PIXELS) - 128
-    return Dataset(
-        CLASSES, _draw("train", TRAIN_SIZE, patterns, noise), _draw("test", TEST_SIZE, patterns, noise)
-    )
+    return Dataset(CLASSES, _draw("train", TRAIN_SIZE, patterns, noise), _draw("test", TEST_SIZE, patterns, noise))
 
 
 def _bytes(purpose: str, count: int) -> NDArray[np.int16]:

@@ -24,7 +24,7 @@ def keep_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def plain_convolutions() -> Iterator[None]:
+def native_convolutions() -> Iterator[None]:
     """A block in which convolutions are torch's own, which don't rearrange the data first, instead of oneDNN's.
 
     oneDNN's are made for batches that fill them: for the tutorial's 4 images, a step of the Net takes 0.9 ms with the

@@ -1,10 +1,10 @@
-"""Processes and devices: accelerate's `Accelerator`, checked against what the launcher started."""
+"""Processes and devices: accelerate's `Accelerator`, checked against the launcher's environment."""
 
 import contextlib
 import socket
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -14,12 +14,12 @@ from accelerate import Accelerator
 from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from cifar.distributed import rendezvous
 from cifar.config import TrainConfig
-from cifar.distributed.cpu import SMALL_BATCH, keep_freed_memory, plain_convolutions
-from cifar.errors import UserError
-from cifar.distributed.heartbeat import Heartbeat
+from cifar.distributed import rendezvous
+from cifar.distributed.cpu import SMALL_BATCH, keep_freed_memory, native_convolutions
 from cifar.distributed.environment import Launch, threads_per_process
+from cifar.distributed.heartbeat import Heartbeat
+from cifar.errors import UserError
 
 T = TypeVar("T")
 
@@ -28,39 +28,38 @@ _HOST_TIMEOUT = timedelta(hours=3)
 
 
 class Runtime:
-    """One process among `world_size`: its device, its way to the others, and rank zero's voice.
+    """One process of the run: its device, its precision and its collectives.
 
     Attributes:
-        device: where the data, the net and the loss live.
-        rank, local_rank, world_size: this process among all, and among those of its host.
-        scaler: loss scaling for fp16, and a no-op for the other precisions.
-        layout: memory format of images and filters.
+        device: device of the images, the model and the loss.
+        rank, local_rank, world_size: of this process; local ranks count the processes of one host.
+        scaler: loss scaler for fp16; disabled for other precisions.
+        memory_format: of images and filters.
     """
 
     def __init__(self, config: TrainConfig) -> None:
         """Join the other processes.
 
         Raises:
-            UserError: the device or precision isn't to be had here, there are more processes than GPUs, or the
-                processes that train are not those that the launcher started.
+            UserError: the device or precision is not available, there are more processes than GPUs, or accelerate
+                would train with another number of processes than the launcher started.
         """
         self.launch = launch = Launch.from_environment()
         launch.check()
         device_type = choose_device(config.device, launch)
         if config.precision == "fp16" and device_type == "cpu":
             raise UserError("--precision fp16 needs a GPU: use bf16 or fp32 on the CPU")
-
         if config.cuda_graph and (device_type != "cuda" or launch.world_size > 1):
             raise UserError("--cuda-graph needs a GPU and a single process")
 
-        # Without cpu=True, accelerate on a host without GPUs ignores the launcher and trains separate copies.
-        # accelerate warns when a single process leaves the number of threads to it.
+        # Without cpu=True, accelerate on a host without GPUs ignores the launcher and trains separate copies. It warns
+        # when a single process does not set the number of threads.
         warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")
         self.accelerator = Accelerator(
             cpu=device_type == "cpu",
             mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
             kwargs_handlers=[
-                ddp_options(config.comm_hook),
+                _ddp_kwargs(config.comm_hook),
                 InitProcessGroupKwargs(init_method=rendezvous.METHOD, timeout=timedelta(seconds=config.timeout)),
             ],
         )
@@ -78,11 +77,11 @@ class Runtime:
             torch.set_num_threads(threads_per_process(launch.local_world_size))
         if self.device.type == "cpu":
             keep_freed_memory()
-        # oneDNN, and cuDNN with tensor cores, have the faster kernels for channels-last.
+        # oneDNN, and cuDNN with tensor cores, are faster with channels-last.
         small = config.local_batch_size <= SMALL_BATCH and config.precision == "fp32"
-        self._plain = self.device.type == "cpu" and small
-        self.layout = torch.contiguous_format if self._plain else torch.channels_last
-        # Talk between the hosts' CPUs goes through gloo, so that it never waits for, or on, a GPU's stream.
+        self._native_convolutions = self.device.type == "cpu" and small
+        self.memory_format = torch.contiguous_format if self._native_convolutions else torch.channels_last
+        # Host-side messages use gloo, so that they never wait for a GPU's stream, nor a stream for them.
         self._host_group: Any = None
         self._vote_group: Any = None
         self._heartbeat: Heartbeat | None = None
@@ -93,54 +92,72 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank zero, the one that speaks and writes."""
+        """Return whether this is rank zero, the one that prints and writes."""
         return self.rank == 0
 
     def print0(self, text: str = "") -> None:
-        """Print one line, from rank zero only, without tearing a progress bar."""
+        """Print one line from rank zero, above the progress bar if there is one."""
         if self.is_main:
             from tqdm import tqdm
 
             tqdm.write(text)
             sys.stdout.flush()
 
-    def wrap(self, net: nn.Module, compile: bool = False) -> nn.Module:
-        """The net on this device, under autocast for bf16 and fp16, and in DistributedDataParallel for several ranks.
+    def prepare(self, model: nn.Module, compile: bool = False) -> nn.Module:
+        """Return the model on this device, under autocast for bf16 and fp16, wrapped in DDP if there are several ranks.
 
-        `net` itself stays the bare module, on the same device and with the same parameters.
+        The bare module, `unwrap(...)`, is moved in place and keeps its parameters.
         """
-        net.to(self.device).to(memory_format=self.layout)
+        model.to(self.device).to(memory_format=self.memory_format)
         if compile:
-            net.compile()  # in place, so that the names in the state dict stay the same
+            model.compile()  # in place: the names in the state dict stay the same
         with warnings.catch_warnings():
-            # torch 2.15 would have other options, which torch 2.11 and accelerate 1.15 don't know.
+            # torch 2.15 deprecates an option for one that torch 2.11 and accelerate 1.15 do not have.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            return self.accelerator.prepare_model(net)
+            return self.accelerator.prepare_model(model)
+
+    def accumulate(self, model: nn.Module, batches: Sequence[T]) -> Iterator[T]:
+        """Yield the micro-batches of a step; DDP exchanges the gradients in the backward pass of the last one only."""
+        for batch in batches[:-1]:
+            with self.accelerator.no_sync(model):
+                yield batch
+        yield batches[-1]
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`, scaled under fp16, to the parameters' `.grad`."""
+        self.scaler.scale(loss).backward()
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Update the parameters; under fp16, unscale the gradients first and skip the update if one overflowed."""
+        self.scaler.step(optimizer)
+        self.scaler.update()
 
     def convolutions(self) -> contextlib.AbstractContextManager[None]:
-        """A block that trains, and uses the convolution kernels that suit the local batch."""
-        return plain_convolutions() if self._plain else contextlib.nullcontext()
+        """Return a context in which convolutions use the kernels that are fastest for the local batch size."""
+        return native_convolutions() if self._native_convolutions else contextlib.nullcontext()
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """The mean of `tensor` over all ranks, on each of them."""
+        """Return the mean of `tensor` over all ranks, on every rank (all_reduce)."""
         return self.accelerator.reduce(tensor, "mean")
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of `tensor` over all ranks, on each of them (all_reduce)."""
+        """Return the sum of `tensor` over all ranks, on every rank (all_reduce)."""
         return self.accelerator.reduce(tensor, "sum")
 
-    def broadcast_buffers(self, net: nn.Module) -> None:
-        """Give every rank rank zero's buffers, such as BatchNorm's running statistics."""
+    def broadcast_buffers(self, model: nn.Module) -> None:
+        """Copy rank zero's buffers, such as BatchNorm's running statistics, to every rank."""
         if dist.is_initialized():
-            for buffer in net.buffers():
+            for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
     def start_max(self, tensor: Tensor) -> "PendingAllReduce":
-        """Start finding the elementwise maximum of `tensor`, which is on the CPU, over all ranks."""
-        return PendingAllReduce(tensor, dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._vote_group, async_op=True))
+        """Start an all-reduce (elementwise maximum) of `tensor`, which is on the CPU."""
+        return PendingAllReduce(
+            tensor, dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._vote_group, async_op=True)
+        )
 
     def gather(self, value: T) -> list[T]:
-        """`value` of every rank, in rank order, on each of them. Host memory only: it never touches the device."""
+        """Return the `value` of every rank, in rank order, on every rank. Uses host memory only, never the device."""
         if self._host_group is None:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -148,7 +165,7 @@ class Runtime:
         return values
 
     def from_main(self, value: T | None) -> T:
-        """Rank zero's `value`, on every rank. Host memory only."""
+        """Return rank zero's `value` on every rank. Uses host memory only."""
         values = [value]
         if self._host_group is not None:
             dist.broadcast_object_list(values, src=0, group=self._host_group)
@@ -156,22 +173,22 @@ class Runtime:
 
     @contextlib.contextmanager
     def fail_together(self) -> Iterator[None]:
-        """A block that every rank enters and that fails on all of them if it fails on one.
+        """Run a block on every rank; if one rank fails with a UserError, raise it on all of them.
 
         Raises:
-            UserError: some rank raised it in the block; the text is the first such rank's.
+            UserError: some rank raised it in the block; the text is that of the lowest such rank.
         """
         mistake = None
         try:
             yield
         except UserError as error:
             mistake = f"{error}" + (f" [on host {socket.gethostname()}]" if not self.is_main else "")
-        for said in self.gather(mistake):
-            if said is not None:
-                raise UserError(said) from None
+        for text in self.gather(mistake):
+            if text is not None:
+                raise UserError(text) from None
 
     def describe(self) -> str:
-        """Processes and devices in one phrase, for the banner."""
+        """Return processes and devices in one phrase, for the banner."""
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type.upper()
         if self.world_size == 1:
             return f"1 process on {device}" + self._threads()
@@ -184,7 +201,7 @@ class Runtime:
         return f", {threads} thread{'s' if threads > 1 else ''} each" if self.device.type == "cpu" else ""
 
     def close(self) -> None:
-        """Leave the other processes in order."""
+        """Leave the process group in order."""
         if self._heartbeat is not None:
             self._heartbeat.stop()
         if dist.is_initialized():
@@ -192,22 +209,22 @@ class Runtime:
 
 
 class PendingAllReduce:
-    """A tensor that other ranks still add to."""
+    """An all-reduce in flight; `result()` waits for it."""
 
     def __init__(self, tensor: Tensor, work: Any) -> None:
         self._tensor, self._work = tensor, work
 
     def result(self) -> list[float]:
-        """The numbers, once they have come in."""
+        """Return the reduced tensor as a list."""
         self._work.wait()
         return self._tensor.tolist()
 
 
 def choose_device(wanted: str, launch: Launch) -> str:
-    """The type of device to train on: "cuda", "mps" or "cpu".
+    """Return the type of device to train on: "cuda", "mps" or "cpu".
 
     Raises:
-        UserError: the wanted device isn't here, or not as often as there are processes on this host.
+        UserError: the wanted device is not available, or there are fewer GPUs than processes on this host.
     """
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if wanted == "auto":
@@ -228,31 +245,33 @@ def choose_device(wanted: str, launch: Launch) -> str:
     return wanted
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the bare module of a model that may be wrapped in DistributedDataParallel."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def _ddp_kwargs(comm_hook: str) -> DistributedDataParallelKwargs:
+    """Return the options of DistributedDataParallel.
+
+    A gradient that is a view of its bucket need not be copied before and after the all-reduce. Rank 0 broadcasts its
+    buffers before each evaluation, so DDP need not do it in every step.
+    """
+    powersgd = comm_hook == "powersgd"
+    return DistributedDataParallelKwargs(
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,
+        # PowerSGD runs several collectives per bucket, from callbacks whose order may differ between ranks, which then
+        # deadlock (seen over gloo, torch 2.15): one bucket for all gradients.
+        bucket_cap_mb=4096 if powersgd else 25,
+        comm_hook=_COMM_HOOKS[comm_hook],
+        # Vogels et al. 2019 (arXiv 1905.13727). The first steps' gradients are the least alike and are sent whole.
+        comm_state_option={"matrix_approximation_rank": 4, "start_powerSGD_iter": 20} if powersgd else {},
+    )
+
+
 _COMM_HOOKS = {
     "none": DDPCommunicationHookType.NO,
     "fp16": DDPCommunicationHookType.FP16,
     "bf16": DDPCommunicationHookType.BF16,
     "powersgd": DDPCommunicationHookType.POWER_SGD,
 }
-# Vogels et al. 2019 (arXiv 1905.13727): gradient matrices as products of two thin ones, once the first steps, whose
-# gradients are least like those before, are done. What was lost is added to the next step's gradient.
-_POWER_SGD = {"matrix_approximation_rank": 4, "start_powerSGD_iter": 20}
-
-_ONE_BUCKET = 4096  # MB
-
-
-def ddp_options(comm_hook: str) -> DistributedDataParallelKwargs:
-    """How DistributedDataParallel exchanges gradients.
-
-    A gradient that is a view of its bucket is not copied before and after the exchange. Buffers are rank zero's when
-    it counts, before an evaluation, and need no exchange in every step.
-    """
-    return DistributedDataParallelKwargs(
-        gradient_as_bucket_view=True,
-        broadcast_buffers=False,
-        # PowerSGD exchanges several times a bucket, from callbacks whose order between two buckets may differ between
-        # ranks, which then wait for each other for good (seen over gloo, torch 2.15): all gradients in one bucket.
-        bucket_cap_mb=_ONE_BUCKET if comm_hook == "powersgd" else 25,
-        comm_hook=_COMM_HOOKS[comm_hook],
-        comm_state_option=_POWER_SGD if comm_hook == "powersgd" else {},
-    )

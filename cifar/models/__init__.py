@@ -31,6 +31,7 @@ def build_model(name: str, num_classes: int, sample: Callable[[], Tensor] | None
         KeyError: there is no model `name`.
     """
     model = MODELS[name](num_classes)
-    if sample is not None and hasattr(model, "init_from_data"):
-        model.init_from_data(sample())
+    init_from_data = getattr(model, "init_from_data", None)
+    if sample is not None and init_from_data is not None:
+        init_from_data(sample())
     return model

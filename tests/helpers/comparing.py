@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from cifar.augment import CropFlip
-from cifar.data import Data, DeviceImages
 from cifar.checkpoint import CheckpointWriter
+from cifar.data import Data, DeviceImages
 
 
 def tiny_data(name: str = "synthetic", count: int = 200) -> Data:

@@ -10,14 +10,13 @@ from torch import nn
 from cifar.batch_plan import BatchPlan
 from cifar.config import TrainConfig
 from cifar.data import EvalLoader, TrainLoader, load_data
+from cifar.distributed.preemption import StopAgreement, StopRequest
+from cifar.distributed.runtime import Runtime, ddp_options
 from cifar.errors import UserError
 from cifar.evaluation import evaluate
-from cifar.distributed.runtime import ddp_options
 from cifar.loop import TrainState, train_step
 from cifar.models import build_model
 from cifar.optim import build_optimizer
-from cifar.distributed.runtime import Runtime
-from cifar.distributed.preemption import StopAgreement, StopRequest
 
 
 def main() -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from cifar.checkpoint import checkpoint_path, checkpoints, load_checkpoint
 from tests.helpers.disturb import FLAGS, Watched, send
-from tests.helpers.soak import soak
 from tests.helpers.processes import left_of, records, result, train
+from tests.helpers.soak import soak
 
 # A rate at which rounding, which differs with the world size, doesn't grow.
 MODEST = ["--lr", "0.0002", "--lr-scaling", "none"]

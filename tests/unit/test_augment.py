@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cifar.augment import CropFlip
-from cifar.augment import derive_seed, generator
+from cifar.augment import CropFlip, derive_seed, generator
 
 SIZE = 200
 CPU = torch.device("cpu")

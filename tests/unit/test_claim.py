@@ -11,10 +11,10 @@ import pytest
 
 import train_ddp
 from cifar import run_dir as claim
-from cifar.run_dir import RunLock, find_own_run
 from cifar.config import TrainConfig, read_config
 from cifar.errors import UserError
 from cifar.files import write_json
+from cifar.run_dir import RunLock, find_own_run
 from tests.helpers.comparing import tiny_data, traces
 from tests.helpers.forking import fork, wait
 

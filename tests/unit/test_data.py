@@ -10,12 +10,11 @@ from torch.utils.data import DistributedSampler
 
 import cifar.data
 import cifar.datasets
-from cifar.augment import CropFlip
+from cifar.augment import CropFlip, derive_seed
 from cifar.batch_plan import BatchPlan
 from cifar.config import TrainConfig
 from cifar.data import BatchedDistributedSampler, Data, DeviceImages, EvalLoader, TrainLoader, load_data, normalize
 from cifar.errors import UserError
-from cifar.augment import derive_seed
 
 SIZE = 1000
 CPU = torch.device("cpu")

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cifar.models import MODELS, build_model
 from cifar.evaluation import augmented_scores
+from cifar.models import MODELS, build_model
 
 IMAGES = torch.rand(40, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 

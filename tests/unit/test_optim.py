@@ -5,9 +5,8 @@ import torch
 from torch import nn
 
 from cifar.config import TrainConfig
-from cifar.optim import Muon, orthogonalize
 from cifar.models import build_model
-from cifar.optim import build_optimizer, set_learning_rate
+from cifar.optim import Muon, build_optimizer, orthogonalize, set_learning_rate
 
 
 @pytest.mark.parametrize("shape", [(16, 50), (50, 16), (24, 24)])

@@ -12,9 +12,9 @@ from PIL import Image
 
 from cifar import predict
 from cifar.checkpoint import save_checkpoint
-from cifar.datasets.cifar10 import load_cifar10
 from cifar.data import normalize
 from cifar.datasets import CLASSES
+from cifar.datasets.cifar10 import load_cifar10
 from cifar.errors import UserError
 from cifar.models import build_model
 from tests.helpers.processes import run

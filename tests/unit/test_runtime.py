@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from cifar.config import TrainConfig
-from cifar.errors import UserError
 from cifar.distributed.environment import Launch, threads_per_process
 from cifar.distributed.runtime import Runtime, choose_device
+from cifar.errors import UserError
 from tests.helpers.processes import ROOT, run
 
 

@@ -7,8 +7,14 @@ import threading
 import pytest
 import torch
 
-from cifar.checkpoint import checkpoint_path, checkpoints, load_checkpoint, save_checkpoint
-from cifar.checkpoint import CheckpointWriter, copy_to_host
+from cifar.checkpoint import (
+    CheckpointWriter,
+    checkpoint_path,
+    checkpoints,
+    copy_to_host,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 SOON = 30  # seconds within which a thread has surely done what it was allowed to do
 

@@ -10,8 +10,8 @@ import yaml
 
 from tests.helpers.processes import ROOT, result, run
 from tests.helpers.terminal import Terminal
-from tests.test_launch import PATH
 from tests.helpers.wandb_server import KEY, NOWHERE, WandbServer
+from tests.test_launch import PATH
 
 
 @pytest.fixture(scope="module")

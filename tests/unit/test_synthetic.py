@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from cifar.data import normalize
-from cifar.models import build_model
 from cifar.datasets.synthetic import make_synthetic
+from cifar.models import build_model
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cifar import tracking, wandb_logger as wandb_run
+from cifar import tracking
+from cifar import wandb_logger as wandb_run
 from cifar.config import TrainConfig
 from cifar.data import Data, DeviceImages
 from cifar.datasets import CLASSES

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from cifar.errors import StoppedError, TrainingDivergedError, UserError
 from cifar.cli import exit_on_error
+from cifar.errors import StoppedError, TrainingDivergedError, UserError
 from tests.helpers.processes import run
 
 
@@ -56,9 +56,7 @@ LOST = [
 
 
 def test_a_lost_process_is_one_line_of_rank_zeros(tmp_path):
-    script = (
-        "import sys\nfrom cifar.cli import exit_on_error\nwith exit_on_error('prog'):\n    raise RuntimeError(sys.argv[1])"
-    )
+    script = "import sys\nfrom cifar.cli import exit_on_error\nwith exit_on_error('prog'):\n    raise RuntimeError(sys.argv[1])"
     for text, reason in zip(LOST, ("Connection closed by peer", "Timed out waiting 5000ms"), strict=True):
         done = run([sys.executable, "-c", script, text], tmp_path, RANK="0")
         assert done.returncode == 1
