@@ -7,11 +7,10 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TextIO, TypeVar
 
-import torch.distributed as dist
 import tyro
 
 from cifar.config import MAY_CHANGE, TrainConfig, differences, flag, read_config
@@ -94,7 +93,7 @@ def _choices() -> dict[str, tuple[str, ...]]:
 
 
 def _flags_class() -> type[TrainConfig]:
-    """Return TrainConfig as tyro should see it: names from the registries as choices, defaults of None explained."""
+    """Return TrainConfig as tyro should see it: choices from the registries, and derived defaults explained."""
     hints = {
         "global_batch_size": "(default: local batch x world size)",
         "data_dir": "(default: $CIFAR_DATA_DIR, then data)",
@@ -126,10 +125,10 @@ def exit_on_error(prog: str) -> Iterator[None]:
     try:
         yield
     except StoppedError as stop:
-        _print_from_rank_zero([str(stop)], sys.stdout)
+        _print0(str(stop), sys.stdout)
         raise SystemExit(stop.status) from None
     except (UserError, TrainingDivergedError) as error:
-        _print_from_rank_zero([f"{prog}: error: {error}"], sys.stderr)
+        _print0(f"{prog}: error: {error}", sys.stderr)
         _wait_for_rank_zero()
         raise SystemExit(error.status) from None
     except SystemExit as exit_:  # tyro's, which has printed its complaint on rank zero
@@ -138,19 +137,19 @@ def exit_on_error(prog: str) -> Iterator[None]:
         raise
     except RuntimeError as error:
         lost = _PEER_LOST.search(str(error))
-        if lost is None or not dist.is_available() or "RANK" not in os.environ:
+        if lost is None or "RANK" not in os.environ:
             raise
         reason = f"another process of this run is gone or does not answer ({lost[0]})"
-        _print_from_rank_zero([f"{prog}: error: {reason}; the launcher's report names it"], sys.stderr)
+        _print0(f"{prog}: error: {reason}; the launcher's report names it", sys.stderr)
         sys.stdout.flush()
         os._exit(1)  # no destructors: gloo's threads still wait for that process, and would abort this one
     except KeyboardInterrupt:  # before training began; during training it becomes a StoppedError
         raise SystemExit(130) from None
 
 
-def _print_from_rank_zero(lines: Iterable[str], file: Any) -> None:
+def _print0(text: str, file: TextIO) -> None:
     if is_rank_zero():
-        print(*lines, sep="\n", file=file, flush=True)
+        print(text, file=file, flush=True)
 
 
 def _wait_for_rank_zero() -> None:
