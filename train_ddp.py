@@ -39,11 +39,11 @@ def train_step(
     optimizer.zero_grad()  # backward adds to .grad: without this, the last step's gradients would stay in
     total = torch.zeros((), device=runtime.device)
     for images, labels in runtime.accumulate(model, batches):  # DDP averages the gradients in the last backward
-        loss = F.cross_entropy(model(images), labels, label_smoothing=label_smoothing) / len(batches)
-        runtime.backward(loss)  # loss.backward(), with the loss scaled under fp16
+        loss = F.cross_entropy(model(images), labels, label_smoothing=label_smoothing)
+        runtime.backward(loss / len(batches))  # loss.backward(), with the loss scaled under fp16
         total += loss.detach()
     runtime.step(optimizer)  # optimizer.step(), skipped under fp16 if a gradient overflowed
-    return total
+    return total / len(batches)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
