@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -107,36 +109,12 @@ class TrainConfig(Recipe):
         Raises:
             UserError: a value is out of range; names the flag and the allowed values.
         """
-        for name in (
-            "epochs", "local_batch_size", "global_batch_size", "max_steps", "log_steps", "checkpoint_steps",
-            "keep_checkpoints",
-        ):  # fmt: skip
+        for name, (holds, allowed) in _ALLOWED.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{flag(name)} is {value}: it must be at least 1")
-        if not 5 <= self.timeout <= 86_400:
-            raise UserError(f"--timeout is {self.timeout:g}: it must be from 5 seconds to a day")
-        # Written so that NaN, which compares false with everything, is refused too.
-        if not 0 < self.lr < float("inf"):
-            raise UserError(f"--lr is {self.lr}: it must be a number above 0")
-        for name in ("momentum", "muon_momentum", "label_smoothing"):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise UserError(f"{flag(name)} is {value}: it must be at least 0 and below 1")
-        for name in ("muon_lr", "bias_lr_scale"):
-            value = getattr(self, name)
-            if not 0 < value < float("inf"):
-                raise UserError(f"{flag(name)} is {value}: it must be a number above 0")
-        for name, most in (("crop_padding", 31), ("cutout", 32)):
-            value = getattr(self, name)
-            if not 0 <= value <= most:
-                raise UserError(f"{flag(name)} is {value}: it must be from 0 to {most}")
-        if not 0 <= self.weight_decay < float("inf"):
-            raise UserError(f"--weight-decay is {self.weight_decay}: it must be at least 0")
+            if value is not None and not holds(value):
+                raise UserError(f"{flag(name)} is {value}: it must be {allowed}")
         if not 0 <= self.warmup_epochs <= self.epochs:
             raise UserError(f"--warmup-epochs is {self.warmup_epochs:g}: it must be from 0 to --epochs, {self.epochs}")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"--seed is {self.seed}: it must be at least 0 and below 2**63")
         if self.cuda_graph and self.precision == "fp16":
             raise UserError(
                 "--cuda-graph needs --precision fp32 or bf16: with fp16 the host decides at each step whether to update"
@@ -161,11 +139,27 @@ class TrainConfig(Recipe):
         except TypeError as error:
             raise UserError(f"this configuration was written by another version of cifar-ddp: {error}") from error
         for name, hint in get_type_hints(cls).items():
-            if not _is_a(getattr(config, name), hint):
-                raise UserError(
-                    f"{name} is {getattr(config, name)!r}, not a value of type {getattr(hint, '__name__', hint)}"
-                )
+            if not _is_a(value := getattr(config, name), hint):
+                raise UserError(f"{name} is {value!r}, which is not of type {getattr(hint, '__name__', hint)}")
         return config
+
+
+# The allowed values of a field, by a predicate that is false for NaN, and in words.
+_Allowed = tuple[Callable[[float], bool], str]
+_COUNT: _Allowed = (lambda x: x >= 1, "at least 1")
+_POSITIVE: _Allowed = (lambda x: 0 < x < math.inf, "a number above 0")
+_FRACTION: _Allowed = (lambda x: 0 <= x < 1, "at least 0 and below 1")
+_ALLOWED: dict[str, _Allowed] = {
+    **dict.fromkeys(("epochs", "max_steps", "local_batch_size", "global_batch_size"), _COUNT),
+    **dict.fromkeys(("log_steps", "checkpoint_steps", "keep_checkpoints"), _COUNT),
+    **dict.fromkeys(("lr", "muon_lr", "bias_lr_scale"), _POSITIVE),
+    **dict.fromkeys(("momentum", "muon_momentum", "label_smoothing"), _FRACTION),
+    "weight_decay": (lambda x: 0 <= x < math.inf, "at least 0"),
+    "crop_padding": (lambda x: 0 <= x <= 31, "from 0 to 31"),
+    "cutout": (lambda x: 0 <= x <= 32, "from 0 to 32"),
+    "seed": (lambda x: 0 <= x < 2**63, "at least 0 and below 2**63"),
+    "timeout": (lambda x: 5 <= x <= 86_400, "from 5 seconds to a day"),
+}
 
 
 def _is_a(value: Any, hint: Any) -> bool:
