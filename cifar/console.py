@@ -7,9 +7,9 @@ from cifar.config import TrainConfig
 from cifar.data import Data
 from cifar.distributed.runtime import Runtime
 from cifar.evaluation import Evaluation
-from cifar.loop import LogPoint, TrainState
 from cifar.optim import base_learning_rate
 from cifar.resume import Resumed
+from cifar.train_state import LogPoint, TrainState
 
 SYNTHETIC_WARNING = "WARNING: the synthetic dataset is not CIFAR-10: its accuracies do not compare with CIFAR-10's"
 

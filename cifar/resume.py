@@ -11,8 +11,8 @@ from cifar.config import MAY_CHANGE, TrainConfig, differences, flag, read_config
 from cifar.data import Data
 from cifar.distributed.runtime import Runtime
 from cifar.errors import StoppedError, UserError
-from cifar.loop import TrainState
 from cifar.run_dir import owners
+from cifar.train_state import TrainState
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from cifar.distributed.runtime import Runtime, unwrap
 from cifar.errors import StoppedError, TrainingDivergedError, UserError
 from cifar.evaluation import Evaluation, evaluate
 from cifar.files import write_json
-from cifar.loop import LogPoint, TrainState
 from cifar.resume import Resumed, restore
 from cifar.run_dir import RunLock, check_writable, create_run_dir
 from cifar.tracking import Tracking
+from cifar.train_state import LogPoint, TrainState
 
 
 class Run:

@@ -9,8 +9,8 @@ from cifar.config import TrainConfig
 from cifar.data import Data
 from cifar.distributed.runtime import Runtime
 from cifar.evaluation import Evaluation
-from cifar.loop import LogPoint
 from cifar.metrics import MetricsFile
+from cifar.train_state import LogPoint
 from cifar.wandb_logger import STEP_AXIS, define_metrics, end_wandb, finish, first_line, pictures, replay, start_wandb
 
 

@@ -14,9 +14,9 @@ import train_ddp
 from cifar.checkpoint import checkpoint_path, load_checkpoint
 from cifar.config import TrainConfig
 from cifar.errors import TrainingDivergedError, UserError
-from cifar.loop import TrainState
 from cifar.models import build_model
 from cifar.optim import build_optimizer
+from cifar.train_state import TrainState
 from tests.helpers.comparing import numbers, same, wait_for_checkpoints
 from tests.helpers.processes import records, result
 

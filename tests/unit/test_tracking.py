@@ -18,7 +18,7 @@ from cifar.config import TrainConfig
 from cifar.data import Data, DeviceImages
 from cifar.datasets import CLASSES
 from cifar.evaluation import Evaluation
-from cifar.loop import LogPoint
+from cifar.train_state import LogPoint
 from tests.helpers.processes import records, result, run, train
 from tests.helpers.terminal import Terminal
 from tests.helpers.wandb_server import KEY, NOWHERE, WandbServer, read_back
@@ -327,7 +327,7 @@ from pathlib import Path
 from cifar import tracking
 from cifar.config import TrainConfig
 from cifar.data import Data, DeviceImages
-from cifar.loop import LogPoint
+from cifar.train_state import LogPoint
 from cifar.distributed.runtime import Runtime
 config = TrainConfig(device="cpu", wandb="offline")
 runtime = Runtime(config)

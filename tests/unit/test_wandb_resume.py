@@ -14,8 +14,8 @@ from cifar import wandb_logger as wandb_run
 from cifar.config import TrainConfig
 from cifar.data import Data, DeviceImages
 from cifar.evaluation import Evaluation
-from cifar.loop import LogPoint
 from cifar.tracking import Tracking
+from cifar.train_state import LogPoint
 from tests.helpers.processes import ROOT, clean_environment, left_of, records, run
 from tests.helpers.wandb_server import KEY, WandbServer, read_back
 
