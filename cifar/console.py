@@ -26,7 +26,7 @@ class Console:
         batches, rate = describe(self._config, self._plan)
         parameters = sum(parameter.numel() for parameter in state.model.parameters())
         data, config = self._data, self._config
-        where = f", from {config.data_dir}" if data.name == "cifar10" else ""
+        where = "" if data.name == "synthetic" else f", from {config.data_dir}"
         sizes = f"{len(data.train.dataset):,} training, {len(data.test.dataset):,} test"
         lines = {
             "processes": self._runtime.describe(),
