@@ -1,4 +1,4 @@
-"""Several runs side by side, as a table and a plot: python -m cifar.compare RUN_DIR [RUN_DIR ...]"""
+"""Compare runs in a table and a plot: python -m cifar.compare RUN_DIR [RUN_DIR ...]"""
 
 import json
 from collections.abc import Sequence
@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from cifar.cli import exit_on_error
-from cifar.config import run_tyro
+from cifar.cli import exit_on_error, parse_flags
 from cifar.errors import UserError
 from cifar.metrics import Series, read_metrics, seconds_of_training, series
 
@@ -21,18 +20,18 @@ class Comparison:
     """Compare runs, finished or not: a table, the most accurate first, and test accuracy over time as a picture."""
 
     run_dirs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Run folders of train_ddp.py, runs/NAME, or folders of such, as a sweep leaves."""
+    """Run directories, runs/NAME, or directories of them, such as runs or a sweep's."""
     out: Path = Path("compare.png")
-    """The picture, PNG; it replaces what is there."""
+    """The picture, a PNG file; overwritten if it exists."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the records of a run say.
+    """The records of a run.
 
     Attributes:
-        config: the configuration as it was resolved.
-        result: result.json, or None while there is none.
+        config: the resolved configuration.
+        result: result.json, or None if the run has not finished.
         accuracy: the test accuracy of the last evaluation, 0 to 1; None before the first.
         by_seconds, by_images: test accuracy over seconds of training, and over training images seen.
     """
@@ -47,14 +46,14 @@ class Run:
     by_images: Series
 
 
-def run_folders(path: Path) -> list[Path]:
-    """The run folders in `path`, or `path` itself if there is none in it."""
+def run_dirs(path: Path) -> list[Path]:
+    """Return the run directories in `path`, or `path` itself if it contains none."""
     inside = sorted(config.parent for config in path.glob("*/config.json"))
     return [path] if (path / "config.json").exists() or not inside else inside
 
 
 def read_run(run_dir: Path) -> Run:
-    """The run in `run_dir`.
+    """Read the run in `run_dir`.
 
     Raises:
         UserError: there is none.
@@ -66,7 +65,7 @@ def read_run(run_dir: Path) -> Run:
         config, world_size = content["config"], content["world_size"]
         batch = config["global_batch_size"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run_dir} is not a run folder of train_ddp.py: {type(error).__name__}: {error}") from error
+        raise UserError(f"{run_dir} is not a run directory: {type(error).__name__}: {error}") from error
     records = read_metrics(run_dir)
     tests = series(records, "test/accuracy")
     seconds = dict(seconds_of_training(records, batch))
@@ -83,7 +82,7 @@ def read_run(run_dir: Path) -> Run:
 
 
 def table(runs: Sequence[Run]) -> list[str]:
-    """The lines of the table, the most accurate run first."""
+    """Return the lines of the table, the most accurate run first."""
     rows = [_COLUMNS]
     for run in sorted(runs, key=lambda run: -1.0 if run.accuracy is None else run.accuracy, reverse=True):
         done, config = run.result or {}, run.config
@@ -109,44 +108,47 @@ def table(runs: Sequence[Run]) -> list[str]:
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
-    """Test accuracy over seconds of training and over images seen, into the PNG file `path`.
+    """Draw test accuracy over seconds of training and over images seen into the PNG file `path`.
 
     Raises:
-        OSError: it can't be written.
+        OSError: it cannot be written.
     """
+    import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    figure = Figure(figsize=(13, 5), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for run in runs:
-        for axis, points in zip(axes, (run.by_seconds, run.by_images), strict=True):
-            axis.plot([x for x, _ in points], [100 * y for _, y in points], "o-", label=run.name, markersize=4)
-    axes[0].set(xlabel="seconds of training", ylabel="test accuracy, %")
-    axes[1].set(xlabel="training images seen")
-    axes[1].xaxis.set_major_formatter(EngFormatter())
-    for axis in axes:
-        axis.set_xlim(left=0)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
-    figure.savefig(path, format="png", dpi=110)
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
+        figure = Figure(figsize=(13, 5), layout="constrained")
+        axes = figure.subplots(1, 2, sharey=True)
+        for run in runs:
+            for axis, points in zip(axes, (run.by_seconds, run.by_images), strict=True):
+                axis.plot([x for x, _ in points], [100 * y for _, y in points], "o-", label=run.name, markersize=4)
+        axes[0].set(xlabel="seconds of training", ylabel="test accuracy, %")
+        axes[1].set(xlabel="training images seen")
+        axes[1].xaxis.set_major_formatter(EngFormatter())
+        for axis in axes:
+            axis.set_xlim(left=0)
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
+        figure.savefig(path, format="png", dpi=110)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table and draw the picture."""
-    asked = run_tyro(Comparison, argv, prog="python -m cifar.compare")
+    asked = parse_flags(Comparison, argv, prog="python -m cifar.compare")
     if not asked.run_dirs:
         raise UserError("no run is named: python -m cifar.compare RUN_DIR [RUN_DIR ...]")
-    runs = [read_run(run_dir) for path in asked.run_dirs for run_dir in run_folders(path)]
-    stand_ins = {run.name for run in runs if run.result and run.result["dataset"] == "synthetic"}
+    runs = [read_run(run_dir) for path in asked.run_dirs for run_dir in run_dirs(path)]
+    synthetic = {run.name for run in runs if run.result and run.result["dataset"] == "synthetic"}
     print("\n".join(table(runs)))
-    if stand_ins:
-        print(f"on the built-in stand-in, not on CIFAR-10: {', '.join(sorted(stand_ins))}")
+    if synthetic:
+        print(f"on the synthetic dataset, not on CIFAR-10: {', '.join(sorted(synthetic))}")
     try:
         draw(runs, asked.out)
     except OSError as error:
-        raise UserError(f"the picture can't be written to {asked.out}: {error}") from error
+        raise UserError(f"the picture cannot be written to {asked.out}: {error}") from error
     print(f"picture: {asked.out}")
 
 

@@ -1,4 +1,4 @@
-"""The classes of picture files: python -m cifar.predict CHECKPOINT IMAGE [IMAGE ...]"""
+"""Classify picture files: python -m cifar.predict CHECKPOINT IMAGE [IMAGE ...]"""
 
 import sys
 import warnings
@@ -14,11 +14,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from cifar.checkpoint import load_model, read_checkpoint
-from cifar.cli import exit_on_error
-from cifar.config import run_tyro
-from cifar.console import STAND_IN
+from cifar.cli import exit_on_error, parse_flags
+from cifar.console import SYNTHETIC_WARNING
 from cifar.data import normalize
-from cifar.datasets import CLASSES
 from cifar.errors import UserError
 from cifar.models import MODELS, build_model
 
@@ -34,14 +32,14 @@ class Prediction:
 
 
 def read_image(path: Path) -> Tensor:
-    """A picture file as the nets know pictures: uint8 [3, 32, 32].
+    """Read a picture file as the models expect it: uint8 [3, 32, 32].
 
     Raises:
-        UserError: the file can't be read as a picture.
+        UserError: the file cannot be read as a picture.
     """
     try:
         with warnings.catch_warnings():
-            # Large is fine; what is ten times larger than any camera's Pillow refuses by itself.
+            # Large pictures are fine; Pillow itself refuses those ten times larger than any camera's.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as file:
                 upright = _to_rgb(ImageOps.exif_transpose(file))
@@ -50,12 +48,12 @@ def read_image(path: Path) -> Tensor:
         raise UserError(f"{path} is not a picture in a format that Pillow knows") from error
     except Exception as error:  # a damaged or hostile file can make a decoder raise anything
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise UserError(f"{path} can't be read as a picture: {reason}") from error
+        raise UserError(f"{path} cannot be read as a picture: {reason}") from error
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """What a viewer shows of `image`: 16-bit gray is scaled, where Pillow would clip it; white shows through holes."""
+    """Return `image` as a viewer shows it: 16-bit gray scaled, where Pillow clips it; transparency on white."""
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
@@ -65,30 +63,30 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 @torch.no_grad()
-def predict(net: torch.nn.Module, images: Tensor) -> Tensor:
-    """Class probabilities, float32 [n, 10], of `images`, uint8 [n, 3, 32, 32]."""
-    net.eval()
-    return net(normalize(images)).softmax(1)
+def predict(model: torch.nn.Module, images: Tensor) -> Tensor:
+    """Return class probabilities, float32 [n, classes], of `images`, uint8 [n, 3, 32, 32]."""
+    model.eval()
+    return model(normalize(images)).softmax(1)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print a line for each picture."""
-    asked = run_tyro(Prediction, argv, prog="python -m cifar.predict")
+    asked = parse_flags(Prediction, argv, prog="python -m cifar.predict")
     if not asked.images:
         raise UserError("no picture is named: python -m cifar.predict CHECKPOINT IMAGE [IMAGE ...]")
     content = read_checkpoint(asked.checkpoint)
-    model = content["config"].get("model")
-    if model not in MODELS:
-        raise UserError(f"{asked.checkpoint} holds a net {model!r}, which this version doesn't know")
-    net = build_model(model)
-    load_model(net, content, model, asked.checkpoint)
-    probabilities = predict(net, torch.stack([read_image(path) for path in asked.images]))
+    name, classes = content["config"].get("model"), content["classes"]
+    if name not in MODELS:
+        raise UserError(f"{asked.checkpoint} holds a model {name!r}, which this version does not have")
+    model = build_model(name, len(classes))
+    load_model(model, content, name, asked.checkpoint)
+    probabilities = predict(model, torch.stack([read_image(path) for path in asked.images]))
     for path, row in zip(asked.images, probabilities, strict=True):
-        top = row.topk(3)
-        ranking = [f"{CLASSES[i]} {100 * p:.1f} %" for p, i in zip(top.values, top.indices, strict=True)]
+        top = row.topk(min(3, len(classes)))
+        ranking = [f"{classes[i]} {100 * p:.1f} %" for p, i in zip(top.values, top.indices, strict=True)]
         print(f"{path}: {', '.join(ranking)}")
     if content["dataset"] == "synthetic":
-        print(STAND_IN, file=sys.stderr)
+        print(SYNTHETIC_WARNING, file=sys.stderr)
 
 
 if __name__ == "__main__":

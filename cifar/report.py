@@ -1,145 +1,210 @@
-"""The picture of a finished run: report.png."""
+"""The report of a finished run: index.html, which needs no other file, and report.png."""
 
+import base64
+import io
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cifar.datasets import CLASSES
+import jinja2
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # no pyplot: nothing here needs a window or global state
+from PIL import Image
+from torch import Tensor
+
 from cifar.evaluation import Evaluation
 from cifar.files import write_atomically
 from cifar.metrics import read_metrics, series
 
-_TRAIN, _TEST, _PALE = "#1f6fb4", "#d9541e", "#9aa5b1"
+_WRONG_IMAGES = 36
+_FEW = 20  # classes, up to which each has its own bar and its counts are printed
+
+# The colours of the charts, and the variables of the page that replace them, so that they follow its colour scheme.
+_INK, _SOFT, _LINE, _TRAIN, _TEST = "#1d2733", "#5b6875", "#d9dfe5", "#1f6fb4", "#c9480f"
+_VARIABLES = {_INK: "--ink", _SOFT: "--soft", _LINE: "--line", _TRAIN: "--train", _TEST: "--test"}
+_STYLE: Any = {
+    "font.size": 10, "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": _LINE,
+    "text.color": _INK, "axes.titlecolor": _INK, "axes.labelcolor": _SOFT, "axes.edgecolor": _SOFT,
+    "xtick.color": _SOFT, "ytick.color": _SOFT, "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "cifar-ddp",
+}  # fmt: skip
+
+Records = list[dict[str, Any]]
 
 
-def draw_report(run_dir: Path, test: Evaluation) -> Path:
-    """Draw loss, accuracy and confusion matrix from the records in `run_dir` and from `test`, its last evaluation.
+def write_report(run_dir: Path, test: Evaluation, images: Tensor) -> None:
+    """Write index.html and report.png from the records in `run_dir` and from `test`, its last evaluation.
 
-    Returns:
-        The path of report.png.
+    Args:
+        images: the test set, uint8 [n, 3, 32, 32].
 
     Raises:
-        OSError: it can't be written.
+        OSError: they cannot be written.
     """
-    from matplotlib import rc_context  # no pyplot: nothing here needs a window or global state
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     records = read_metrics(run_dir)
     result = json.loads((run_dir / "result.json").read_text())
-    path = run_dir / "report.png"
-    style: Any = {
-        "font.size": 10, "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
-        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
-    }  # fmt: skip
-    with rc_context(style):
-        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08, wspace=0.03, rect=(0, 0, 1, 0.86))
-        figure = Figure(figsize=(17, 6.2), layout=layout)
-        losses, accuracies, confusion = figure.subplots(1, 3, width_ratios=(1, 1.12, 1.08))
-        _write_head(figure, result)
-        _draw_losses(losses, records)
-        _draw_accuracies(accuracies, records)
-        _draw_confusion(confusion, test)
-        write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
-    return path
+    config = json.loads((run_dir / "config.json").read_text())
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
+        matplotlib.rcParams.update(_STYLE)
+        page = _page(run_dir.resolve().name, records, result, config, test, images)
+        figure = _figure(records, result, test)
+        write_atomically(run_dir / "index.html", lambda file: file.write(page.encode()))
+        write_atomically(run_dir / "report.png", lambda file: figure.savefig(file, format="png", dpi=110))
 
 
-def _write_head(figure: Any, result: dict[str, Any]) -> None:
-    stand_in = result["dataset"] == "synthetic"
-    images = {"cifar10": "CIFAR-10", "synthetic": "stand-in"}.get(result["dataset"], result["dataset"])
-    headline = (
-        f"Test accuracy {100 * result['test_accuracy']:.2f} %: {result['test_correct']:,} of "
-        f"{result['test_total']:,} {images} images"
+def _headline(result: dict[str, Any]) -> str:
+    accuracy, total = f"{100 * result['test_accuracy']:.2f} %", f"{result['test_total']:,} test images"
+    return f"Test accuracy {accuracy}: {result['test_correct']:,} of {total}"
+
+
+def _facts(result: dict[str, Any]) -> list[str]:
+    count, tta = result["world_size"], result.get("test_accuracy_tta")
+    with_tta = [f"{100 * tta:.2f} % with test-time augmentation ({result['tta']})"] if tta is not None else []
+    return [
+        *with_tta,
+        f"dataset {result['dataset']}",
+        f"recipe {result['recipe']}",
+        f"model {result['model']}",
+        f"{result['steps']:,} steps of {result['global_batch_size']:,} images",
+        f"{count} process{'es' if count > 1 else ''} on {result['device']}, {result['precision']}",
+        f"seed {result['seed']}",
+        f"{result['train_seconds']:,.0f} s of training, {result['images_per_second']:,.0f} images/s",
+    ]
+
+
+def _page(
+    name: str, records: Records, result: dict[str, Any], config: dict[str, Any], test: Evaluation, images: Tensor
+) -> str:
+    """Return index.html."""
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("cifar", "."), autoescape=True, trim_blocks=True)
+    wrong = [
+        {
+            "index": i,
+            "png": _png(images[i]),
+            "label": test.classes[test.labels[i]],
+            "predicted": test.classes[test.predicted[i]],
+            "confidence": float(test.confidence[i]),
+        }
+        for i in test.most_confidently_wrong(_WRONG_IMAGES)
+    ]
+    return environment.get_template("report.html.jinja").render(
+        name=name,
+        headline=_headline(result),
+        facts=_facts(result),
+        synthetic=result["dataset"] == "synthetic",
+        charts={
+            "Cross-entropy": _svg(_draw_losses, records),
+            "Test accuracy, %": _svg(_draw_accuracy, records),
+            "Images per second": _svg(_draw_throughput, records),
+        },
+        classes=test.classes,
+        class_accuracies=test.class_accuracies(),
+        confusion=test.confusion().tolist(),
+        wrong=wrong,
+        wrong_total=test.total - test.correct,
+        settings=config["config"] | {key: value for key, value in config.items() if key != "config"},
     )
-    count = result["world_size"]
-    details = (
-        f"recipe {result['recipe']}   |   net {result['model']}   |   {result['steps']:,} steps of "
-        f"{result['global_batch_size']:,} images   |   {count} process{'es' if count > 1 else ''} on "
-        f"{result['device']}, {result['precision']}   |   seed {result['seed']}   |   "
-        f"{result['train_seconds']:,.0f} s, {result['images_per_second']:,.0f} images/s"
-    )
-    figure.text(0.012, 0.965, headline, fontsize=17, fontweight="bold", va="top")
-    figure.text(0.012, 0.898, details, fontsize=10.5, color="#4a5560", va="top")
-    if stand_in:
+
+
+def _svg(draw: Callable[[Axes, Records], None], records: Records) -> str:
+    """Return a chart as an SVG element in the page's colours."""
+    figure = Figure(figsize=(5.6, 2.7), layout="constrained")
+    draw(figure.subplots(), records)
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    svg = file.getvalue()
+    for color, variable in _VARIABLES.items():
+        svg = svg.replace(color, f"var({variable})")
+    return svg[svg.index("<svg") :]
+
+
+def _png(image: Tensor) -> str:
+    file = io.BytesIO()
+    Image.fromarray(image.cpu().permute(1, 2, 0).numpy()).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _figure(records: Records, result: dict[str, Any], test: Evaluation) -> Figure:
+    """Return report.png: loss and accuracy over the run, accuracy of each class, confusion matrix."""
+    layout = matplotlib.layout_engine.ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08, rect=(0, 0, 1, 0.87))
+    figure = Figure(figsize=(17, 6.6), layout=layout)
+    axes = figure.subplot_mosaic("LCM;ACM", width_ratios=(1, 0.85, 1.15))
+    _draw_losses(axes["L"], records)
+    _draw_accuracy(axes["A"], records)
+    axes["L"].set_title("Cross-entropy")
+    axes["A"].set_title("Test accuracy, %")
+    _draw_class_accuracies(axes["C"], test)
+    _draw_confusion(axes["M"], test)
+    figure.text(0.012, 0.97, _headline(result), fontsize=17, fontweight="bold", va="top")
+    figure.text(0.012, 0.905, "   |   ".join(_facts(result)), fontsize=10.5, color=_SOFT, va="top")
+    if result["dataset"] == "synthetic":
         figure.text(
-            0.988, 0.955, "BUILT-IN STAND-IN IMAGES, NOT CIFAR-10", fontsize=12, fontweight="bold", color="white",
+            0.988, 0.962, "SYNTHETIC DATASET, NOT CIFAR-10", fontsize=12, fontweight="bold", color="white",
             ha="right", va="top", bbox={"boxstyle": "round,pad=0.5", "facecolor": "#b3261e", "edgecolor": "none"},
         )  # fmt: skip
+    return figure
 
 
-def _columns(records: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
-    """Steps and values of the records of `name` that can be drawn."""
+def _plot(axes: Axes, records: Records, name: str, scale: float = 1, **style: Any) -> None:
     points = series(records, name)
-    return [step for step, _ in points], [value for _, value in points]
-
-
-def _draw_losses(axes: Any, records: list[dict[str, Any]]) -> None:
-    train, test = _columns(records, "train/loss"), _columns(records, "test/loss")
-    axes.plot(*train, color=_TRAIN, label="training, running mean", linewidth=1.6, **_dots(train))
-    axes.plot(*test, "o-", color=_TEST, label="test", linewidth=1.6, markersize=5)
-    axes.set(title="Cross-entropy", xlabel="optimizer step")
+    if len(points) == 1:
+        style["marker"] = "o"  # a line needs two points to be seen
+    axes.plot([step for step, _ in points], [scale * value for _, value in points], markersize=4, **style)
     axes.set_xlim(left=0)
+    axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+
+
+def _draw_losses(axes: Axes, records: Records) -> None:
+    _plot(axes, records, "train/loss", color=_TRAIN, label="training")
+    _plot(axes, records, "test/loss", color=_TEST, marker="o", label="test")
     axes.legend(frameon=False)
 
 
-def _dots(columns: tuple[list[float], list[float]]) -> dict[str, Any]:
-    """A line needs two points to be seen."""
-    return {"marker": "o", "markersize": 5} if len(columns[0]) < 2 else {}
+def _draw_accuracy(axes: Axes, records: Records) -> None:
+    _plot(axes, records, "test/accuracy", scale=100, color=_TEST, marker="o")
+    axes.set_ylim(0, 100)
 
 
-def _draw_accuracies(axes: Any, records: list[dict[str, Any]]) -> None:
-    """The accuracy over the run, and that of each class, named at the end of its line instead of in a legend."""
-    ends = []
-    for name in CLASSES:
-        steps, values = _columns(records, f"test_class/{name}")
-        axes.plot(steps, [100 * value for value in values], ".-", color=_PALE, linewidth=1, alpha=0.7)
-        ends += [(100 * values[-1], name)] if values else []
-    steps, values = _columns(records, "test/accuracy")
-    axes.plot(steps, [100 * value for value in values], "o-", color=_TEST, linewidth=2.4, markersize=6, zorder=3)
-    ends += [(100 * values[-1], "all classes")] if values else []
-    axes.set(title="Test accuracy, %", xlabel="optimizer step", ylim=(0, 100))
-    axes.set_xlim(left=0)
-    ends.sort()
-    for (value, name), height in zip(ends, _spread([value for value, _ in ends], gap=4.6), strict=True):
-        mine = name == "all classes"
-        axes.annotate(
-            f"{name} {value:.1f}", (steps[-1] if steps else 0, value), (1.05, height),
-            textcoords=axes.get_yaxis_transform(), va="center", fontsize=9.5 if mine else 8.5,
-            color=_TEST if mine else "#4a5560", fontweight="bold" if mine else "normal", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": _TEST if mine else _PALE, "linewidth": 0.6, "relpos": (0, 0.5)},
-        )  # fmt: skip
+def _draw_throughput(axes: Axes, records: Records) -> None:
+    _plot(axes, records, "train/images_per_second", color=_TRAIN)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
 
 
-def _spread(values: list[float], gap: float) -> list[float]:
-    """Heights between 0 and 100 for labels at the ascending `values`: near them and at least `gap` apart."""
+def _draw_class_accuracies(axes: Axes, test: Evaluation) -> None:
+    accuracies = {name: value for name, value in test.class_accuracies().items() if math.isfinite(value)}
+    title = "Accuracy of each class, %"
+    if len(accuracies) > _FEW:
+        ranked = sorted(accuracies.items(), key=lambda item: item[1])
+        half = _FEW // 2
+        title = f"The {half} lowest and {half} highest of {len(ranked)} classes, %"
+        accuracies = dict(ranked[:half] + ranked[-half:])
+    bars = axes.barh(list(accuracies), [100 * value for value in accuracies.values()], color=_TRAIN, height=0.7)
+    axes.bar_label(bars, fmt="%.1f", padding=4, fontsize=9, color=_INK)
+    axes.set(title=title, xlim=(0, 100))
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", length=0)
+    axes.set_axisbelow(True)
 
-    def push_up(heights: list[float], least: float) -> list[float]:
-        pushed = []
-        for height in heights:
-            pushed.append(max(height, least))
-            least = pushed[-1] + gap
-        return pushed
 
-    def push_down(heights: list[float], most: float) -> list[float]:
-        return [-height for height in push_up([-height for height in reversed(heights)], -most)][::-1]
-
-    # Halfway between pushing up and pushing down, each of which keeps the gaps; then back into the picture.
-    up, down = push_up(values, -math.inf), push_down(values, math.inf)
-    return push_up(push_down([(a + b) / 2 for a, b in zip(up, down, strict=True)], 99), 1)
-
-
-def _draw_confusion(axes: Any, test: Evaluation) -> None:
-    confusion = test.confusion()
+def _draw_confusion(axes: Axes, test: Evaluation) -> None:
+    confusion, n = test.confusion(), len(test.classes)
     shares = confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
     axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
-    for i, row in enumerate(confusion.tolist()):
-        for j, count in enumerate(row):
-            color = "white" if shares[i, j] > 0.5 else "#23303c" if count else "#c4ccd4"
-            weight = "bold" if i == j else "normal"
-            axes.text(j, i, f"{count}", ha="center", va="center", fontsize=8.5, color=color, fontweight=weight)
-    axes.set_xticks(range(len(CLASSES)), CLASSES, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(CLASSES)), CLASSES)
+    if n <= _FEW:
+        for i, row in enumerate(confusion.tolist()):
+            for j, count in enumerate(row):
+                color = "white" if shares[i, j] > 0.5 else _INK if count else "#c4ccd4"
+                weight = "bold" if i == j else "normal"
+                axes.text(j, i, f"{count}", ha="center", va="center", fontsize=8.5, color=color, fontweight=weight)
+        axes.set_xticks(range(n), test.classes, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(n), test.classes)
     axes.set(title="Confusion matrix, images", xlabel="predicted class", ylabel="true class")
     axes.grid(False)
     axes.tick_params(length=0)
