@@ -29,7 +29,8 @@ _STYLE: Any = {
     "font.size": 10, "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": _LINE,
     "text.color": _INK, "axes.titlecolor": _INK, "axes.labelcolor": _SOFT, "axes.edgecolor": _SOFT,
-    "xtick.color": _SOFT, "ytick.color": _SOFT, "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "cifar-ddp",
+    "xtick.color": _SOFT, "ytick.color": _SOFT, "text.parse_math": False,
+    "svg.fonttype": "none", "svg.hashsalt": "cifar-ddp",
 }  # fmt: skip
 
 Records = list[dict[str, Any]]

@@ -35,7 +35,7 @@ def test_reads_accuracy_over_seconds_and_images(tmp_path):
     assert (run.accuracy, run.steps, run.result) == (0.75, 20, None)
 
 
-def test_the_table_begins_with_the_best(tmp_path):
+def test_table_is_sorted_by_accuracy(tmp_path):
     runs = [
         read_run(make(tmp_path, "low", [0.4], train_seconds=14.0, test_accuracy=0.4)),
         read_run(make(tmp_path, "none", [])),
@@ -49,7 +49,7 @@ def test_the_table_begins_with_the_best(tmp_path):
     assert rows[2][-3:] == ["none", "(not", "finished)"]
 
 
-def test_draws_a_picture_with_a_colour_for_each(tmp_path, capsys):
+def test_picture_has_a_line_for_each_run(tmp_path, capsys):
     runs = [make(tmp_path, name, [0.3, high]) for name, high in (("a", 0.5), ("b", 0.8))]
     out = tmp_path / "out.png"
     main([*map(str, runs), "--out", str(out)])
@@ -59,7 +59,7 @@ def test_draws_a_picture_with_a_colour_for_each(tmp_path, capsys):
     assert f"picture: {out}" in capsys.readouterr().out
 
 
-def test_a_folder_of_runs_stands_for_all_of_them(tmp_path, capsys):
+def test_directory_of_runs(tmp_path, capsys):
     (tmp_path / "sweep").mkdir()
     make(tmp_path / "sweep", "b", [0.3])
     make(tmp_path / "sweep", "c", [0.4])
@@ -67,18 +67,18 @@ def test_a_folder_of_runs_stands_for_all_of_them(tmp_path, capsys):
     assert [line.split()[-3] for line in capsys.readouterr().out.splitlines()[1:4]] == ["a", "c", "b"]
 
 
-def test_says_which_runs_are_the_stand_ins(tmp_path, capsys):
+def test_synthetic_runs_are_named(tmp_path, capsys):
     run_dir = make(tmp_path, "a", [0.3], train_seconds=1.0, test_accuracy=0.3)
     (run_dir / "result.json").write_text(json.dumps({"dataset": "synthetic", "train_seconds": 1.0}))
     main([str(run_dir), "--out", str(tmp_path / "out.png")])
-    assert "on the built-in stand-in, not on CIFAR-10: a" in capsys.readouterr().out
+    assert "on the synthetic dataset, not on CIFAR-10: a" in capsys.readouterr().out
 
 
 def test_mistakes(tmp_path):
     with pytest.raises(UserError, match="no run is named"):
         main([])
-    with pytest.raises(UserError, match="is not a run folder"):
+    with pytest.raises(UserError, match="is not a run directory"):
         main([str(tmp_path)])
     run_dir = make(tmp_path, "a", [0.3])
-    with pytest.raises(UserError, match="the picture can't be written"):
+    with pytest.raises(UserError, match="the picture cannot be written"):
         main([str(run_dir), "--out", str(tmp_path / "no" / "out.png")])

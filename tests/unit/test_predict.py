@@ -1,8 +1,7 @@
-"""Pictures of every kind, as `python -m cifar.predict` reads them, and what it says of them."""
+"""python -m cifar.predict: picture files of every kind, and its output."""
 
 import io
 import struct
-import sys
 import zlib
 
 import numpy as np
@@ -13,24 +12,28 @@ from PIL import Image
 from cifar import predict
 from cifar.checkpoint import save_checkpoint
 from cifar.data import normalize
-from cifar.datasets import CLASSES
-from cifar.datasets.cifar10 import load_cifar10
+from cifar.datasets.cifar10 import CLASSES, load_cifar10
 from cifar.errors import UserError
 from cifar.models import build_model
-from tests.helpers.processes import run
 
 
 @pytest.fixture(scope="module")
 def net():
     torch.manual_seed(0)
-    return build_model("net").eval()
+    return build_model("net", 10).eval()
 
 
 @pytest.fixture(scope="module")
 def checkpoint(net, tmp_path_factory):
     path = tmp_path_factory.mktemp("predict") / "step-00000001.pt"
-    save_checkpoint(path, {"config": {"model": "net"}, "dataset": "cifar10", "state": {"net": net.state_dict()}})
+    save_checkpoint(path, content(net))
     return path
+
+
+def content(model, name="net", **changes):
+    state = {"model": model.state_dict() if model else {}, "running_loss": [0.0]}
+    fields = {"format": 2, "config": {"model": name}, "dataset": "cifar10", "classes": list(CLASSES), "state": state}
+    return fields | changes
 
 
 def gradient(height=48, width=64):
@@ -48,7 +51,7 @@ def read(path, image, **options):
 @pytest.mark.parametrize(
     ("suffix", "mode"), [("png", "RGB"), ("png", "L"), ("png", "P"), ("gif", "P"), ("jpg", "CMYK"), ("bmp", "RGB")]
 )
-def test_reads_every_kind_of_picture_as_its_rgb_pixels(tmp_path, suffix, mode):
+def test_picture_modes_become_rgb(tmp_path, suffix, mode):
     picture = Image.fromarray(gradient()).convert(mode)
     pixels = read(tmp_path / f"x.{suffix}", picture)
     assert pixels.shape == (3, 32, 32)
@@ -58,13 +61,13 @@ def test_reads_every_kind_of_picture_as_its_rgb_pixels(tmp_path, suffix, mode):
     assert difference.abs().max() <= (12 if suffix == "jpg" else 3 if suffix == "gif" else 0)
 
 
-def test_sixteen_bit_gray_is_scaled_not_clipped(tmp_path):
+def test_16_bit_gray_is_scaled(tmp_path):
     levels = np.linspace(0, 65535, 32).astype(np.uint16)
     pixels = read(tmp_path / "x.png", Image.fromarray(np.tile(levels, (32, 1))))
     assert torch.equal(pixels[0, 0], torch.from_numpy((levels >> 8).astype(np.uint8)))
 
 
-def test_what_is_transparent_shows_white(tmp_path):
+def test_transparent_is_white(tmp_path):
     holes = np.dstack([gradient(32, 32), np.zeros((32, 32), np.uint8)])
     holes[:16, :, 3] = 255
     pixels = read(tmp_path / "x.png", Image.fromarray(holes))
@@ -72,7 +75,7 @@ def test_what_is_transparent_shows_white(tmp_path):
     assert bool((pixels[:, 16:] == 255).all())
 
 
-def test_a_picture_taken_sideways_is_turned_upright(tmp_path):
+def test_exif_orientation(tmp_path):
     turned = Image.fromarray(gradient(32, 32)).transpose(Image.Transpose.ROTATE_90)  # the camera lay on its side
     exif = Image.Exif()
     exif[0x0112] = 6  # "turn by 90 degrees clockwise to see it upright"
@@ -80,18 +83,18 @@ def test_a_picture_taken_sideways_is_turned_upright(tmp_path):
     assert torch.equal(upright, torch.from_numpy(gradient(32, 32)).permute(2, 0, 1))
 
 
-def test_of_an_animation_the_first_frame_counts(tmp_path):
+def test_first_frame_of_an_animation(tmp_path):
     first, second = Image.new("RGB", (40, 40), (200, 0, 0)), Image.new("RGB", (40, 40), (0, 0, 200))
     pixels = read(tmp_path / "x.gif", first, save_all=True, append_images=[second])
     assert pixels[:, 5, 5].tolist() == [200, 0, 0]
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 3000), (3000, 2), (31, 33), (2500, 3500)])
-def test_any_size_becomes_32_by_32(tmp_path, height, width):
+def test_any_size(tmp_path, height, width):
     assert read(tmp_path / "x.png", Image.fromarray(gradient(height, width))).shape == (3, 32, 32)
 
 
-def test_the_middle_square_is_what_is_seen(tmp_path):
+def test_middle_square(tmp_path):
     wide = np.zeros((32, 96, 3), np.uint8)
     wide[:, 32:64] = 250
     assert bool((read(tmp_path / "x.png", Image.fromarray(wide))[:, :, 4:28] == 250).all())
@@ -120,13 +123,13 @@ def half_a_png():
         (b"no picture", "not a picture"),
         (b"", "not a picture"),
         (bomb(), "decompression bomb"),
-        (half_a_png(), "can't be read"),
+        (half_a_png(), "cannot be read"),
         (None, "No such file"),
         ("folder", "directory"),
     ],
     ids=["text", "empty", "bomb", "cut", "missing", "folder"],
 )
-def test_what_is_no_picture_is_a_mistake_of_one_line(tmp_path, content, reason):
+def test_unreadable_file_is_one_line(tmp_path, content, reason):
     path = tmp_path / "x.png"
     if content == "folder":
         path.mkdir()
@@ -138,8 +141,8 @@ def test_what_is_no_picture_is_a_mistake_of_one_line(tmp_path, content, reason):
     assert "\n" not in str(caught.value)
 
 
-def test_a_test_image_saved_as_png_gives_the_nets_own_probabilities(tmp_path, net, checkpoint, real_data, capsys):
-    _, (images, _) = load_cifar10(real_data)
+def test_probabilities_are_the_models(tmp_path, net, checkpoint, real_data, capsys):
+    images, _ = load_cifar10(real_data).test
     path = tmp_path / "0.png"
     Image.fromarray(images[0].permute(1, 2, 0).numpy()).save(path)
     assert torch.equal(predict.read_image(path), images[0])
@@ -153,29 +156,25 @@ def test_a_test_image_saved_as_png_gives_the_nets_own_probabilities(tmp_path, ne
     assert capsys.readouterr().out == f"{path}: {ranking}\n"
 
 
-def test_main_names_what_is_wrong_with_the_command(checkpoint, tmp_path):
+def test_mistakes(checkpoint, tmp_path):
     with pytest.raises(UserError, match="no picture is named"):
         predict.main([str(checkpoint)])
     other = tmp_path / "other.pt"
-    save_checkpoint(other, {"config": {"model": "resnet"}, "dataset": "cifar10", "state": {"net": {}}})
+    save_checkpoint(other, content(None, "resnet"))
     with pytest.raises(UserError, match="'resnet'"):
         predict.main([str(other), "x.png"])
 
 
-def test_the_command_line_says_when_the_net_learned_from_the_stand_in(tmp_path, net):
-    save_checkpoint(
-        tmp_path / "c.pt", {"config": {"model": "net"}, "dataset": "synthetic", "state": {"net": net.state_dict()}}
-    )
-    Image.fromarray(gradient()).save(tmp_path / "a.png")
-    Image.fromarray(gradient(9, 9)).save(tmp_path / "b.jpg")
-    done = run([sys.executable, "-m", "cifar.predict", "c.pt", "a.png", "b.jpg"], tmp_path)
-    assert done.returncode == 0
-    assert [line.split(":")[0] for line in done.stdout.splitlines()] == ["a.png", "b.jpg"]
-    assert all(line.count(" %") == 3 for line in done.stdout.splitlines())
-    assert "stand-in" in done.stderr
-
-    refused = run([sys.executable, "-m", "cifar.predict", "a.png", "b.jpg"], tmp_path)
-    assert refused.returncode == 2
-    assert refused.stdout == ""
-    assert refused.stderr.startswith("cifar.predict: error: a.png is not a checkpoint")
-    assert len(refused.stderr.splitlines()) == 1
+def test_synthetic_checkpoint_with_two_classes(tmp_path, capsys):
+    model = build_model("net", 2)
+    save_checkpoint(tmp_path / "c.pt", content(model, dataset="synthetic", classes=["left", "right"]))
+    paths = [tmp_path / "a.png", tmp_path / "b.jpg"]
+    for path in paths:
+        Image.fromarray(gradient()).save(path)
+    predict.main([str(tmp_path / "c.pt"), *map(str, paths)])
+    said = capsys.readouterr()
+    assert [line.split(": ")[0] for line in said.out.splitlines()] == list(map(str, paths))
+    assert all(line.count(" %") == 2 and "left" in line and "right" in line for line in said.out.splitlines())
+    assert "synthetic" in said.err
+    with pytest.raises(UserError, match=r"a\.png is not a"):
+        predict.main([str(paths[0]), str(paths[1])])

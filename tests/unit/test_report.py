@@ -1,139 +1,122 @@
-"""report.png, drawn from the records in a run's folder."""
+"""index.html and report.png from the records of a run directory."""
 
+import base64
+import io
 import json
 import re
-from itertools import pairwise
+from html.parser import HTMLParser
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from cifar import report
-from cifar.datasets import CLASSES
 from cifar.evaluation import Evaluation
+from cifar.report import write_report
 
-LABELS = torch.arange(1000) % 10
+IMAGES = torch.randint(0, 256, (300, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+RECORDS = [
+    {"step": 10, "train/loss": 2.3, "train/images_per_second": 900.0},
+    {"step": 20, "train/loss": 2.0, "train/images_per_second": 1000.0},
+    {"step": 20, "test/loss": 1.9, "test/accuracy": 0.4},
+]
 
 
-@pytest.fixture
-def test():
-    predicted = torch.where(torch.arange(1000) % 3 == 0, (LABELS + 1) % 10, LABELS)
-    return Evaluation(0.7, LABELS, predicted, torch.full((1000,), 0.5, dtype=torch.float64))
+def evaluation(classes):
+    labels = torch.arange(300) % len(classes)
+    predicted = torch.where(torch.arange(300) % 3 == 0, (labels + 1) % len(classes), labels)
+    return Evaluation(0.7, labels, predicted, torch.linspace(0.5, 1, 300, dtype=torch.float64), tuple(classes))
 
 
-def result(**changes):
-    return {
+def report(run_dir, test, records=RECORDS, **changes):
+    """Write the report of a made-up run; return the page and the picture's pixels."""
+    run_dir.mkdir()
+    result = {
         "recipe": "wide", "dataset": "cifar10", "model": "net-wide", "steps": 40, "world_size": 2, "seed": 0,
         "global_batch_size": 500, "precision": "fp32", "device": "cpu", "train_seconds": 71.0,
-        "images_per_second": 1055.0, "test_accuracy": 0.666, "test_correct": 666, "test_total": 1000, **changes,
+        "images_per_second": 1055.0, "test_accuracy": 2 / 3, "test_correct": 200, "test_total": 300, **changes,
     }  # fmt: skip
-
-
-def log(step, loss):
-    return {"step": step, "epoch": 1, "train/loss": loss, "train/lr": 0.1}
-
-
-def epoch(step, loss, accuracy):
-    classes = {f"test_class/{name}": accuracy for name in CLASSES}
-    return {"step": step, "test/loss": loss, "test/accuracy": accuracy, **classes}
-
-
-WHOLE = [log(10, 2.3), log(20, 2.0), epoch(20, 1.9, 0.4), log(30, 1.8), log(40, 1.5), epoch(40, 1.4, 0.666)]
-
-
-def draw(run_dir, test, records, **changes):
-    """The pixels of the report, uint8 [height, width, 3]."""
-    run_dir.mkdir(exist_ok=True)
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records))
-    (run_dir / "result.json").write_text(json.dumps(result(**changes)))
-    path = report.draw_report(run_dir, test)
-    assert path == run_dir / "report.png"
-    assert sorted(file.name for file in run_dir.iterdir()) == ["metrics.jsonl", "report.png", "result.json"]
-    picture = Image.open(path)
-    assert picture.format == "PNG"
-    return np.array(picture.convert("RGB"))
+    (run_dir / "result.json").write_text(json.dumps(result))
+    (run_dir / "config.json").write_text(json.dumps({"config": {"lr": 0.05, "model": "<net>"}, "torch": "2.15"}))
+    write_report(run_dir, test, IMAGES)
+    return (run_dir / "index.html").read_text(), np.array(Image.open(run_dir / "report.png").convert("RGB"))
 
 
-def amount(pixels, color):
-    """Pixels that have about the `color`, "#rrggbb"."""
-    wanted = np.array([int(part, 16) for part in re.findall("..", color[1:])])
-    return int((np.abs(pixels.astype(int) - wanted).max(2) < 40).sum())
+def test_page_is_well_formed_and_self_contained(tmp_path):
+    page, _ = report(tmp_path / "<a & b>", evaluation("xyz"))
+    open_tags = []
+
+    class Balanced(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            assert all(value.startswith("data:") for name, value in attrs if name in ("src", "href"))
+            if tag not in ("meta", "img"):
+                open_tags.append(tag)
+
+        def handle_endtag(self, tag):
+            assert open_tags.pop() == tag
+
+        def handle_startendtag(self, tag, attrs):
+            assert all(value.startswith(("data:", "#")) for name, value in attrs if name.endswith(("src", "href")))
+
+    Balanced().feed(page)
+    assert not open_tags
+    assert "<script" not in page
+    assert "&lt;a &amp; b&gt;" in page
+    assert "&lt;net&gt;" in page
 
 
-def panels(pixels):
-    """Whether each third of the picture, below its head, holds something besides white."""
-    body = pixels[pixels.shape[0] // 5 :]
-    return [(third < 200).any(2).mean() > 0.005 for third in np.array_split(body, 3, axis=1)]
+def test_page_states_the_results(tmp_path):
+    test = evaluation(["plane", "a <b>", "dog"])
+    page, _ = report(tmp_path / "run", test, test_accuracy_tta=0.7, tta="crop")
+    assert "Test accuracy 66.67 %: 200 of 300 test images" in page
+    assert "70.00 % with test-time augmentation (crop)" in page
+    assert "40 steps of 500 images" in page
+    assert "<span>lr</span><span>0.05</span>" in page
+    assert "Synthetic" not in page
+    assert page.count("a &lt;b&gt;") >= 3, "class names are escaped: bars, confusion matrix, wrong pictures"
+    cells = [int(cell) for cell in re.findall(r">(\d+)</td>", page)]
+    assert cells == test.confusion().flatten().tolist()
+    assert page.count("<svg") == 3
+    assert "var(--train)" in page.split("<svg")[1], "charts follow the page's colour scheme"
 
 
-def test_the_report_is_a_picture_of_three_panels(tmp_path, test):
-    pixels = draw(tmp_path, test, WHOLE)
-    assert 500 < pixels.shape[0] < 1500
-    assert 1200 < pixels.shape[1] < 3000
-    assert panels(pixels) == [True] * 3
-    assert amount(pixels, report._TRAIN) > 500
-    assert amount(pixels, report._TEST) > 500
-    assert (tmp_path / "report.png").stat().st_size < 500_000
+def test_wrong_pictures_are_the_test_images(tmp_path):
+    test = evaluation("xyz")
+    page, _ = report(tmp_path / "run", test)
+    found = re.findall(r'base64,([^"]+)" alt="test image (\d+), class (\w+)">', page)
+    assert [int(i) for _, i, _ in found] == test.most_confidently_wrong(36)
+    for content, i, name in found:
+        pixels = np.array(Image.open(io.BytesIO(base64.b64decode(content))))
+        assert np.array_equal(pixels, IMAGES[int(i)].permute(1, 2, 0).numpy())
+        assert name == "xyz"[test.labels[int(i)]]
 
 
-def test_it_is_drawn_from_the_records(tmp_path, test):
-    whole = draw(tmp_path / "a", test, WHOLE)
-    other = draw(tmp_path / "b", test, [*WHOLE[:-1], epoch(40, 1.4, 0.5)])
-    width = whole.shape[1] // 3
-    assert np.array_equal(whole[:, :width], other[:, :width])  # the losses are the same
-    assert not np.array_equal(whole[:, width : 2 * width], other[:, width : 2 * width])
+def test_synthetic_dataset_is_marked(tmp_path):
+    _, plain = report(tmp_path / "real", evaluation("xyz"))
+    page, marked = report(tmp_path / "synthetic", evaluation("xyz"), dataset="synthetic")
+    assert "Synthetic dataset, not CIFAR-10" in page
+    red = np.array([0xB3, 0x26, 0x1E])
+    assert not (plain == red).all(2).any()
+    assert (marked == red).all(2).sum() > 1000
 
 
-def test_the_stand_in_is_marked_in_red(tmp_path, test):
-    real, stand_in = draw(tmp_path / "a", test, WHOLE), draw(tmp_path / "b", test, WHOLE, dataset="synthetic")
-    head = real.shape[0] // 6
-    assert amount(real[:head], "#b3261e") == 0
-    assert amount(stand_in[:head], "#b3261e") > 5000
+@pytest.mark.parametrize("count", [2, 100])
+def test_any_number_of_classes(tmp_path, count):
+    page, _ = report(tmp_path / "run", evaluation([f"$class {i}" for i in range(count)]))
+    assert f"$class {count - 1}" in page
 
 
-def test_a_single_log_point_and_epoch_are_seen(tmp_path, test):
-    pixels = draw(tmp_path, test, [log(8, 2.3), epoch(8, 2.2, 0.2)], steps=8, world_size=1)
-    left = pixels[pixels.shape[0] // 5 :, : pixels.shape[1] // 3]
-    assert amount(left, report._TRAIN) > 60  # more than the line in the legend: a dot
-    assert amount(left, report._TEST) > 60
+def test_no_records_and_no_mistakes(tmp_path):
+    right = evaluation("xyz")
+    page, _ = report(tmp_path / "run", Evaluation(0.1, right.labels, right.labels, right.confidence, right.classes), [])
+    assert "Most confidently wrong" not in page
 
 
-@pytest.mark.parametrize(
-    "records",
-    [
-        [],
-        [log(1, float("nan")), epoch(1, float("inf"), 0.1)],
-        [{"step": 1}, {"step": 2, "train/loss": 1.0}, {"step": 3, "test/accuracy": 0.5}],
-        [*WHOLE[:4], *[log(40, 1.5), epoch(40, 1.4, 0.6)], log(50, 1.2)],  # resumed, and ended before its epoch did
-    ],
-    ids=["nothing", "not finite", "gaps", "resumed"],
-)
-def test_what_is_missing_is_left_out(tmp_path, test, records):
-    assert panels(draw(tmp_path, test, records))[2]
-
-
-def test_a_line_that_a_full_disk_cut_short_is_left_out(tmp_path, test):
-    wanted = draw(tmp_path, test, WHOLE)
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 50, "train/lo')
-    assert np.array_equal(np.array(Image.open(report.draw_report(tmp_path, test)).convert("RGB")), wanted)
-
-
-def test_a_class_without_images_does_no_harm(tmp_path):
-    labels = LABELS % 9
-    assert panels(draw(tmp_path, Evaluation(1.0, labels, labels, torch.ones(1000).double()), WHOLE))[2]
-
-
-@pytest.mark.parametrize(
-    "values", [[0.0] * 11, [100.0] * 11, [50.0, 50.5, 51.0], [3.0, 90.0], [], [0, 1, 2, 50, 51, 97, 98, 99, 99, 100]]
-)
-def test_labels_keep_their_distance_and_order(values):
-    heights = report._spread(values, gap=4.6)
-    assert len(heights) == len(values)
-    assert all(b - a >= 4.6 - 1e-9 for a, b in pairwise(heights))
-    assert all(0 <= height <= 100 for height in heights)
-
-
-def test_labels_that_have_room_stay_where_they_are():
-    assert report._spread([20.0, 50.0, 80.0], gap=4.6) == [20.0, 50.0, 80.0]
+def test_matplotlib_settings_of_the_user_do_not_matter(tmp_path):
+    page, picture = report(tmp_path / "a", evaluation("xyz"))
+    with matplotlib.rc_context({"axes.facecolor": "black", "font.size": 30, "svg.fonttype": "path"}):
+        other_page, other_picture = report(tmp_path / "b", evaluation("xyz"))
+    assert np.array_equal(picture, other_picture)
+    assert page.split("<svg")[1:] == other_page.split("<svg")[1:]
