@@ -66,10 +66,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         if content.get("format", 1) not in (1, FORMAT):
             raise UserError(f"{path} has checkpoint format {content['format']!r}: load it with a later version")
-        content = content if "format" in content else _upgrade(content)
-        names = [content["dataset"], *content["classes"]]
-        valid = content["classes"] and all(isinstance(name, str) for name in names)
-        valid = valid and isinstance(content["config"], dict) and isinstance(content["state"], dict)
+        if "format" not in content:
+            content = _upgrade(content)
+        config, dataset, classes, state = (content[key] for key in ("config", "dataset", "classes", "state"))
+        valid = isinstance(config, dict) and isinstance(state, dict) and isinstance(classes, list) and len(classes) > 0
+        valid = valid and all(isinstance(name, str) for name in (dataset, *classes))
     except (AttributeError, LookupError, TypeError, ZeroDivisionError):
         valid = False
     if not valid:
