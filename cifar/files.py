@@ -9,12 +9,12 @@ from typing import IO, Any
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Have `write` fill a temporary file, flush it to the disk and rename it to `path`.
+    """Let `write` fill a temporary file, flush it to disk and rename it to `path`.
 
-    Whatever interrupts it, `path` is afterwards either what it was or complete.
+    After an interruption at any point, `path` is unchanged or complete.
 
     Raises:
-        OSError: the disk is full or not writable; `path` is what it was.
+        OSError: the disk is full or not writable; `path` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -26,13 +26,13 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    # The rename itself lasts once the folder is on the disk. Not every file system can do that; `path` is new anyhow.
+    # The rename is durable once the directory is flushed, which some file systems do not support.
     with contextlib.suppress(OSError):
-        folder = os.open(path.parent, os.O_RDONLY)
+        directory = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(directory)
         finally:
-            os.close(folder)
+            os.close(directory)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,0 +1,80 @@
+"""Checkpoints to write and to corrupt, and a dataset small enough to train on in a test."""
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cifar.checkpoint import DamagedCheckpointError, load_checkpoint
+from cifar.datasets import DATASETS
+from cifar.datasets.base import Dataset
+from cifar.datasets.cifar10 import CLASSES
+from cifar.models import build_model
+from cifar.optim import build_optimizer
+from cifar.recipes import config_from_recipe
+from tests.helpers.comparing import same
+
+
+def content(step: int = 1, recipe: str = "tutorial", **state: Any) -> dict[str, Any]:
+    """Return a checkpoint of a `net` and its optimizer after one update; others at every `step`."""
+    torch.manual_seed(step)
+    config = config_from_recipe(recipe)
+    model = build_model("net", 10)
+    optimizer = build_optimizer(model, config)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    return {
+        "format": 2,
+        "config": config.to_json() | {"model": "net"},
+        "dataset": "synthetic",
+        "classes": list(CLASSES),
+        "state": {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": {},
+            "running_loss": [1.5, 2.5],
+            "running_steps": 3,
+            "step": step,
+            "train_seconds": 4.5,
+            "best_accuracy": 0.5,
+            "best_step": step,
+        }
+        | state,
+    }
+
+
+def small() -> dict[str, Any]:
+    """Return a checkpoint of few bytes."""
+    return {"format": 2, "config": {}, "dataset": "", "classes": ["a"], "state": {"x": torch.arange(1, 9)}}
+
+
+def zip_of(value: Any) -> bytes:
+    """Return what torch.save writes."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def flip_bits(path: Path, bits: Iterable[int]) -> tuple[int, list[int]]:
+    """Flip bits of a checkpoint, one at a time; return how many were detected, and those that changed its content."""
+    raw, original, detected, changed = path.read_bytes(), load_checkpoint(path), 0, []
+    for bit in bits:
+        flipped = bytearray(raw)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            if not same(load_checkpoint(path), original):
+                changed.append(bit)
+        except DamagedCheckpointError:
+            detected += 1
+    return detected, changed
+
+
+def use_tiny_dataset(patched: pytest.MonkeyPatch, count: int = 200) -> None:
+    """Replace the synthetic dataset by `count` images of noise."""
+    images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    split = (images, torch.arange(count) % 10)
+    patched.setitem(DATASETS, "synthetic", lambda _: Dataset(CLASSES, split, split))

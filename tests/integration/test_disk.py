@@ -1,0 +1,93 @@
+"""Corrupt checkpoints, bit by bit, and a disk that is really full."""
+
+import subprocess
+from contextlib import suppress
+
+import pytest
+
+import train_ddp
+from cifar.checkpoint import DamagedCheckpointError, checkpoints, load_checkpoint, save_checkpoint
+from cifar.run import Run
+from tests.helpers.checkpoints import flip_bits, small, use_tiny_dataset
+from tests.helpers.comparing import wait_for_checkpoints
+from tests.helpers.processes import records, result, train
+
+pytestmark = pytest.mark.slow
+
+
+def test_no_flipped_bit_changes_a_tensor(tmp_path):
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, small())
+    size = path.stat().st_size
+    detected, changed = flip_bits(path, range(8 * size))
+    assert changed == []
+    assert detected > 8 * size // 3
+
+
+def test_every_truncation_is_detected(tmp_path):
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, small())
+    raw = path.read_bytes()
+    for length in range(len(raw)):
+        path.write_bytes(raw[:length])
+        with pytest.raises(DamagedCheckpointError):
+            load_checkpoint(path)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 8 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no tmpfs can be mounted here: {getattr(error, 'stderr', '') or error}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_run_on_a_full_disk_continues_and_writes_checkpoints_again(small_disk, monkeypatch, capsys):
+    use_tiny_dataset(monkeypatch)
+    run_dir, ballast, save = small_disk / "run", small_disk / "ballast", Run.save_checkpoint
+
+    def save_on_a_shared_disk(run):
+        if run.state.step == 16:
+            with suppress(OSError), ballast.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(1 << 12))
+        elif run.state.step == 56:
+            ballast.unlink()
+        save(run)
+
+    monkeypatch.setattr(Run, "save_checkpoint", save_on_a_shared_disk)
+    wait_for_checkpoints(monkeypatch)
+    flags = "--device cpu --dataset synthetic --wandb disabled --local-batch-size 5 --epochs 2 --log-steps 1"
+    train_ddp.main([*flags.split(), "--checkpoint-steps", "8", "--keep-checkpoints", "2", "--run-dir", str(run_dir)])
+
+    printed = capsys.readouterr().out.splitlines()
+    lost = [line for line in printed if line.startswith("WARNING: no checkpoint at step")]
+    assert [line.split("step ")[1].split(":")[0] for line in lost] == ["16", "24", "32", "40", "48"]
+    assert all("No space left on device; earlier checkpoints are unchanged" in line for line in lost)
+    assert sorted(checkpoints(run_dir)) == [72, 80]
+    for step, path in checkpoints(run_dir).items():
+        assert load_checkpoint(path)["state"]["step"] == step
+    assert sum("metrics.jsonl" in line for line in printed if "WARNING" in line) == 1
+    assert result(run_dir)["steps"] == 80
+    with_space = [*range(1, 17), *range(57, 81)]  # all records from then are there
+    assert [step for step, _ in records(run_dir, "train/loss") if step in with_space] == with_space
+
+
+def test_disk_that_is_too_small_is_an_error_before_training(small_disk, monkeypatch):
+    (small_disk / "ballast").write_bytes(bytes(7_900_000))
+    done = train("--dataset", "synthetic", "--run-dir", "disk/run", cwd=small_disk.parent)
+    assert done.returncode == 2
+    assert "loss" not in done.stdout
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("train_ddp.py: error: the run directory disk/run does not take the ")
+    assert not list((small_disk / "run").iterdir())
+    (small_disk / "ballast").unlink()
+    use_tiny_dataset(monkeypatch)
+    flags = "--device cpu --dataset synthetic --wandb disabled --local-batch-size 20 --max-steps 1"
+    train_ddp.main([*flags.split(), "--run-dir", str(small_disk / "run")])  # the same directory works
