@@ -1,4 +1,4 @@
-"""The datasets by name. To add one, add a file here and a line to `DATASETS`."""
+"""Registry of datasets. To add one, add a file here and a line to `DATASETS`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,7 @@ from cifar.datasets.base import Dataset
 from cifar.datasets.cifar10 import load_cifar10
 from cifar.datasets.synthetic import make_synthetic
 
-# A function from the data directory to the dataset, for each name of --dataset.
+# For each --dataset, the function that loads it from --data-dir. `Dataset.check` lists what it has to return.
 DATASETS: dict[str, Callable[[Path], Dataset]] = {
     "cifar10": load_cifar10,
     "synthetic": lambda _: make_synthetic(),

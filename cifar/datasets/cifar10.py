@@ -1,20 +1,18 @@
-"""The real CIFAR-10 (Krizhevsky 2009): found, fetched, verified and read."""
+"""CIFAR-10 (Krizhevsky 2009): download, verify, unpack and read it."""
 
-import contextlib
 import os
 import re
-import shutil
 import tarfile
 import tempfile
-import zlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from filelock import FileLock, Timeout
 
-from cifar.datasets.base import Dataset
+from cifar.datasets.base import Dataset, Split
 from cifar.datasets.download import Archive, DownloadError, fetch, sha256
 from cifar.errors import UserError
 
@@ -34,128 +32,99 @@ ARCHIVE = Archive(
 
 
 def prepare_cifar10(data_dir: Path, data_url: str | None, required: bool, show: bool = True) -> str | None:
-    """See to it that `data_dir/cifar-10-batches-py` is there: as it is, from an archive beside it, or downloaded.
+    """Ensure that `data_dir/cifar-10-batches-py` exists: already unpacked, or from an archive beside it, or downloaded.
 
-    Launches that share a folder take turns. A folder that is there is left as it is, and may be read-only.
+    Launches that share a directory take turns. An existing directory is not touched and may be read-only.
 
     Args:
         data_url: a source to try before the built-in ones.
-        required: whether failing to get it is a mistake.
+        required: raise an error if CIFAR-10 is not available.
         show: print progress.
 
     Returns:
-        None, or the reason why it can't be had.
+        None, or the reason why CIFAR-10 is not available.
 
     Raises:
-        UserError: an archive in `data_dir` is damaged or unsafe, or `required` and there is no way to get the files.
+        UserError: an archive in `data_dir` is corrupt, or `required` and CIFAR-10 is not available.
     """
-    folder = data_dir / FOLDER
+    folder, archive = data_dir / FOLDER, data_dir / ARCHIVE.name
     try:
         if folder.exists():
             return None
         data_dir.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(data_dir, show):
+        with _lock(data_dir, show):
             if folder.exists():
                 return None
-            archive = data_dir / ARCHIVE.name
-            if archive.exists():
-                if sha256(archive) != ARCHIVE.sha256:
-                    raise UserError(
-                        f"{archive} is damaged or incomplete: its SHA-256 is not that of CIFAR-10; "
-                        f"move it away to download it anew"
-                    )
-                unpack(archive, data_dir)
-            else:
+            if not archive.exists():
                 urls = ((data_url,) if data_url else ()) + ARCHIVE.urls
-                part = fetch(ARCHIVE, urls, data_dir, show)
-                unpack(part, data_dir)
+                part = fetch(replace(ARCHIVE, urls=urls), data_dir, show)
+                _unpack(part, data_dir)
                 part.unlink()
+            elif sha256(archive) == ARCHIVE.sha256:
+                _unpack(archive, data_dir)
+            else:
+                raise UserError(
+                    f"{archive} is corrupt or incomplete: its SHA-256 is not that of CIFAR-10; "
+                    f"move it away to download it again"
+                )
         return None
     except DownloadError as error:
-        reason = f"it is not in {data_dir} and no source serves it ({error})"
+        reason = f"it is not in {data_dir} and no source worked ({error})"
     except OSError as error:
-        reason = f"it is not in {data_dir}, and it can't be put there ({error})"
+        reason = f"it is not in {data_dir} and cannot be written there ({error})"
     if required:
         raise UserError(
-            f"CIFAR-10 can't be had: {reason}. Three ways out: name a mirror with --data-url URL, copy the folder "
-            f"{FOLDER} or the file {ARCHIVE.name} into {data_dir}, or train on the stand-in with --dataset synthetic"
+            f"CIFAR-10 is not available: {reason}; name a mirror with --data-url URL, copy the directory {FOLDER} "
+            f"or the file {ARCHIVE.name} into {data_dir}, or use the synthetic dataset with --dataset synthetic"
         )
     return reason
 
 
-@contextlib.contextmanager
-def _one_at_a_time(folder: Path, show: bool) -> Iterator[None]:
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder / ".cifar-10.lock")
+def _lock(data_dir: Path, show: bool) -> AbstractContextManager[object]:
+    """Return a lock that only one process at a time holds; it is released on exit."""
+    lock = FileLock(data_dir / ".cifar-10.lock")
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except Timeout:
         if show:
-            print(f"another process is fetching CIFAR-10 into {folder}: waiting for it", flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+            print(f"waiting for another process that downloads CIFAR-10 into {data_dir}", flush=True)
+        return lock.acquire()
 
 
-def unpack(archive: Path, data_dir: Path) -> None:
-    """Unpack `archive` into `data_dir/cifar-10-batches-py`, all of it or nothing.
-
-    Raises:
-        UserError: the archive can't be read, or holds anything but plain files of that folder.
-    """
-    with tempfile.TemporaryDirectory(prefix=".cifar-10-", dir=data_dir) as temporary:
-        try:
-            with tarfile.open(archive) as tar:
-                members = tar.getmembers()
-                for member in members:
-                    path = Path(member.name)
-                    inside = path.parts[:1] == (FOLDER,) and ".." not in path.parts
-                    plain = (member.isdir() and len(path.parts) == 1) or (member.isfile() and len(path.parts) == 2)
-                    if not (inside and plain):
-                        raise UserError(
-                            f"{archive} holds {member.name!r}, which has no place in CIFAR-10: not unpacked"
-                        )
-                for member in members:
-                    source = tar.extractfile(member)
-                    if source is not None:
-                        target = Path(temporary) / member.name
-                        target.parent.mkdir(exist_ok=True)
-                        with source, target.open("wb") as file:
-                            shutil.copyfileobj(source, file)
-        except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise  # the disk's complaint, not the archive's
-            raise UserError(f"{archive} can't be unpacked: {error}") from error
+def _unpack(archive: Path, data_dir: Path) -> None:
+    """Unpack a verified archive into `data_dir/cifar-10-batches-py`, wholly or not at all."""
+    with tempfile.TemporaryDirectory(prefix=".cifar-10-", dir=data_dir) as temporary, tarfile.open(archive) as tar:
+        tar.extractall(temporary, filter="data")
         os.rename(Path(temporary) / FOLDER, data_dir / FOLDER)
 
 
 def load_cifar10(data_dir: Path) -> Dataset:
-    """(images, labels) of the training and of the test set: uint8 [n, 3, 32, 32] and int64 [n], on the CPU.
+    """Load CIFAR-10 from `data_dir/cifar-10-batches-py`: 50,000 training and 10,000 test images.
 
-    torchvision reads the files and checks the MD5 of each before it is unpickled.
+    torchvision reads the files, and checks the MD5 of each before it is unpickled.
 
     Raises:
-        UserError: names the file that is missing or damaged.
+        UserError: names the file that is missing, corrupt or unreadable.
     """
     reader = _torchvision_cifar10()
 
-    def split(train: bool) -> tuple[Tensor, Tensor]:
+    def split(train: bool) -> Split:
         files = reader(data_dir, train=train)
-        images = torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous()
+        images = torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous()  # [n, 32, 32, 3] -> [n, 3, 32, 32]
         return images, torch.tensor(files.targets)
 
     try:
         return Dataset(CLASSES, split(train=True), split(train=False))
     except RuntimeError as error:
-        raise UserError(f"{_damaged_file(reader, data_dir)}: CIFAR-10 as it is there can't be used") from error
+        raise UserError(
+            f"{_corrupt_file(reader, data_dir)}; delete {data_dir / FOLDER} to download CIFAR-10 again"
+        ) from error
     except OSError as error:
-        raise UserError(f"{error.filename or data_dir / FOLDER} can't be read: {error.strerror or error}") from error
+        raise UserError(f"cannot read {error.filename or data_dir / FOLDER}: {error.strerror or error}") from error
 
 
-def _damaged_file(reader: Any, data_dir: Path) -> str:
+def _corrupt_file(reader: Any, data_dir: Path) -> str:
+    """Say which file torchvision did not accept."""
     from torchvision.datasets.utils import check_integrity
 
     expected = [*reader.train_list, *reader.test_list, (reader.meta["filename"], reader.meta["md5"])]
@@ -164,16 +133,15 @@ def _damaged_file(reader: Any, data_dir: Path) -> str:
         if not path.is_file():
             return f"{path} is missing"
         if not check_integrity(path, md5):
-            return f"{path} is damaged (its MD5 is not the original's)"
-    return f"{data_dir / FOLDER} can't be read"
+            return f"{path} is corrupt: its MD5 is not that of CIFAR-10"
+    return f"cannot read {data_dir / FOLDER}"
 
 
 def _torchvision_cifar10() -> Any:
-    """torchvision's CIFAR10, even where torchvision's compiled operators don't fit this torch.
+    """Return torchvision's CIFAR10 class, also where torchvision's compiled operators do not fit this torch.
 
-    There, `import torchvision` ends with "operator torchvision::nms does not exist", as it registers a shape rule for
-    that operator and, in newer ones, for qnms. Nothing here needs these operators, so each that it misses is
-    declared, without a body, and the import tried again.
+    Then `import torchvision` fails with "operator torchvision::nms does not exist", as it registers shape rules for
+    operators that are missing. CIFAR-10 needs none of them: declare each without a body, and import again.
     """
     while True:
         try:

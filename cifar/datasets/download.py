@@ -1,24 +1,26 @@
-"""Fetching one archive from the first of several sources that serves it whole: resumable, verified, never trusted."""
+"""Download an archive from one of several sources: resumable, and verified by SHA-256.
+
+torch.hub, torchvision and pooch start over after an interruption; a slow source needs an hour for CIFAR-10.
+"""
 
 import contextlib
 import hashlib
 import http.client
 import sys
-import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from email.message import Message
 from pathlib import Path
-from typing import Any
 
-_CHUNK = 1 << 20
-_ATTEMPTS = 5
+from tqdm import tqdm
+
+_CHUNK = 1 << 20  # bytes
+_ATTEMPTS = 5  # for each source
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A file to be had from several places: `size` in bytes, `sha256` in hexadecimal, `urls` in order of preference."""
+    """A file: `size` in bytes, `sha256` in hexadecimal, `urls` of sources to try in order."""
 
     name: str
     size: int
@@ -27,149 +29,90 @@ class Archive:
 
 
 class DownloadError(Exception):
-    """No source served the archive; the text says which failed and why."""
+    """The reason why a source failed, or the reasons of all sources."""
 
 
-def fetch(archive: Archive, urls: Sequence[str], folder: Path, show: bool = True, timeout: float = 20.0) -> Path:
-    """Download `archive` into `folder`, going on from a partial file, and check its SHA-256.
+def fetch(archive: Archive, folder: Path, show: bool = True, timeout: float = 20.0) -> Path:
+    """Download `archive`, or the rest of it, and return the verified file `folder/NAME.part`. The caller deletes it.
 
     Args:
-        urls: sources to try in order.
         show: print progress.
         timeout: seconds without a byte after which a source has stalled.
 
-    Returns:
-        The path of the verified file, `folder/NAME.part`, which is the caller's to delete.
-
     Raises:
         DownloadError: no source worked.
-        OSError: the folder can't be written.
+        OSError: the directory cannot be written.
     """
-    part = folder / (archive.name + ".part")
+    part = folder / f"{archive.name}.part"
     part.touch()
     failures = []
-    for url in urls:
-        reason = _fetch_from(url, archive, part, show, timeout)
-        if reason is None:
-            return part
+    for url in archive.urls:
+        for _ in range(_ATTEMPTS):
+            before = part.stat().st_size
+            try:
+                _receive(url, archive, part, show, timeout)
+                if sha256(part) == archive.sha256:
+                    return part
+                part.write_bytes(b"")  # start over: the wrong bytes may come from an earlier source
+                reason = "the SHA-256 is not that of the archive"
+            except DownloadError as error:
+                reason = str(error)
+            if part.stat().st_size == before:
+                break  # nothing gained
         failures.append(f"{url}: {reason}")
     if part.stat().st_size == 0:
         part.unlink()
     raise DownloadError("; ".join(failures))
 
 
-def _fetch_from(url: str, archive: Archive, part: Path, show: bool, timeout: float) -> str | None:
-    """Try one source; the reason for which it failed, or None."""
-    reason = ""
-    for _ in range(_ATTEMPTS):
-        start = part.stat().st_size
-        try:
-            _receive(url, archive, part, show, timeout)
-        except _SourceError as error:
-            reason = str(error)
-        else:
-            digest = sha256(part)
-            if digest == archive.sha256:
-                return None
-            reason = f"SHA-256 is {digest[:12]}..., not {archive.sha256[:12]}...: not the archive it should be"
-            part.write_bytes(b"")  # only ever bytes that this program wrote
-            if start > 0:
-                continue  # the fault may lie in what an earlier source left: once more, from the beginning
-        if part.stat().st_size <= start:
-            break  # nothing gained: another try would go the same way
-    return reason
-
-
 def _receive(url: str, archive: Archive, part: Path, show: bool, timeout: float) -> None:
-    """Append to `part` what is missing of it. Returns when the file has its full size.
-
-    Raises:
-        _SourceError: the source has something else, or stopped before the end.
-    """
-    have = part.stat().st_size
-    if have >= archive.size:
+    """Append the missing bytes to `part`, or replace its content if the source cannot resume."""
+    have, size = part.stat().st_size, archive.size
+    if have >= size:
         return
-    with contextlib.ExitStack() as stack:
-        with _blaming_source(timeout):
-            request = urllib.request.Request(url, headers={"User-Agent": "cifar-ddp"})
-            if have:
-                request.add_header("Range", f"bytes={have}-")
-            response = stack.enter_context(urllib.request.urlopen(request, timeout=timeout))
-        resumes = response.status == 206 and f"bytes {have}-" in response.headers.get("Content-Range", "")
-        if not resumes:
-            have = 0  # the server sends the whole file
-        _check_offer(response.headers, archive, have)
+    headers = {"User-Agent": "cifar-ddp"} | ({"Range": f"bytes={have}-"} if have else {})
+    with _network_errors(timeout):
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
+    with response:
+        if response.status != 206 or f"bytes {have}-" not in response.headers.get("Content-Range", ""):
+            have = 0  # the source sends the whole file
+        # Refuse a wrong file before it replaces bytes that the next source could resume.
+        if response.headers.get_content_type() == "text/html":
+            raise DownloadError("sent a web page")
+        length = response.headers.get("Content-Length", "")
+        if length.isdecimal() and have + int(length) != size:
+            raise DownloadError(f"has {have + int(length):,} bytes instead of {size:,}")
         if show:
             print(f"downloading {url}" + (f", from byte {have:,} on" if have else ""), flush=True)
-        file = stack.enter_context(part.open("r+b"))
-        advance = stack.enter_context(_progress(archive, have, show))
-        file.truncate(have)
-        file.seek(have)
-        while True:
-            with _blaming_source(timeout):
-                chunk = response.read1(_CHUNK)
-            if not chunk:
-                break
-            have += len(chunk)
-            if have > archive.size:
-                file.truncate(0)  # none of it can be trusted
-                raise _SourceError(f"sends more than the {archive.size:,} bytes of the archive")
-            file.write(chunk)
-            advance(len(chunk))
-    if have < archive.size:
-        raise _SourceError(f"ended after {have:,} of {archive.size:,} bytes")
-
-
-def _check_offer(headers: Message, archive: Archive, have: int) -> None:
-    """Refuse what can't be the archive before a byte of it is kept, so that the next source needn't repair it."""
-    if headers.get_content_type() == "text/html":
-        raise _SourceError("sends a web page, not the archive")
-    length = headers.get("Content-Length", "")
-    if length.isdecimal() and have + int(length) != archive.size:
-        raise _SourceError(f"has {have + int(length):,} bytes, not the {archive.size:,} of the archive")
-
-
-class _SourceError(Exception):
-    """Why a source failed."""
+        draw = show and sys.stderr.isatty()
+        bar = tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=archive.name, disable=not draw)
+        with bar, part.open("ab") as file:
+            file.truncate(have)
+            while have < size:
+                with _network_errors(timeout):
+                    chunk = response.read1(min(_CHUNK, size - have))
+                if not chunk:
+                    raise DownloadError(f"ended after {have:,} of {size:,} bytes")
+                file.write(chunk)
+                bar.update(len(chunk))
+                tenth, have = 10 * have // size, have + len(chunk)
+                if show and not draw and 10 * have // size > tenth:
+                    print(f"  {10 * have // size}0 % of {size / 1e6:,.1f} MB", flush=True)
 
 
 @contextlib.contextmanager
-def _blaming_source(timeout: float) -> Iterator[None]:
-    """Tell the network's failures, which are the source's, from the disk's, which no other source would mend."""
+def _network_errors(timeout: float) -> Iterator[None]:
+    """Convert network errors to DownloadError. (Not used for the disk: no other source would mend that.)"""
     try:
         yield
-    except urllib.error.HTTPError as error:
-        error.close()
-        raise _SourceError(f"HTTP {error.code} {error.reason}") from error
     except TimeoutError as error:
-        raise _SourceError(f"no data for {timeout:g} s") from error
+        raise DownloadError(f"no data for {timeout:g} s") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise _SourceError(str(getattr(error, "reason", "") or error) or type(error).__name__) from error
+        text = " ".join(str(error).split()).strip("<>")  # on one line, and urllib's brackets removed
+        raise DownloadError(text or type(error).__name__) from error
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def _progress(archive: Archive, have: int, show: bool) -> Iterator[Any]:
-    """A bar on a terminal, a line for every tenth otherwise."""
-    if show and sys.stderr.isatty():
-        from tqdm import tqdm
-
-        with tqdm(total=archive.size, initial=have, unit="B", unit_scale=True, desc=archive.name) as bar:
-            yield bar.update
-        return
-
-    done = have
-
-    def advance(count: int) -> None:
-        nonlocal done
-        before, done = done, done + count
-        tenth = 10 * done // archive.size
-        if show and tenth > 10 * before // archive.size:
-            print(f"  {10 * tenth} % of {archive.size / 1e6:,.1f} MB", flush=True)
-
-    yield advance
