@@ -1,4 +1,4 @@
-"""Reading a run's records: metrics.jsonl, result.json, config.json."""
+"""metrics.jsonl: a JSON object per line, with the step and the numbers logged at it."""
 
 import contextlib
 import errno
@@ -14,57 +14,25 @@ Series = list[tuple[float, float]]
 """Points (x, y) of a curve."""
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; one that a full disk cut short is left out."""
-    path = run_dir / "metrics.jsonl"
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
-
-
-def series(records: list[dict[str, Any]], name: str) -> Series:
-    """(step, value) of the records of `name` that can be drawn."""
-    return [(record["step"], record[name]) for record in records if math.isfinite(record.get(name, math.nan))]
-
-
-def seconds_of_training(records: list[dict[str, Any]], global_batch_size: int) -> Series:
-    """(step, seconds of training until then) at the log points, from the images/s between them."""
-    points, seconds, before = [(0.0, 0.0)], 0.0, 0.0
-    for step, rate in series(records, "train/images_per_second"):
-        seconds += (step - before) * global_batch_size / rate
-        before = step
-        points.append((step, seconds))
-    return points
-
-
 class MetricsFile:
-    """`metrics.jsonl`: a JSON object per line, with the step and the numbers logged at it."""
+    """The `metrics.jsonl` of a run in progress."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._complained = False
+        self._warned = False
 
     def keep_until(self, step: int) -> list[dict[str, Any]]:
-        """Drop the lines after `step`, which a resumed run is about to write again, and any that is cut short.
+        """Drop the records after `step`, which a resumed run logs again, and any that is corrupt.
 
         Returns:
-            What the lines that are kept hold.
+            The records that are left, in order.
         """
         if not self.path.exists():
             return []
-        kept, rows = [], []
-        for line in self.path.read_text().splitlines():
-            with contextlib.suppress(ValueError):
-                row = json.loads(line)
-                if row["step"] <= step:
-                    kept.append(line + "\n")
-                    rows.append(row)
-        write_atomically(self.path, lambda file: file.write("".join(kept).encode()))
-        return rows
+        kept = [record for record in _parse(self.path.read_bytes()) if record["step"] <= step]
+        lines = "".join(json.dumps(record) + "\n" for record in kept)
+        write_atomically(self.path, lambda file: file.write(lines.encode()))
+        return kept
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Append the numbers among `values`. A full disk costs the line and one warning, not the run."""
@@ -74,9 +42,42 @@ class MetricsFile:
             with self.path.open("ab", buffering=0) as file:
                 end = file.tell()
                 if file.write(line) < len(line):
-                    file.truncate(end)  # half a line would spoil the next one too
+                    file.truncate(end)  # half a line would spoil the next one, too
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            if not self._complained:
-                print(f"WARNING: {self.path} can't be written: {error}", flush=True)
-                self._complained = True
+            if not self._warned:
+                print(f"WARNING: {self.path} cannot be written: {error}", flush=True)
+                self._warned = True
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the records of `run_dir`'s metrics.jsonl, in order; corrupt lines are left out."""
+    path = run_dir / "metrics.jsonl"
+    return _parse(path.read_bytes()) if path.exists() else []
+
+
+def series(records: list[dict[str, Any]], name: str) -> Series:
+    """Return (step, value) of the records that hold a finite number `name`."""
+    points = ((record["step"], record.get(name)) for record in records)
+    return [(step, value) for step, value in points if isinstance(value, int | float) and math.isfinite(value)]
+
+
+def seconds_of_training(records: list[dict[str, Any]], global_batch_size: int) -> Series:
+    """Return (step, seconds of training until then) at the log points, computed from their images per second."""
+    points, seconds, before = [(0.0, 0.0)], 0.0, 0.0
+    for step, rate in series(records, "train/images_per_second"):
+        seconds += (step - before) * global_batch_size / rate
+        before = step
+        points.append((step, seconds))
+    return points
+
+
+def _parse(content: bytes) -> list[dict[str, Any]]:
+    """Return the lines that are JSON objects with an integer step: a full disk may have cut one short."""
+    records = []
+    for line in content.splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict) and type(record.get("step")) is int:
+                records.append(record)
+    return records

@@ -1,4 +1,4 @@
-"""The records of a run, made by rank zero: W&B, metrics.jsonl and result.json."""
+"""What a run records: metrics.jsonl and the W&B run. Rank zero writes both."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,34 +11,39 @@ from cifar.distributed.runtime import Runtime
 from cifar.evaluation import Evaluation
 from cifar.metrics import MetricsFile
 from cifar.train_state import LogPoint
-from cifar.wandb_logger import STEP_AXIS, define_metrics, end_wandb, finish, first_line, pictures, replay, start_wandb
+from cifar.wandb_logger import STEP_AXIS, define_metrics, finish, first_line, pictures, replay, start_wandb, stop_wandb
 
 
 class Tracking:
-    """What a run records, on every rank; only rank zero writes."""
+    """The records of a run. Every rank has one and calls the same methods; only rank zero writes."""
 
     def __init__(
         self, config: TrainConfig, runtime: Runtime, run_dir: Path, data: Data, facts: dict[str, Any], step: int = 0
     ) -> None:
-        """Open the records. `facts` go into W&B's configuration beside `config`."""
+        """Open the records.
+
+        Args:
+            facts: added to `config` in W&B's configuration of the run.
+            step: the step at which the run continues; records after it are dropped.
+        """
         self._accelerator = runtime.accelerator
         self._runtime, self._data = runtime, data
-        self.metrics = MetricsFile(run_dir / "metrics.jsonl")
-        # accelerate logs through trackers of its own kind; others of them (TensorBoard, MLflow, ...) can be added here.
+        self._metrics = MetricsFile(run_dir / "metrics.jsonl")
+        # accelerate logs to a list of trackers; append to it for TensorBoard, MLflow and others.
         self._accelerator.trackers = []
-        recorded = self.metrics.keep_until(step) if runtime.is_main else []
-        self._held: dict[str, Any] = {}
+        recorded = self._metrics.keep_until(step) if runtime.is_main else []
+        self._row: dict[str, Any] = {}
         self._wandb = start_wandb(config, runtime, run_dir)
         self._started = self._wandb is not None
         if self._wandb is not None:
             self._accelerator.trackers.append(self._wandb)
-            with self._surviving_wandb():
+            with self._survive_wandb():
                 self._wandb.store_init_configuration(config.to_json() | facts)
                 define_metrics(self._wandb.tracker)
                 replay(self._wandb.tracker, recorded, run_dir)
 
     def describe(self) -> str:
-        """Where W&B's record goes, for the banner."""
+        """Return where the W&B run is, for the banner: a URL, the command that uploads it, or "no record"."""
         if self._wandb is None:
             return "no record"
         run = self._wandb.tracker
@@ -47,58 +52,60 @@ class Tracking:
         return f"offline, upload with: wandb sync {Path(run.dir).parent}" if run.offline else str(run.url)
 
     def log_train(self, point: LogPoint, test_follows: bool = False) -> None:
-        """Record a log point, after whose step an evaluation may be recorded, too."""
+        """Record training metrics. `test_follows`: `log_test` is called next, for the same step."""
         values = {
             "epoch": point.epoch,
             "train/loss": point.loss,
             "train/lr": point.lr,
             "train/images_per_second": point.images_per_second,
         }
-        self._log(point.step, values, hold=test_follows)
+        self._log(point.step, values, complete=not test_follows)
 
     def log_test(self, step: int, epoch: int, test: Evaluation) -> None:
-        """Record an evaluation."""
-        classes = {f"test_class/{name}": x for name, x in test.class_accuracies().items()}
-        values = {"epoch": epoch, "test/loss": test.loss, "test/accuracy": test.accuracy, **classes}
-        self._log(step, values)
+        """Record an evaluation: loss, accuracy, and accuracy per class."""
+        classes = {f"test_class/{name}": accuracy for name, accuracy in test.class_accuracies().items()}
+        self._log(step, {"epoch": epoch, "test/loss": test.loss, "test/accuracy": test.accuracy, **classes})
 
     def finish(self, step: int, result: dict[str, Any], test: Evaluation) -> None:
-        """Record the end of the run in W&B: the result, the confusion matrix and the wrong images."""
-        with self._surviving_wandb():
+        """Record the result, the confusion matrix and the most confidently wrong images in W&B."""
+        with self._survive_wandb():
             if self._wandb is not None:
                 run = self._wandb.tracker
-                # The pictures first, so that the table's are the same files.
+                # One call each, in this order: W&B stores an image once, where the list has it, and the table refers
+                # to that file. A resumed run may be beyond `step` already.
                 for name, value in pictures(self._data, test).items():
-                    run.log({name: value}, step=max(step, run.step))  # an earlier start may have ended that row
+                    run.log({name: value}, step=max(step, run.step))
                 run.summary.update(result)
 
     def close(self, exit_code: int = 0, preempting: bool = False) -> None:
-        """Finish the W&B run; waits for its server no longer than half a minute, or 4 seconds after a failure."""
-        with self._surviving_wandb():
+        """Finish the W&B run. A silent server is waited for at most 30 s, or 4 s if `exit_code` is not 0."""
+        with self._survive_wandb():
             if self._wandb is not None:
                 finish(self._wandb.tracker, exit_code, preempting)
         if self._started:
-            end_wandb()
+            stop_wandb()
 
-    def _log(self, step: int, values: dict[str, Any], hold: bool = False) -> None:
+    def _log(self, step: int, values: dict[str, Any], complete: bool = True) -> None:
         if not self._runtime.is_main:
             return
-        self.metrics.log(step, values)
-        # W&B takes one row per step. Were the run killed before the rest is there, half a row would be all it ever got.
-        self._held |= values
-        if not hold:
-            with self._surviving_wandb():
-                self._accelerator.log({STEP_AXIS: step, **self._held}, step=step)
-            self._held = {}
+        self._metrics.log(step, values)
+        # A W&B step cannot be added to after a resume: send its training and test metrics together, or neither.
+        self._row |= values
+        if complete:
+            with self._survive_wandb():
+                self._accelerator.log({STEP_AXIS: step, **self._row}, step=step)
+            self._row = {}
 
     @contextlib.contextmanager
-    def _surviving_wandb(self) -> Iterator[None]:
-        """Should W&B fail in the block (its process was killed, the disk is full), the run goes on without it."""
+    def _survive_wandb(self) -> Iterator[None]:
+        """Turn an exception of W&B (killed service, full disk) into a warning, and continue without W&B."""
         try:
             yield
         except Exception as error:
             if self._wandb is None:
                 raise
-            self._runtime.print0(f"WARNING: W&B's record ends here: {type(error).__name__}: {first_line(error)}")
+            self._runtime.print0(
+                f"WARNING: W&B stops recording: {type(error).__name__}: {first_line(error)} (metrics.jsonl continues)"
+            )
             self._accelerator.trackers.remove(self._wandb)
             self._wandb = None

@@ -1,9 +1,8 @@
-"""The W&B run: started whatever W&B's state, readable without touching the dashboard."""
+"""The W&B run: one for all restarts, online or offline; a failure of W&B never fails the training."""
 
 import contextlib
 import logging
 import os
-import shutil
 import threading
 import uuid
 from pathlib import Path
@@ -19,71 +18,72 @@ from cifar.evaluation import Evaluation
 from cifar.files import write_atomically
 
 PROJECT = "cifar-ddp"
-STEP_AXIS = "trainer/step"  # what the charts of training are drawn over
-_INIT_SECONDS = 8  # a W&B server that hasn't answered by then is done without
-_FINISH_SECONDS = 30  # nor does the program wait longer than this for the last upload
-_HURRY_SECONDS = 4  # or than this where it has been told to stop, or has failed: torchrun is waiting for it
-_FLUSH_SECONDS = 1  # what W&B keeps in memory between two writes to its file; by default 15
+STEP_AXIS = "trainer/step"  # x axis of the training charts
+_INIT_SECONDS = 8  # give up on the W&B server and go offline
+_FINISH_SECONDS = 30  # for the last upload of a finished run
+_STOP_SECONDS = 4  # for that of a run that stops or fails: torchrun kills it after 30 s
+_FLUSH_SECONDS = 1  # interval between W&B's writes to its file; the default, 15, would lose a killed run's last steps
 _WRONG_IMAGES = 32
 
 
 def start_wandb(config: TrainConfig, runtime: Runtime, run_dir: Path) -> WandBTracker | None:
-    """One W&B run, on rank zero; whatever goes wrong costs one warning and leaves an offline record, if any.
+    """Start the W&B run on rank zero, or continue that of a resumed run.
+
+    Each failure costs one warning. Without a key or a reachable server the run is recorded offline.
 
     Returns:
-        The tracker, or None where there is nothing to record with; on other ranks always None.
+        The tracker; None on other ranks, with `--wandb disabled`, or if W&B does not work at all.
     """
     if config.wandb == "disabled" or not runtime.is_main:
         return None
-    # W&B takes these two from the environment only. Pictures in tables wait for their upload in its data folder,
-    # by default in the home folder: here they are part of the run. Its error reports to a server that doesn't answer
-    # make the program wait 12 seconds at its end.
-    os.environ["WANDB_DATA_DIR"] = str(run_dir.resolve() / "wandb")
+    # W&B reads both from the environment only. Images in tables are staged in the data directory, by default in the
+    # home directory. Error reports to a silent server would delay the exit by 12 seconds.
+    os.environ.setdefault("WANDB_DATA_DIR", str(run_dir.resolve() / "wandb"))
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    if "WANDB_DIR" in os.environ:
+        runtime.print0("WANDB_DIR is not used: W&B's files are in the run directory")
     try:
         import wandb
     except ImportError as error:
         runtime.print0(f"WARNING: no W&B record: {error} (pip install wandb)")
         return None
-
     logging.getLogger("wandb").setLevel(logging.ERROR)
 
     def start(mode: str) -> WandBTracker:
-        # Not verified here: the server's first answer, or that there is none, comes with wandb.init and its limit.
+        # verify=False: wandb.init contacts the server anyway, and within its timeout.
         if mode == "online" and not wandb.login(prompt=False, verify=False):
             if config.wandb == "online":
                 runtime.print0("WARNING: W&B has no key (wandb login): recording offline")
             mode = "offline"
         settings = wandb.Settings(
-            silent=True, console="off", init_timeout=_INIT_SECONDS, finish_timeout=_FINISH_SECONDS
-        )
-        if hasattr(settings, "x_transaction_log_flush_interval"):
+            silent=True, console="off", init_timeout=_INIT_SECONDS, finish_timeout=_FINISH_SECONDS,
+            finish_timeout_raises=True,
+        )  # fmt: skip
+        if hasattr(settings, "x_transaction_log_flush_interval"):  # no public setting
             settings.x_transaction_log_flush_interval = _FLUSH_SECONDS
-        resume = {"resume": "allow"} if mode == "online" else {}  # W&B can't resume without its server: see replay
+        # Offline, "allow" would make `wandb sync` shift the steps that an earlier record has, too (seen with 0.31).
+        resume = {"resume": "allow"} if mode == "online" else {}
         tracker = WandBTracker(
-            PROJECT, dir=str(run_dir), name=run_dir.name, id=own_id, mode=mode, settings=settings, **resume
-        )
+            setup.project or PROJECT, dir=str(run_dir), name=setup.run_name or run_dir.name, id=run_id, mode=mode,
+            settings=settings, **resume,
+        )  # fmt: skip
         tracker.start()
         return tracker
 
     try:
-        # Silent before the first look at the credentials, too. A flag goes before WANDB_MODE, which "auto" follows.
         wanted = wandb.Settings(silent=True)
         if config.wandb != "auto":
-            wanted.mode = config.wandb
+            wanted.mode = config.wandb  # else WANDB_MODE, by default online
         setup = wandb.setup(wanted).settings
         mode = setup.mode
-        own_id = None if mode == "disabled" else _run_id(run_dir, setup.run_id or uuid.uuid4().hex[:8])
-        before = set(run_dir.glob("wandb/run-*"))
+        run_id = None if mode == "disabled" else _run_id(run_dir, setup.run_id or uuid.uuid4().hex[:8])
         try:
             return start(mode)
-        except Exception as error:  # no server, no answer, a refused key, ...: training matters more
+        except Exception as error:  # no server, a refused key, ...
             if mode != "online":
                 raise
-            runtime.print0(f"WARNING: W&B can't be reached, recording offline: {first_line(error)}")
-            for attempt in set(run_dir.glob("wandb/run-*")) - before:
-                shutil.rmtree(attempt, ignore_errors=True)  # empty, and `wandb sync` would upload it as a run
-            end_wandb(kill=True)  # it would hold the run's id
+            runtime.print0(f"WARNING: W&B cannot be reached, recording offline: {first_line(error)}")
+            stop_wandb()  # the failed run would keep the ID in use
             wandb.setup(wanted)
             return start("offline")
     except Exception as error:
@@ -91,82 +91,80 @@ def start_wandb(config: TrainConfig, runtime: Runtime, run_dir: Path) -> WandBTr
         return None
 
 
-def _run_id(run_dir: Path, fresh: str) -> str:
-    """The id of this folder's W&B run: one and the same over restarts and resumes, `fresh` for a new run."""
+def _run_id(run_dir: Path, default: str) -> str:
+    """Return the ID of the run directory's W&B run, the same after every restart; `default` for a new run."""
     path = run_dir / "wandb" / "id.txt"
     with contextlib.suppress(OSError):
-        if own := path.read_text().strip():
-            return own
+        if recorded := path.read_text().strip():
+            return recorded
     path.parent.mkdir(exist_ok=True)
-    write_atomically(path, lambda file: file.write(f"{fresh}\n".encode()))
-    return fresh
+    write_atomically(path, lambda file: file.write(f"{default}\n".encode()))
+    return default
 
 
-def replay(run: Any, rows: list[dict[str, Any]], run_dir: Path) -> None:
-    """Give W&B what a resumed run has recorded before, as far as W&B hasn't got it.
+def replay(run: Any, records: list[dict[str, Any]], run_dir: Path) -> None:
+    """Log the steps of earlier starts that W&B lacks.
 
-    A server that was reached again says where its record ends, and W&B passes over steps before that. An offline
-    record can't be continued, so each one is complete from the first step, and `wandb sync` needs the last one only;
-    those before it move to wandb/superseded/.
+    Online, the server says at which step its record ends. An offline record cannot be continued, so each one is
+    complete from the first step and replaces those before it, which get a name that `wandb sync` ignores.
 
     Args:
-        rows: the lines of metrics.jsonl up to the step at which the run goes on, in order.
+        records: the lines of metrics.jsonl before the step at which the run continues, in order.
     """
-    for row in rows:
-        if row["step"] >= run.step:
-            numbers = {name: value for name, value in row.items() if name != "step"}
-            run.log({STEP_AXIS: row["step"], **numbers}, step=row["step"])
+    for record in records:
+        if record["step"] >= run.step:
+            numbers = {name: value for name, value in record.items() if name != "step"}
+            run.log({STEP_AXIS: record["step"], **numbers}, step=record["step"])
     if run.offline and not run.disabled:
-        current, superseded = Path(run.dir).parent, run_dir / "wandb" / "superseded"
-        for old in (run_dir / "wandb").glob("offline-run-*"):
-            if old.name != current.name:
-                superseded.mkdir(exist_ok=True)
-                old.rename(superseded / old.name)
+        for old in run_dir.glob("wandb/offline-run-*"):
+            if old.name != Path(run.dir).parent.name:
+                old.rename(old.with_name(f"superseded-{old.name}"))
 
 
 def finish(run: Any, exit_code: int, preempting: bool) -> None:
-    """End W&B's record. If the program is in a hurry, an upload that a server holds up is left to `wandb sync`.
+    """Finish the W&B run: upload the rest, mark its end.
 
     Args:
-        exit_code: of the run; with any but 0, the program is in a hurry.
-        preempting: the run was told to stop, and is to be resumed.
+        exit_code: of the program; if it is not 0, the upload may take `_STOP_SECONDS` only.
+        preempting: the run was told to stop and will be resumed.
+
+    Raises:
+        TimeoutError: the server did not answer in time. The file on disk is complete.
     """
-    failures = []
+    # finish_timeout is fixed at wandb.init, and 4 s are too few for the pictures of a finished run.
+    expired = threading.Event()
 
-    def end() -> None:
-        try:
-            if preempting:
-                run.mark_preempting()
-            run.finish(exit_code=exit_code)
-        except Exception as error:
-            failures.append(error)
-
-    ending = threading.Thread(target=end, name="wandb-finish", daemon=True)
-    ending.start()
-    ending.join(_HURRY_SECONDS if exit_code else None)
-    if ending.is_alive():
-        end_wandb(kill=True)  # all is in the file by now (_FLUSH_SECONDS)
-    elif failures:
-        raise failures[0]
-
-
-def end_wandb(kill: bool = False) -> None:
-    """End W&B's process; with `kill` at once, for it would go on trying to reach its server.
-
-    It would end with Python anyhow, but with a traceback, should it have been killed.
-    """
-    import wandb
-
-    if kill:
+    def kill_service() -> None:
+        expired.set()
         for process in psutil.Process().children():
             if process.name().startswith("wandb-core"):
                 process.kill()
-    with contextlib.suppress(Exception, SystemExit):  # W&B exits Python with its process's status
+
+    timer = threading.Timer(_STOP_SECONDS, kill_service)
+    if exit_code:
+        timer.start()
+    try:
+        if preempting:
+            run.mark_preempting()
+        run.finish(exit_code=exit_code)
+    except Exception as error:
+        if expired.is_set():
+            raise TimeoutError(f"no answer from the server in {_STOP_SECONDS} s") from error
+        raise
+    finally:
+        timer.cancel()
+
+
+def stop_wandb() -> None:
+    """Stop W&B's service. Python's exit would do the same, but with a traceback if the service was killed."""
+    import wandb
+
+    with contextlib.suppress(Exception, SystemExit):  # W&B exits with the status of its service
         wandb.teardown()
 
 
 def define_metrics(run: Any) -> None:
-    """Give every chart its axis and every column of the runs table its best or last value."""
+    """Declare the x axis of every chart, and the summary of every metric: best, mean or last value."""
     run.define_metric(STEP_AXIS, hidden=True)
     run.define_metric("epoch", hidden=True)
     run.define_metric("train/*", step_metric=STEP_AXIS)
@@ -179,21 +177,18 @@ def define_metrics(run: Any) -> None:
 
 
 def pictures(data: Data, test: Evaluation) -> dict[str, Any]:
-    """W&B's confusion matrix and most confidently wrong images, as a panel and as a table."""
+    """Return the most confidently wrong images, as a panel and as a table, and the confusion matrix, for W&B."""
     import wandb
 
     images = []
     table = wandb.Table(columns=["image", "index", "class", "predicted", "confidence"])
     for i in test.most_confidently_wrong(_WRONG_IMAGES):
-        # Four times the size, or a dashboard shows a postage stamp.
+        # Enlarged four times: dashboards do not scale up.
         pixels = data.test.dataset.images[i].cpu().permute(1, 2, 0).numpy().repeat(4, axis=0).repeat(4, axis=1)
-        truth, guess, confidence = (
-            test.classes[test.labels[i]],
-            test.classes[test.predicted[i]],
-            float(test.confidence[i]),
-        )
-        images.append(wandb.Image(pixels, caption=f"{truth}, taken for {guess} ({100 * confidence:.0f} %)"))
-        table.add_data(images[-1], i, truth, guess, round(confidence, 4))
+        label, predicted = test.classes[test.labels[i]], test.classes[test.predicted[i]]
+        confidence = float(test.confidence[i])
+        images.append(wandb.Image(pixels, caption=f"{label}, predicted {predicted} ({100 * confidence:.0f} %)"))
+        table.add_data(images[-1], i, label, predicted, round(confidence, 4))
     matrix = wandb.plot.confusion_matrix(
         y_true=test.labels.tolist(),
         preds=test.predicted.tolist(),
@@ -208,5 +203,5 @@ def pictures(data: Data, test: Evaluation) -> dict[str, Any]:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, or is, in one line."""
+    """Return the first line of an error's message, or its type if it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]

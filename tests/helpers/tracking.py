@@ -1,0 +1,70 @@
+"""Records of a run without its training: a Tracking, made-up metrics, and W&B's reader of .wandb files."""
+
+import contextlib
+import json
+import subprocess
+
+import torch
+
+from cifar.batch_plan import BatchPlan
+from cifar.config import TrainConfig
+from cifar.data import Data, DeviceImages, EvalLoader, TrainLoader
+from cifar.evaluation import Evaluation
+from cifar.tracking import Tracking
+from cifar.train_state import LogPoint
+
+CLASSES = ("cat/dog", "sea lion", *"abcdefgh")
+
+
+def make_data(runtime):
+    """Return 100 random images of ten classes, the same for training and testing."""
+    pixels = torch.randint(0, 256, (100, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = DeviceImages(pixels, torch.arange(100) % 10, CLASSES, runtime.device)
+    plan = BatchPlan.make(TrainConfig(local_batch_size=10), 1, 100)
+    return Data("made-up", CLASSES, plan, TrainLoader(images, plan, 0, 0), EvalLoader(images, 0, 1))
+
+
+def evaluation(accuracy):
+    """Return an evaluation in which the last images of every ten are taken for the next class."""
+    labels = torch.arange(100) % 10
+    predicted = torch.where(torch.arange(100) // 10 < 10 * accuracy, labels, (labels + 1) % 10)
+    return Evaluation(1 - accuracy, labels, predicted, torch.linspace(0.1, 1, 100, dtype=torch.float64), CLASSES)
+
+
+def point(step):
+    """Return the training metrics of a step, with loss 1 / step."""
+    return LogPoint(step, 1, step, 1 / step, 0.1, 100.0)
+
+
+@contextlib.contextmanager
+def tracking(runtime, run_dir, choice="offline", facts=None, step=0):
+    """Yield the Tracking of a start of the run, which continues after `step`."""
+    config = TrainConfig(device="cpu", wandb=choice)
+    tracked = Tracking(config, runtime, run_dir, make_data(runtime), facts or {}, step)
+    try:
+        yield tracked
+    finally:
+        runtime.accelerator.trackers = []
+
+
+def offline_runs(run_dir):
+    """Return the directories of W&B's offline runs that `wandb sync` would upload."""
+    return sorted(run_dir.glob("wandb/offline-run-*"))
+
+
+def read_back(wandb_run):
+    """Return the records of the .wandb file in a directory, as `wandb leet inspect` prints them, by type."""
+    from wandb.util import get_core_path
+
+    (path,) = wandb_run.glob("*.wandb")
+    command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file", path, wandb_run]
+    found: dict[str, list] = {}
+    for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
+        record = json.loads(line)
+        found.setdefault(record["type"], []).append(record.get(record["type"]))
+    return found
+
+
+def merged(updates):
+    """Return the last value of each key of W&B's config or summary records."""
+    return {key: value for update in updates for key, value in update["update"].items()}

@@ -1,0 +1,56 @@
+"""launch/sweep.sh: a failing run, a sweep that is continued, Ctrl-C."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.processes import ROOT, run
+from tests.helpers.terminal import Terminal
+
+pytestmark = pytest.mark.slow
+
+SWEEP = ROOT / "launch" / "sweep.sh"
+ENVIRONMENT = {
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    "CUDA_VISIBLE_DEVICES": "", "NPROC": "1", "SWEEP": "grid.yaml", "FOLDER": "runs/sweep",
+}  # fmt: skip
+FLAGS = ("--dataset", "synthetic", "--log-steps", "10", "--device", "cpu")
+GRID = """
+parameters:
+  lr: {values: [0.02, 1.0e+30]}
+  global_batch_size: {value: 32}
+command: ["${program}", --recipe=net-fast, --optimizer=sgd, --lr-scaling=none, --wandb=online, "${args}"]
+"""
+
+
+def test_sweep_survives_a_failing_run_and_skips_finished_ones(tmp_path):
+    (tmp_path / "grid.yaml").write_text(GRID)
+    done = run([SWEEP, *FLAGS, "--max-steps", "20"], tmp_path, **ENVIRONMENT)
+    assert done.returncode == 1
+    assert "sweep.sh: run 2 of 2: --recipe=net-fast --optimizer=sgd --lr-scaling=none --lr=1e+30" in done.stdout
+    assert "sweep.sh: failed: lr-1e+30_global_batch_size-32" in done.stdout
+    table = done.stdout.split("sweep.sh: failed")[1].splitlines()[1:]
+    assert table[0].split()[0] == "accuracy"
+    assert table[1].split()[-1] == "lr-0.02_global_batch_size-32"
+    assert table[2].endswith("lr-1e+30_global_batch_size-32 (not finished)")
+    assert (tmp_path / "runs" / "sweep" / "compare.png").stat().st_size > 10_000
+
+    (tmp_path / "grid.yaml").write_text(GRID.replace(", 1.0e+30", ""))
+    again = run([SWEEP, *FLAGS, "--max-steps", "20"], tmp_path, **ENVIRONMENT)
+    assert again.returncode == 0
+    assert "sweep.sh: already finished" in again.stdout
+
+
+def test_ctrl_c_stops_the_sweep(tmp_path):
+    (tmp_path / "grid.yaml").write_text(GRID.replace("1.0e+30", "0.03"))
+    with Terminal([SWEEP, *FLAGS], tmp_path, **ENVIRONMENT) as terminal:
+        terminal.until("100] loss:")
+        terminal.type("\x03")
+        assert terminal.end() == 130
+        printed = terminal.written
+    assert "Stopped by SIGINT after step" in printed
+    assert f"sweep.sh: stopped; to continue: FOLDER=runs/sweep {SWEEP} {' '.join(FLAGS)}" in printed
+    assert "run 2 of 2" not in printed
+    assert len(list(tmp_path.glob("runs/sweep/*/checkpoints/*.pt"))) == 1

@@ -1,0 +1,53 @@
+"""metrics.jsonl, written and read."""
+
+import json
+
+import pytest
+
+from cifar.metrics import MetricsFile, read_metrics, series
+
+CORRUPT = [
+    b'{"step": 3, "train',
+    b"[3]",
+    b"3",
+    b"null",
+    b'{"train/loss": 1.5}',
+    b'{"step": "3"}',
+    b'{"step": true}',
+    b'{"step": 3, "x": "\xff\xfe"}',
+    b"\x00\x00\x00",
+    b"[" * 100_000,
+    b"",
+]
+
+
+@pytest.mark.parametrize("line", CORRUPT, ids=range(len(CORRUPT)))
+def test_corrupt_line_is_dropped(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    good = [{"step": 2, "train/loss": 0.1 + 0.2}, {"step": 4, "train/loss": 1e-7}]
+    path.write_bytes(b"\n".join([json.dumps(good[0]).encode(), line, json.dumps(good[1]).encode()]))
+    assert read_metrics(tmp_path) == good
+    assert MetricsFile(path).keep_until(4) == good
+    assert path.read_text() == "".join(json.dumps(record) + "\n" for record in good)
+
+
+def test_records_after_the_resumed_step_are_dropped(tmp_path):
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    assert metrics.keep_until(5) == read_metrics(tmp_path) == []
+    assert not metrics.path.exists()
+    for step in (2, 4, 6):
+        metrics.log(step, {"train/loss": 1.5, "picture": object()})
+    assert metrics.keep_until(4) == [{"step": 2, "train/loss": 1.5}, {"step": 4, "train/loss": 1.5}]
+    assert read_metrics(tmp_path) == metrics.keep_until(4)
+
+
+def test_unwritable_metrics_cost_one_warning(tmp_path, capsys):
+    metrics = MetricsFile(tmp_path / "missing" / "metrics.jsonl")
+    for step in (1, 2):
+        metrics.log(step, {"x": 1})
+    assert capsys.readouterr().out.count("WARNING") == 1
+
+
+def test_series_holds_finite_numbers():
+    values = [1.5, None, "x", float("nan"), float("inf"), 2]
+    assert series([{"step": i, "x": value} for i, value in enumerate(values)], "x") == [(0, 1.5), (5, 2)]
