@@ -173,6 +173,7 @@ def load_data(config: TrainConfig, runtime: Runtime) -> Data:
         name = "synthetic" if reasons else "cifar10"
     with runtime.fail_together():
         dataset = DATASETS[name](config.data_dir)
+        dataset.check(name)
 
     def to_device(split: tuple[Tensor, Tensor]) -> DeviceImages:
         return DeviceImages(*split, dataset.classes, runtime.device, runtime.memory_format)
