@@ -1,1 +1,1 @@
-"""Timed comparisons of this program with its plain peers. `python -m tests.benchmarks --help`; never part of pytest."""
+"""Timed comparisons with simpler programs. `python -m tests.benchmarks --help`; pytest runs none of them."""

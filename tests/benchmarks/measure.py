@@ -1,4 +1,4 @@
-"""What every benchmark needs: contenders that take turns, their statistics, and the machine they ran on."""
+"""Alternating runs, their statistics, and a description of the machine."""
 
 import os
 import platform
@@ -11,19 +11,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 Numbers = Mapping[str, float]
-Contender = Callable[[int], Numbers]
-"""Runs once, in a process of its own, for the round with this number, and says what it measured."""
+"""The measurements of one run, by the name of the metric."""
+
+Program = Callable[[int], Numbers]
+"""Runs a program once in a new process, with the number of the round as the seed."""
 
 OURS = "ours"
 
 
 @dataclass(frozen=True)
-class Quantity:
-    """A number that all contenders of a race report.
+class Metric:
+    """A number that every program of a comparison reports.
 
     Attributes:
-        compare: how ours relates to a peer's. "less" and "more" say which is better, and the comparison is how many
-            times better ours is; "cost" is what ours takes on top, in percent; "none" is stated only.
+        compare: "less" or "more", whichever is better: the comparison is how many times better ours is. "cost": how
+            much more ours takes, in percent. "none": no comparison.
     """
 
     name: str
@@ -31,39 +33,38 @@ class Quantity:
     compare: Literal["less", "more", "cost", "none"] = "less"
     digits: int = 1
 
-    def against(self, ours: float, peer: float) -> float | None:
-        """Ours compared with the peer's."""
+    def against(self, ours: float, baseline: float) -> float | None:
+        """Compare ours with the baseline's."""
         match self.compare:
             case "less":
-                return peer / ours
+                return baseline / ours
             case "more":
-                return ours / peer
+                return ours / baseline
             case "cost":
-                return 100 * (ours / peer - 1)
+                return 100 * (ours / baseline - 1)
         return None
 
     def show(self, comparison: float) -> str:
-        """What `against` returned, as the table has it."""
+        """Format a result of `against`."""
         return f"{comparison:+.1f} %" if self.compare == "cost" else f"{comparison:.2f} x"
 
 
 @dataclass(frozen=True)
-class Race:
-    """Contenders that do the same work; the first is `OURS`, each other one a peer."""
+class Comparison:
+    """Programs that do the same work: `OURS`, then the baselines."""
 
     title: str
-    contenders: Mapping[str, Contender]
-    quantities: Sequence[Quantity]
+    programs: Mapping[str, Program]
+    metrics: Sequence[Metric]
     rounds: int = 3
 
 
 @dataclass(frozen=True)
 class Row:
-    """One contender's values of one quantity. `comparison` is (median, min, max) over the rounds, None for ours."""
+    """Statistics of one metric of one program. `comparison` is (median, min, max) over the rounds; None for ours."""
 
-    quantity: str
-    unit: str
-    contender: str
+    metric: str
+    program: str
     median: float
     mean: float
     min: float
@@ -72,72 +73,63 @@ class Row:
 
 
 def alternate(
-    race: Race, rounds: int, tell: Callable[[str, int], None] = lambda name, number: None
+    comparison: Comparison, rounds: int, before_run: Callable[[str, int], None] = lambda program, number: None
 ) -> dict[str, list[Numbers]]:
-    """Run the contenders A B A B ..., so that whatever else the machine does falls on all of them alike."""
-    runs: dict[str, list[Numbers]] = {name: [] for name in race.contenders}
+    """Run the programs in turn (A B A B ...), so that other load on the machine affects all of them alike."""
+    runs: dict[str, list[Numbers]] = {name: [] for name in comparison.programs}
     for number in range(rounds):
-        for name, contender in race.contenders.items():
-            tell(name, number)
-            runs[name].append(contender(number))
+        for name, program in comparison.programs.items():
+            before_run(name, number)
+            runs[name].append(program(number))
     return runs
 
 
-def summarize(race: Race, runs: Mapping[str, Sequence[Numbers]]) -> list[Row]:
-    """A row for each quantity and contender.
+def summarize(comparison: Comparison, runs: Mapping[str, Sequence[Numbers]]) -> list[Row]:
+    """Return a row for each metric and program.
 
-    Rounds are compared one by one, and the median taken of that: both runs of a round met the same machine.
+    Compares round by round and takes the median of that, because the runs of a round met the same load.
     """
     rows = []
-    for quantity in race.quantities:
-        ours = [numbers[quantity.name] for numbers in runs[OURS]]
-        for name in race.contenders:
-            values = [numbers[quantity.name] for numbers in runs[name]]
-            pairs = [quantity.against(a, b) for a, b in zip(ours, values, strict=True)] if name != OURS else []
+    for metric in comparison.metrics:
+        ours = [numbers[metric.name] for numbers in runs[OURS]]
+        for name in comparison.programs:
+            values = [numbers[metric.name] for numbers in runs[name]]
+            pairs = [metric.against(a, b) for a, b in zip(ours, values, strict=True)] if name != OURS else []
             known = [pair for pair in pairs if pair is not None]
-            rows.append(
-                Row(
-                    quantity.name,
-                    quantity.unit,
-                    name,
-                    statistics.median(values),
-                    statistics.fmean(values),
-                    min(values),
-                    max(values),
-                    (statistics.median(known), min(known), max(known)) if known else None,
-                )
-            )
+            compared = (statistics.median(known), min(known), max(known)) if known else None
+            median, mean = statistics.median(values), statistics.fmean(values)
+            rows.append(Row(metric.name, name, median, mean, min(values), max(values), compared))
     return rows
 
 
-def table(race: Race, rows: Sequence[Row]) -> Iterator[str]:
-    """The lines of a race's table."""
-    names = max(len(name) for name in race.contenders)
-    first = max(len(f"{quantity.name}, {quantity.unit}") for quantity in race.quantities)
+def table(comparison: Comparison, rows: Sequence[Row]) -> Iterator[str]:
+    """Yield the lines of a comparison's table."""
+    metrics = {metric.name: metric for metric in comparison.metrics}
+    names = max(len(name) for name in comparison.programs)
+    first = max(len(f"{metric.name}, {metric.unit}") for metric in comparison.metrics)
     heads = "".join(f"{head:>11}" for head in ("median", "mean", "min", "max"))
     yield f"{'':{first}}  {'':{names}}{heads}   ours is (min to max over the rounds)"
-    quantities = {quantity.name: quantity for quantity in race.quantities}
     for row in rows:
-        quantity = quantities[row.quantity]
-        label = f"{row.quantity}, {row.unit}" if row.contender == OURS else ""
-        values = "".join(f"{value:11,.{quantity.digits}f}" for value in (row.median, row.mean, row.min, row.max))
-        comparison = ""
+        metric = metrics[row.metric]
+        label = f"{metric.name}, {metric.unit}" if row.program == OURS else ""
+        values = "".join(f"{value:11,.{metric.digits}f}" for value in (row.median, row.mean, row.min, row.max))
+        compared = ""
         if row.comparison is not None:
-            median, low, high = map(quantity.show, row.comparison)
-            comparison = f"   {median} ({low} to {high})"
-        yield f"{label:{first}}  {row.contender:{names}}{values}{comparison}"
+            median, low, high = map(metric.show, row.comparison)
+            compared = f"   {median} ({low} to {high})"
+        yield f"{label:{first}}  {row.program:{names}}{values}{compared}"
 
 
 def machine() -> dict[str, Any]:
-    """Where and when this is measured."""
+    """Return the date, the hardware and the versions that a measurement depends on."""
     import torch
 
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": cpu_name(),
+        "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "load_before": os.getloadavg()[0],  # above zero: somebody else is at work here
+        "load_before": os.getloadavg()[0],  # well above zero: other programs share the machine
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": version("torchvision"),
@@ -145,10 +137,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def cpu_name() -> str:
-    """The processor's name, as Linux states it, or what Python knows."""
+def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
+    except OSError:  # not Linux
         lines = []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,110 +1,72 @@
-"""The benchmarks' arithmetic, their peers and their command line. Nothing here is timed."""
+"""The benchmarks without their programs: statistics, arithmetic and tables."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from cifar.models import build_model
 from tests.benchmarks import __main__ as command
-from tests.benchmarks import peers
-from tests.benchmarks.children import ContenderError, complaint, seconds_until, steady, windows
-from tests.benchmarks.measure import OURS, Quantity, Race, alternate, summarize, table
-
-METRICS = [
-    {"step": 10, "train/images_per_second": 100.0},
-    {"step": 20, "train/images_per_second": 50.0},
-    {"step": 20, "test/accuracy": 0.55},
-    {"step": 30, "train/images_per_second": 200.0},
-    {"step": 30, "test/accuracy": 0.61},
-]
+from tests.benchmarks import baselines, scale
+from tests.benchmarks.measure import OURS, Comparison, Metric
+from tests.benchmarks.runner import BenchmarkError, first_reaching, images_per_second
 
 
-@pytest.fixture
-def race():
-    times, turns = {OURS: iter([1.0, 2.0, 4.0]), "peer": iter([4.0, 4.0, 8.0])}, []
+def test_programs_alternate_and_ratios_are_per_round(tmp_path, monkeypatch, capsys):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    order, times = [], {OURS: [1.0, 2.0, 4.0], "loop": [4.0, 4.0, 8.0]}
 
-    def contender(name):
-        return lambda number: turns.append((name, number)) or {"training": next(times[name])}
+    def program(name):
+        return lambda number: order.append((number, name)) or {"training": times[name][number]}
 
-    quantities = (Quantity("training", "s"),)
-    return Race("a race", {name: contender(name) for name in times}, quantities), turns
-
-
-def test_contenders_take_turns(race):
-    contest, turns = race
-    alternate(contest, 3)
-    assert turns == [(name, number) for number in range(3) for name in (OURS, "peer")]
-
-
-def test_ratios_are_those_of_each_round(race):
-    contest, _ = race
-    ours, peer = summarize(contest, alternate(contest, 3))
-    assert (ours.median, ours.mean, ours.min, ours.max, ours.comparison) == (2, pytest.approx(7 / 3), 1, 4, None)
-    assert peer.comparison == (2, 2, 4)
-    lines = list(table(contest, [ours, peer]))
-    assert "2.00 x (2.00 x to 4.00 x)" in lines[2]
+    comparison = Comparison("a loop", {name: program(name) for name in times}, [Metric("training", "s")])
+    monkeypatch.setattr(command, "BENCHMARKS", {"a": lambda settings: [comparison]})
+    file = tmp_path / "numbers.json"
+    assert command.main(["a", "--rounds", "3", "--data-dir", str(tmp_path), "--json", str(file)]) == 0
+    assert order == [(number, name) for number in range(3) for name in times]
+    assert "2.00 x (2.00 x to 4.00 x)" in capsys.readouterr().out
+    assert json.loads(file.read_text())["benchmarks"]["a"][0]["runs"]["loop"][2] == {"training": 8.0}
 
 
 @pytest.mark.parametrize(("compare", "expected"), [("less", 2.0), ("more", 0.5), ("cost", -50.0), ("none", None)])
-def test_what_a_comparison_means(compare, expected):
-    assert Quantity("x", "s", compare).against(1.0, 2.0) == expected
+def test_direction_of_comparison(compare, expected):
+    assert Metric("x", "s", compare).against(1.0, 2.0) == expected
 
 
-def test_windows_of_a_run():
-    found = windows(METRICS, global_batch_size=10)
-    assert [(window.images, window.seconds) for window in found] == [(100, 1.0), (100, 2.0), (100, 0.5)]
-    assert steady(found) == pytest.approx(200 / 2.5)
-    reached = seconds_until(found, 0.6)
-    assert (reached.step, reached.images, reached.seconds) == (30, 300, 3.5)
-    with pytest.raises(ContenderError, match=r"70 % was never reached: the best was 61\.00 %"):
-        seconds_until(found, 0.7)
+def test_throughput_and_time_to_accuracy_from_metrics(tmp_path):
+    rates, tests = {10: 100.0, 20: 50.0, 30: 200.0}, {20: 0.55, 30: 0.61}
+    records = [{"step": step, "train/images_per_second": rate} for step, rate in rates.items()]
+    records += [{"step": step, "test/accuracy": accuracy} for step, accuracy in tests.items()]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "result.json").write_text('{"global_batch_size": 10}')
+    assert images_per_second(tmp_path) == pytest.approx(200 / 2.5)  # without the first 100 images
+    assert first_reaching(tmp_path, 0.6) == (300, pytest.approx(3.5), 0.61)
+    with pytest.raises(BenchmarkError, match=r"70 % was not reached: the best was 61\.00 %"):
+        first_reaching(tmp_path, 0.7)
 
 
-def test_the_line_that_says_most_is_quoted():
-    errors = "Traceback\n  File\nValueError: no\ntrain_ddp.py: error: a mistake\ntorchrun's page\n"
-    assert complaint(errors) == "train_ddp.py: error: a mistake"
-    assert complaint("Traceback\nValueError: no\nlast") == "ValueError: no"
-
-
-def test_the_peer_trains_the_same_net_by_the_same_rule():
+def test_baseline_trains_the_same_net():
     torch.manual_seed(0)
-    ours = build_model("net")
+    ours = build_model("net", 10)
     torch.manual_seed(0)
-    theirs = peers.make_net()
+    theirs = baselines.make_net()
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(mine, other)
     images = torch.rand(4, 3, 32, 32)
     assert torch.allclose(ours(images), theirs(images), atol=1e-6)
 
 
-def test_the_peers_loop_learns_and_ends():
-    torch.manual_seed(0)
-    net, losses = peers.make_net(), []
-    batch = torch.randn(8, 3, 32, 32), torch.arange(8)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
-    steps = peers.train(net, [batch] * 200, optimizer, torch.device("cpu"), 100, lambda _, loss: losses.append(loss))
-    assert steps == len(losses) == 100
-    assert losses[-1] < 0.5 * losses[0]
-    assert peers.test(net, [batch, batch], torch.device("cpu")) > 0.5
+def test_ring_all_reduce_by_hand():
+    """4 processes send 6 messages of 1 ms and 0.5 MB each, at 1 MB/s."""
+    assert scale.all_reduce_seconds(4, 2e6, scale.Link("", 1e-3, 1e6)) == pytest.approx(6 * (0.001 + 0.5))
 
 
-def test_the_command_measures_and_writes_json(tmp_path, monkeypatch, capsys, race):
-    (tmp_path / "cifar-10-batches-py").mkdir()
-    monkeypatch.setattr(command, "BENCHMARKS", {"a": lambda settings: [race[0]]})
-    file = tmp_path / "numbers.json"
-    assert command.main(["a", "--rounds", "2", "--data-dir", str(tmp_path), "--json", str(file)]) == 0
-    record = json.loads(file.read_text())
-    assert record["benchmarks"]["a"][0]["runs"]["peer"] == [{"training": 4.0}, {"training": 4.0}]
-    assert record["machine"]["cores"] >= 1
-    assert "a: a race (2 rounds" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("argv", [["nothing"], ["ddp", "--rounds", "0"], ["ddp", "--data-dir", "nowhere"]])
-def test_a_mistake_is_one_line_and_status_2(argv, capsys):
-    with pytest.raises(SystemExit) as left:
-        command.main(argv)
-    assert left.value.code == 2
-    said = capsys.readouterr().err
-    assert said.startswith("tests.benchmarks: error: ")
-    assert said.count("\n") == 1
+def test_scale_table_of_the_readme(capsys):
+    scale.main([])
+    weak, strong = (dict(re.findall(r"^\| ([\d,]+) (\|.*)\|$", part, re.M)) for part in
+                    capsys.readouterr().out.split("strong scaling"))  # fmt: skip
+    readme = (Path(scale.__file__).parent / "README.md").read_text()
+    for count in ("1", "8", "64", "1,024"):
+        assert f"| {count} {weak[count]}{strong[count]}|\n" in readme
