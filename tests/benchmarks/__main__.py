@@ -33,7 +33,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="benchmark to run (default: all)")
-    parser.add_argument("--data-dir", type=Path, default=Path(os.environ.get("CIFAR_DATA_DIR") or "data"))
+    data_dir = Path(os.environ.get("CIFAR_DATA_DIR") or "data")
+    parser.add_argument("--data-dir", type=Path, default=data_dir, help="holds cifar-10-batches-py (now: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number to FILE")
     parser.add_argument("--rounds", type=int, help="runs of each program (default: 3 or 5)")
     parser.add_argument("--quick", action="store_true", help="one round of little work: checks that it runs")
