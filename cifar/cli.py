@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import io
 import os
 import re
 import sys
@@ -116,7 +117,10 @@ def parse_flags(cls: type[C], argv: Sequence[str] | None, prog: str, defaults: C
         SystemExit: after `--help` (status 0) or a complaint (status 2).
     """
     default = tyro.MISSING_NONPROP if defaults is None else defaults
-    return tyro.cli(cls, prog=prog, args=argv, default=default, console_outputs=is_rank_zero())
+    main = is_rank_zero()
+    # tyro 1.0 prints its complaints about values even without console_outputs.
+    with contextlib.nullcontext() if main else contextlib.redirect_stderr(io.StringIO()):
+        return tyro.cli(cls, prog=prog, args=argv, default=default, console_outputs=main)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
-"""What the tests share: where the real data is, one runtime in this process, and real runs in others."""
+"""Fixtures: the real dataset, one process, small data, and no W&B account."""
 
 import os
 
-# Before torch is imported: two busily waiting threads in each of several test processes would starve one another.
+# Before torch is imported: the threads of several test processes would compete for the cores, and losses are exact only
+# for one number of threads.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import sys
@@ -15,16 +16,16 @@ from tests.helpers.processes import ROOT
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder that holds the real cifar-10-batches-py."""
-    folder = Path(os.environ.get("CIFAR_DATA_DIR", ROOT / "data"))
-    if not (folder / "cifar-10-batches-py").is_dir():
-        pytest.skip(f"no CIFAR-10 in {folder}: set CIFAR_DATA_DIR to the folder that holds cifar-10-batches-py")
-    return folder
+    """Return the directory that holds the real cifar-10-batches-py."""
+    data_dir = Path(os.environ.get("CIFAR_DATA_DIR", ROOT / "data"))
+    if not (data_dir / "cifar-10-batches-py").is_dir():
+        pytest.skip(f"no CIFAR-10 in {data_dir}: set CIFAR_DATA_DIR to the directory of cifar-10-batches-py")
+    return data_dir
 
 
 @pytest.fixture(scope="session")
 def runtime():
-    """One process on the CPU, in fp32."""
+    """Return the runtime of one process on the CPU, in fp32."""
     from cifar.config import TrainConfig
     from cifar.distributed.runtime import Runtime
 
@@ -33,16 +34,19 @@ def runtime():
 
 @pytest.fixture(scope="session")
 def synthetic(runtime):
-    """The stand-in, on the CPU."""
+    """Return 2,000 training and 1,000 test images of the synthetic dataset, as Data."""
     from cifar.config import TrainConfig
     from cifar.data import load_data
+    from tests.helpers.comparing import shrink_synthetic
 
-    return load_data(TrainConfig(dataset="synthetic"), runtime)
+    with pytest.MonkeyPatch.context() as patched:
+        shrink_synthetic(patched, 2_000, 1_000)
+        return load_data(TrainConfig(dataset="synthetic"), runtime)
 
 
 @pytest.fixture(autouse=True)
 def _no_wandb_account(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reaches the W&B account of whoever runs it."""
+    """Hide the W&B account of whoever runs the tests."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", os.devnull)
@@ -50,12 +54,12 @@ def _no_wandb_account(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """W&B as in a new process, without an account and without a server."""
+    """Return W&B as in a new process, without an account and without a server."""
     import wandb
 
     from tests.helpers.wandb_server import NOWHERE
 
-    for hooked in ("exit", "excepthook"):  # W&B wraps them anew in each of its lives
+    for hooked in ("exit", "excepthook"):  # W&B wraps them each time it is set up
         monkeypatch.setattr(sys, hooked, getattr(sys, hooked))
     for name, value in NOWHERE.items():
         monkeypatch.setenv(name, value)

@@ -1,29 +1,56 @@
-"""Runs small enough for a test, and what tells whether two of them came to the same."""
+"""Runs that are small enough for a unit test, and comparisons of their results."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from cifar.augment import CropFlip
+from cifar.batch_plan import BatchPlan
 from cifar.checkpoint import CheckpointWriter
-from cifar.data import Data, DeviceImages
+from cifar.config import TrainConfig
+from cifar.data import Data, DeviceImages, EvalLoader, TrainLoader
+from cifar.datasets import DATASETS
+from cifar.datasets.base import Dataset
+
+CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-def tiny_data(name: str = "synthetic", count: int = 200) -> Data:
-    """Noise with labels, augmented: training on it takes milliseconds, and any other order shows in the numbers."""
-    device = torch.device("cpu")
-    images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    labels = torch.arange(count) % 10
-    data = Data(name, DeviceImages(images, labels, device), DeviceImages(images, labels, device))
-    data.train.augment = CropFlip(count, 0, device)
-    return data
+def tiny_dataset(size: int = 200, classes: tuple[str, ...] = CLASSES) -> Dataset:
+    """Return noise with labels: training on it takes milliseconds, and depends on the order of the images."""
+    images = torch.randint(0, 256, (size, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    split = images, torch.arange(size) % len(classes)
+    return Dataset(classes, split, split)
+
+
+def tiny_data(config: TrainConfig | None = None, name: str = "synthetic", size: int = 200) -> Data:
+    """Return `tiny_dataset` on the CPU, for one process, not augmented."""
+    dataset = tiny_dataset(size)
+    train, test = (DeviceImages(*split, CLASSES, torch.device("cpu")) for split in (dataset.train, dataset.test))
+    config = config or TrainConfig()
+    plan = BatchPlan.make(config, 1, size)
+    return Data(name, CLASSES, plan, TrainLoader(train, plan, 0, config.seed), EvalLoader(test, 0, 1))
+
+
+def use_tiny_dataset(patched: pytest.MonkeyPatch) -> None:
+    """Let `--dataset synthetic` load `tiny_dataset`, write no report, and wait for each checkpoint."""
+    patched.setitem(DATASETS, "synthetic", lambda _: tiny_dataset())
+    # Drawing would take most of the time of so small a run.
+    patched.setitem(sys.modules, "cifar.report", SimpleNamespace(write_report=lambda *_: None))
+    wait_for_checkpoints(patched)
+
+
+def shrink_synthetic(patched: pytest.MonkeyPatch, train_size: int = 5_000, test_size: int = 1_000) -> None:
+    """Make the synthetic dataset smaller."""
+    patched.setattr("cifar.datasets.synthetic.TRAIN_SIZE", train_size)
+    patched.setattr("cifar.datasets.synthetic.TEST_SIZE", test_size)
 
 
 def wait_for_checkpoints(patched: pytest.MonkeyPatch) -> None:
-    """Let training wait until each checkpoint is on the disk: a slow one would cost some of those between."""
+    """Let training wait until each checkpoint is on disk, so that none is left out on a slow one."""
     save = CheckpointWriter.save
 
     def save_and_wait(writer: CheckpointWriter, content: dict[str, Any]) -> None:
@@ -34,13 +61,13 @@ def wait_for_checkpoints(patched: pytest.MonkeyPatch) -> None:
 
 
 def numbers(run_dir: Path) -> list[dict[str, Any]]:
-    """Every record in metrics.jsonl but those that depend on the clock."""
+    """Return the records of metrics.jsonl without the values that depend on the clock."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != "train/images_per_second"} for line in lines]
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two states of training are the same, bit for bit, but for the time they took."""
+    """Return whether two training states have the same bits, apart from the seconds they took."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -50,9 +77,9 @@ def same(a: Any, b: Any) -> bool:
     return a == b
 
 
-def traces(folder: Path) -> dict[str, Any]:
-    """Everything in `folder` by its name: of files their bytes and when they were written."""
+def traces(directory: Path) -> dict[str, Any]:
+    """Return the bytes and the time of modification of each file below `directory`, by name."""
     return {
-        str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) if path.is_file() else None
-        for path in folder.rglob("*")
+        str(path.relative_to(directory)): (path.read_bytes(), path.stat().st_mtime_ns) if path.is_file() else None
+        for path in directory.rglob("*")
     }

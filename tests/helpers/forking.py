@@ -1,31 +1,70 @@
-"""Copies of the test's own process, to be killed: they have torch loaded already, and so start in milliseconds."""
+"""Fork this process, which has loaded torch: a copy starts in milliseconds."""
 
 import os
 import signal
+import socket
 import warnings
 from collections.abc import Callable
 
 
-def fork(work: Callable[[], object]) -> int:
-    """The process id of a copy of this process that does `work` and ends, with status 0 unless `work` raises.
+def fork(work: Callable[[], object], seconds: int = 60) -> int:
+    """Return the process ID of a copy that does `work` and exits, with status 0 unless `work` raises.
 
-    Only this thread goes on in the copy: `work` must not train, nor wait for any other thread.
+    Only the calling thread survives in the copy: after training in this process, `work` must not train.
+
+    Args:
+        seconds: after which the copy is killed.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12's, of what the docstring says
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks with threads
         child = os.fork()
     if child:
         return child
     try:
-        # Should it hang, or outlive a test that failed, it ends by itself.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(60)
+        signal.alarm(seconds)
         work()
         os._exit(0)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
     finally:
-        os._exit(1)  # whatever was raised: no second pytest must go on from here
+        os._exit(1)  # a second pytest must not continue from here
 
 
 def wait(child: int) -> int:
-    """How `child` ended: its exit status, or minus the signal that killed it."""
+    """Return the exit status of `child`, or minus the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def fork_ranks(world_size: int, work: Callable[[], object]) -> None:
+    """Do `work` in `world_size` ranks, copies of this process with a launcher's variables; one rank has none.
+
+    Raises:
+        RuntimeError: a rank failed.
+    """
+    import torch._dynamo  # DistributedDataParallel would import it in each rank
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+
+    def start(rank: int) -> None:
+        if world_size > 1:
+            sizes = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "RANK": rank, "LOCAL_RANK": rank}
+            os.environ.update({name: str(value) for name, value in sizes.items()})
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        work()
+
+    running = {fork(lambda rank=rank: start(rank), seconds=240) for rank in range(world_size)}  # type: ignore[misc]
+    failed = False
+    while running:
+        child, status = os.wait()
+        running.discard(child)
+        if status and not failed:
+            failed = True
+            for other in running:
+                os.kill(other, signal.SIGKILL)
+    if failed:
+        raise RuntimeError(f"one of {world_size} ranks failed")

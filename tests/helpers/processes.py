@@ -1,4 +1,4 @@
-"""Starting the program as its users do: as a process of its own, or as several under torchrun."""
+"""Start the program as users do: as a process, or as several under torchrun."""
 
 import json
 import os
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def clean_environment(**extra: str) -> dict[str, str]:
-    """This environment without what a launcher or a W&B account would have left in it."""
+    """Return this environment without the variables of a launcher or of a W&B account."""
     ours = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "ACCELERATE_", "TORCHELASTIC_", "WANDB_", "OMP_NUM_THREADS")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return kept | {"NETRC": os.devnull, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | extra
@@ -24,7 +24,7 @@ def clean_environment(**extra: str) -> dict[str, str]:
 def run(
     command: Sequence[object], cwd: Path, timeout: float = 240, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run `command` with this Python's environment; output as text, standard error separate."""
+    """Run `command` and return its output as text, with standard error apart."""
     return subprocess.run(
         [str(part) for part in command],
         cwd=cwd, env=clean_environment(**environment), capture_output=True, text=True, timeout=timeout,
@@ -33,32 +33,30 @@ def run(
 
 
 def train(*flags: object, cwd: Path, processes: int = 1, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python train_ddp.py FLAGS` or, with several processes, `torchrun --nproc_per_node=N train_ddp.py FLAGS`.
-
-    On the CPU and without W&B unless the flags say otherwise.
-    """
+    """Run `python train_ddp.py FLAGS` or, with several processes, `torchrun`; on the CPU and without W&B by default."""
     if processes > 1:
         return torchrun(processes, *flags, cwd=cwd, **environment)
-    return run([sys.executable, ROOT / "train_ddp.py", *_quietly(flags)], cwd, 240, **environment)
+    return run([sys.executable, ROOT / "train_ddp.py", *_with_defaults(flags)], cwd, 240, **environment)
 
 
-def torchrun(processes: int, *flags: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`torchrun --nproc_per_node=PROCESSES train_ddp.py FLAGS`, on the CPU and without W&B as `train`."""
+def torchrun(
+    processes: int, *flags: object, cwd: Path, script: Sequence[object] = (ROOT / "train_ddp.py",), **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `torchrun --nproc_per_node=PROCESSES train_ddp.py FLAGS`; on the CPU and without W&B by default."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return run([*launcher, ROOT / "train_ddp.py", *_quietly(flags)], cwd, 240, **environment)
+    return run([*launcher, *script, *_with_defaults(flags)], cwd, 240, **environment)
 
 
-def _quietly(flags: Sequence[object]) -> list[str]:
+def _with_defaults(flags: Sequence[object]) -> list[str]:
     given = [str(flag) for flag in flags]
     defaults = {"--wandb": "disabled", "--device": "cpu"}
     return given + [part for name, value in defaults.items() if name not in given for part in (name, value)]
 
 
 def left_of(processes: Iterable[psutil.Process], timeout: float) -> list[psutil.Process]:
-    """Those of `processes` that still run after `timeout` seconds.
+    """Return those of `processes` that still run after `timeout` seconds.
 
-    One that has ended, but whose parent has not been told yet, is gone, which psutil.wait_procs doesn't know: the init
-    of a container takes its time.
+    A zombie has ended: psutil.wait_procs waits until its parent has read its status, which a container's init does late.
     """
     end = time.monotonic() + timeout
     while (left := [process for process in processes if _runs(process)]) and time.monotonic() < end:
@@ -74,11 +72,11 @@ def _runs(process: psutil.Process) -> bool:
 
 
 def records(run_dir: Path, name: str) -> list[tuple[int, Any]]:
-    """(step, value) of every record of `name` in a run's metrics.jsonl."""
+    """Return (step, value) of every record of `name` in a run's metrics.jsonl."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [(line["step"], line[name]) for line in lines if name in line]
 
 
 def result(run_dir: Path) -> dict[str, Any]:
-    """A run's result.json."""
+    """Return a run's result.json."""
     return json.loads((run_dir / "result.json").read_text())

@@ -1,4 +1,4 @@
-"""A terminal of one's own, to start a command at, read what it shows, and type."""
+"""A pseudo-terminal: start a command on it, read what it shows, and type."""
 
 import fcntl
 import os
@@ -16,8 +16,8 @@ from pathlib import Path
 
 from tests.helpers.processes import clean_environment
 
-# Makes it the terminal that Ctrl-C comes from, also for a pytest in the background, where Ctrl-C is ignored.
-_AT_TERMINAL = """
+# Make it the controlling terminal, and restore Ctrl-C, which a process in the background ignores.
+_ON_TERMINAL = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 os.login_tty(sys.stdin.fileno())
@@ -26,7 +26,7 @@ os.execvp(sys.argv[1], sys.argv[1:])
 
 
 class Terminal:
-    """A command at a terminal; a context manager."""
+    """A command on a terminal; a context manager that kills it at the end."""
 
     def __init__(
         self, command: Sequence[object], cwd: Path, rows: int = 40, columns: int = 120, **environment: str
@@ -35,7 +35,7 @@ class Terminal:
         self._screen, keyboard = pty.openpty()
         fcntl.ioctl(keyboard, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _AT_TERMINAL, *map(str, command)],
+            [sys.executable, "-c", _ON_TERMINAL, *map(str, command)],
             cwd=cwd, env=clean_environment(TERM="xterm-256color", **environment),
             stdin=keyboard, stdout=keyboard, stderr=keyboard,
         )  # fmt: skip
@@ -52,7 +52,7 @@ class Terminal:
 
     @property
     def written(self) -> str:
-        """All that it has written so far, with the terminal's control sequences."""
+        """Return all that the command has written so far, with control sequences."""
         return self._written.decode(errors="replace")
 
     def until(self, text: str, timeout: float = 60) -> None:
@@ -60,26 +60,26 @@ class Terminal:
         end = time.monotonic() + timeout
         while text not in self.written:
             assert time.monotonic() < end, f"no {text!r} within {timeout} s: {self.written[-2000:]}"
-            assert self._read(), f"it ended without {text!r}: {self.written[-2000:]}"
+            assert self._read(), f"it exited without {text!r}: {self.written[-2000:]}"
 
     def type(self, keys: str) -> None:
         """Press these keys."""
         os.write(self._screen, keys.encode())
 
     def end(self, timeout: float = 120) -> int:
-        """Its exit status, once it has ended."""
+        """Wait until the command exits, and return its status."""
         end = time.monotonic() + timeout
         while self._read():
-            assert time.monotonic() < end, f"still there after {timeout} s: {self.written[-2000:]}"
+            assert time.monotonic() < end, f"still running after {timeout} s: {self.written[-2000:]}"
         return self._process.wait(timeout)
 
     def _read(self) -> bool:
-        """Take in what has been written; False once nothing will be any more."""
+        """Read what has been written; return False at the end."""
         if not select.select([self._screen], [], [], 0.1)[0]:
             return True
         try:
             chunk = os.read(self._screen, 1 << 16)
-        except OSError:  # how Linux says that the other side has closed
+        except OSError:  # on Linux: the other side is closed
             return False
         self._written += chunk
         return bool(chunk)

@@ -1,48 +1,52 @@
-"""What a person sees: on a terminal a bar with images/s and the time left, plain lines elsewhere."""
+"""Console output: on a terminal a bar with images/s and the remaining time, plain lines elsewhere; the banner."""
 
 import re
 import sys
 
 import pytest
+import torch
 
-from cifar.console import print_test
+import train_ddp
+from cifar.console import SYNTHETIC_WARNING, print_test
+from cifar.datasets import DATASETS
 from cifar.evaluation import evaluate
-from tests.helpers.processes import ROOT
+from cifar.models import build_model
+from tests.helpers.comparing import tiny_dataset, use_tiny_dataset
 from tests.helpers.terminal import Terminal
 
+FLAGS = "--dataset synthetic --device cpu --wandb disabled"
 
-@pytest.fixture(scope="module")
-def on_a_terminal(tmp_path_factory):
-    """All that a short training writes to a terminal of 120 columns."""
-    flags = "--dataset synthetic --device cpu --wandb disabled --max-steps 600 --log-steps 200"
-    command = [sys.executable, ROOT / "train_ddp.py", *flags.split()]
-    with Terminal(command, tmp_path_factory.mktemp("terminal")) as terminal:
+
+def test_terminal_shows_a_bar_between_whole_lines(tmp_path):
+    command = [sys.executable, "-m", "tests.helpers.small", *FLAGS.split(), "--max-steps", 450, "--log-steps", 150]
+    with Terminal(command, tmp_path) as terminal:
         assert terminal.end() == 0, terminal.written
-        return terminal.written
-
-
-def test_a_terminal_shows_images_per_second_and_the_time_left(on_a_terminal):
-    bars = [line for line in re.split(r"[\r\n]+", on_a_terminal) if "images/s" in line]
-    assert bars
-    assert any(re.search(r"\d+%\|.*\[\d+:\d\d<\d+:\d\d, .*images/s\]", line) for line in bars)
-
-
-def test_the_bar_does_not_tear_the_lines(on_a_terminal):
-    lines = [line.strip() for line in re.split(r"[\r\n]+", on_a_terminal)]
-    for step in (200, 400, 600):
+    lines = [line.strip() for line in re.split(r"[\r\n]+", terminal.written)]
+    assert any(re.search(r"\d+%\|.*\[\d+:\d\d<\d+:\d\d, .*images/s\]", line) for line in lines)
+    for step in (150, 300, 450):
         assert any(re.fullmatch(rf"\[1, {step:5d}\] loss: \d\.\d{{3}}", line) for line in lines), lines
 
 
-def test_the_tutorials_words(synthetic, runtime, capsys):
-    import torch
-
-    from cifar.data import EvalLoader
-    from cifar.models import build_model
-
+def test_accuracies_in_the_tutorials_words(synthetic, runtime, capsys):
     torch.manual_seed(0)
-    test = evaluate(build_model("net"), EvalLoader(synthetic.test, 0, 1), runtime)
-    print_test(runtime, synthetic, test)
-    said = capsys.readouterr().out
-    assert f"Accuracy of the network on the 10000 test images: {100 * test.correct // test.total} %\n" in said
-    for name, accuracy in zip(("plane", "car  ", "bird "), test.class_accuracies(), strict=False):
-        assert f"Accuracy for class: {name} is {100 * accuracy:.1f} %\n" in said
+    test = evaluate(build_model("net", 10), synthetic.test, runtime)
+    print_test(runtime, "cifar10", test)
+    text = capsys.readouterr().out
+    assert f"Accuracy of the network on the 1000 test images: {100 * test.correct // test.total} %\n" in text
+    for name, accuracy in zip(("plane", "car  ", "bird "), test.class_accuracies().values(), strict=False):
+        assert f"Accuracy for class: {name} is {100 * accuracy:.1f} %\n" in text
+    assert "WARNING" not in text
+
+
+@pytest.mark.parametrize(("name", "warnings"), [("synthetic", 2), ("mine", 0)])
+def test_only_synthetic_is_announced_as_such(name, warnings, tmp_path, monkeypatch, capsys):
+    """At the start and beside the accuracy; a new dataset is named with its classes."""
+    use_tiny_dataset(monkeypatch)
+    monkeypatch.setitem(DATASETS, "mine", lambda _: tiny_dataset(classes=("red", "green", "blue")))
+    flags = [*FLAGS.split(), "--dataset", name, "--max-steps", "3", "--run-dir", str(tmp_path / "run")]
+    train_ddp.main(flags)
+    text = capsys.readouterr().out
+    classes = 10 if name == "synthetic" else 3
+    assert re.search(rf"^dataset +{name}\b.*200 training, 200 test, {classes} classes$", text, re.M)
+    assert text.count(SYNTHETIC_WARNING) == warnings
+    assert ("synthetic dataset" in text) == (name == "synthetic")

@@ -1,4 +1,4 @@
-"""The test metrics: right, and the same for every way to share out the images."""
+"""The test metrics: exact, and the same for every world size. Real ranks are in test_ranks.py and test_world_size.py."""
 
 import math
 
@@ -8,33 +8,33 @@ import torch.nn.functional as F
 from torch import nn
 
 from cifar.data import EvalLoader, normalize
-from cifar.evaluation import Evaluation, evaluate
+from cifar.evaluation import Evaluation, augmented_logits, evaluate
 from cifar.models import build_model
 
 
 @pytest.fixture(scope="module")
 def net():
     torch.manual_seed(1)
-    return build_model("net")
+    return build_model("net", 10)
 
 
-def test_the_metrics_are_those_of_one_plain_pass(net, synthetic, runtime):
-    got = evaluate(net, EvalLoader(synthetic.test, 0, 1), runtime)
+def test_metrics_equal_one_plain_pass(net, synthetic, runtime):
+    got, test = evaluate(net, synthetic.test, runtime), synthetic.test.dataset
     with torch.no_grad():
-        scores = net(normalize(synthetic.test.images))
-    predicted, labels = scores.argmax(1), synthetic.test.labels
-    assert got.total == 10_000
+        logits = net(normalize(test.images))
+    predicted = logits.argmax(1)
+    assert got.total == 1_000
     assert torch.equal(got.predicted, predicted)
-    assert got.correct == int((predicted == labels).sum())
-    assert got.loss == pytest.approx(F.cross_entropy(scores, labels).item(), abs=2e-6)
-    assert torch.allclose(got.confidence.float(), scores.softmax(1).max(1).values, atol=2e-6)
+    assert got.correct == int((predicted == test.labels).sum())
+    assert got.loss == pytest.approx(F.cross_entropy(logits, test.labels).item(), abs=2e-6)
+    assert torch.allclose(got.confidence.float(), logits.softmax(1).max(1).values, atol=2e-6)
 
 
 class Simulated:
-    """A runtime of several ranks in one process: keeps what each contributes and adds the kept to the last's."""
+    """A runtime whose sum adds what the ranks before have contributed."""
 
-    def __init__(self, runtime, world_size):
-        self.device, self.world_size, self.kept = runtime.device, world_size, []
+    def __init__(self, runtime):
+        self.device, self.kept = runtime.device, []
 
     def broadcast_buffers(self, net):
         pass
@@ -45,13 +45,13 @@ class Simulated:
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
-def test_every_share_out_gives_the_same_to_the_last_bit(net, synthetic, runtime, world_size):
-    whole = evaluate(net, EvalLoader(synthetic.test, 0, 1), runtime)
-    ranks = Simulated(runtime, world_size)
+def test_world_size_changes_no_bit(net, synthetic, runtime, world_size):
+    whole = evaluate(net, synthetic.test, runtime)
+    ranks = Simulated(runtime)
     for rank in range(world_size):
-        loader = EvalLoader(synthetic.test, rank, world_size)
+        loader = EvalLoader(synthetic.test.dataset, rank, world_size)
         if rank < world_size - 1:
-            with pytest.raises(RuntimeError, match="should have been seen once"):
+            with pytest.raises(RuntimeError, match="each must be counted once"):
                 evaluate(net, loader, ranks)  # no rank alone has seen every image
         else:
             shared = evaluate(net, loader, ranks)
@@ -60,53 +60,65 @@ def test_every_share_out_gives_the_same_to_the_last_bit(net, synthetic, runtime,
     assert torch.equal(shared.predicted, whole.predicted)
 
 
-def test_an_image_seen_twice_is_found(net, synthetic, runtime):
-    ranks = Simulated(runtime, 2)
-    ranks.kept.append(torch.zeros(10_000, 5, dtype=torch.int64))
+def test_image_counted_twice_is_an_error(net, synthetic, runtime):
+    ranks = Simulated(runtime)
+    ranks.kept.append(torch.zeros(1_000, 5, dtype=torch.int64))
     ranks.kept[0][17, 0] = 1
-    with pytest.raises(RuntimeError, match=r"\[0, 9999, 1\]"):
-        evaluate(net, EvalLoader(synthetic.test, 0, 1), ranks)
+    with pytest.raises(RuntimeError, match=r"\[0, 999, 1\]"):
+        evaluate(net, synthetic.test, ranks)
 
 
-def test_evaluation_leaves_the_net_as_it_was(synthetic, runtime):
-    net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3072), nn.Dropout(0.5), nn.Linear(3072, 10))
-    net.train()
+def test_model_is_left_unchanged(synthetic, runtime):
+    net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3072), nn.Dropout(0.5), nn.Linear(3072, 10)).train()
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    first = evaluate(net, EvalLoader(synthetic.test, 0, 1), runtime)
+    first, again = (evaluate(net, synthetic.test, runtime) for _ in "12")
     assert net.training
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
     assert all(parameter.grad is None for parameter in net.parameters())
-    again = evaluate(net, EvalLoader(synthetic.test, 0, 1), runtime)
     assert torch.equal(first.predicted, again.predicted), "dropout was on"
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_a_broken_net_has_no_finite_loss(synthetic, runtime, broken):
-    torch.manual_seed(0)
-    net = build_model("net")
+def test_infinite_loss_is_nan(synthetic, runtime, broken):
+    net = build_model("net", 10)
     with torch.no_grad():
         net.fc3.bias[0] = broken
-    got = evaluate(net, EvalLoader(synthetic.test, 0, 1), runtime)
+    got = evaluate(net, synthetic.test, runtime)
     assert math.isnan(got.loss)
-    assert got.total == 10_000
+    assert got.total == 1_000
 
 
-def made(labels, predicted, confidence):
-    return Evaluation(0.0, torch.tensor(labels), torch.tensor(predicted), torch.tensor(confidence))
+def made(labels, predicted, confidence, classes=("a", "b", "c", "d")):
+    return Evaluation(0.0, torch.tensor(labels), torch.tensor(predicted), torch.tensor(confidence), classes)
 
 
 def test_confusion_and_class_accuracies():
-    labels = list(range(10)) * 2
-    predicted = [*range(10), 1, 1, *range(2, 10)]
-    got = made(labels, predicted, [0.5] * 20)
-    confusion = got.confusion()
-    assert confusion.sum() == 20
-    assert confusion[0].tolist() == [1, 1] + [0] * 8  # class 0 was once taken for 1
-    assert got.class_accuracies() == [0.5] + [1.0] * 9
-    assert got.accuracy == 0.95
+    got = made([0, 1, 2, 0, 1, 2], [0, 1, 2, 1, 1, 2], [0.5] * 6)
+    assert got.confusion().tolist() == [[1, 1, 0, 0], [0, 2, 0, 0], [0, 0, 2, 0], [0, 0, 0, 0]]
+    accuracies = got.class_accuracies()
+    assert math.isnan(accuracies.pop("d")), "a class without images"
+    assert accuracies == {"a": 0.5, "b": 1.0, "c": 1.0}
+    assert got.accuracy == 5 / 6
 
 
-def test_the_most_confidently_wrong_come_first_and_the_right_never():
+def test_most_confidently_wrong():
     got = made([0, 0, 0, 0], [1, 0, 2, 3], [0.3, 0.9, 0.8, 0.5])
     assert got.most_confidently_wrong(2) == [2, 3]
     assert got.most_confidently_wrong(9) == [2, 3, 0]
+
+
+def test_time_augmentation():
+    """On a model whose logits are the ten pixels in the upper left corner of an image."""
+    images = torch.rand(40, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    padded = F.pad(images, (1, 1, 1, 1), "reflect")
+
+    def corner(images):
+        return images[:, 0, 0, :10]
+
+    def both(images):
+        return (corner(images) + corner(images.flip(3))) / 2
+
+    shifted = both(padded[:, :, :32, :32]) / 4 + both(padded[:, :, 2:, 2:]) / 4
+    expected = {"none": corner(images), "flip": both(images), "crop": both(images) / 2 + shifted}
+    for tta, logits in expected.items():
+        assert torch.allclose(augmented_logits(corner, images, tta), logits, atol=1e-6), tta

@@ -1,0 +1,31 @@
+"""The first losses of all recipes, in one process and in two, and net-fast in full."""
+
+import json
+import sys
+
+import pytest
+
+from tests.helpers.golden_losses import CASES, CORRECT_TOLERANCE, assert_golden, golden, net_fast_correct
+from tests.helpers.processes import run
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory):
+    done = run([sys.executable, "-m", "tests.helpers.golden_losses", *CASES], tmp_path_factory.mktemp("golden"))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.split("LOSSES")[-1])
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("name", CASES)
+def test_golden_losses(losses, name, world_size):
+    assert_golden(name, world_size, losses[name][str(world_size)])
+
+
+def test_net_fast_accuracy(real_data):
+    """Seed 0 on CIFAR-10: as many images as ever on a machine of golden.json, about as many elsewhere."""
+    entry, exact = golden()
+    correct = net_fast_correct(real_data)
+    assert abs(correct - entry["net-fast correct"]) <= (0 if exact else CORRECT_TOLERANCE)

@@ -1,0 +1,228 @@
+"""The command line: flags to a configuration; mistakes to one message on rank zero and exit status 2."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from cifar.cli import exit_on_error, parse_args
+from cifar.config import Recipe, TrainConfig
+from cifar.datasets import DATASETS
+from cifar.errors import StoppedError, TrainingDivergedError, UserError
+from cifar.models import MODELS
+from cifar.recipes import RECIPES
+
+
+@pytest.fixture(autouse=True)
+def _wide_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")  # on which no word of a message is broken
+    monkeypatch.delenv("RANK", raising=False)
+
+
+def test_default_is_the_tutorial():
+    config = parse_args([])
+    assert (config.recipe, config.model, config.epochs) == ("tutorial", "net", 4)
+    assert (config.local_batch_size, config.lr, config.momentum, config.log_steps) == (4, 0.001, 0.9, 2000)
+    assert (config.schedule, config.augment, config.weight_decay) == ("constant", "none", 0.0)
+
+
+def test_flags_win_over_the_recipe():
+    config = parse_args(["--epochs", "3", "--recipe", "wide", "--lr=0.1"])
+    wide = RECIPES["wide"]
+    assert (config.epochs, config.lr) == (3, 0.1)
+    assert (config.model, config.augment, config.local_batch_size) == (wide.model, wide.augment, wide.local_batch_size)
+
+
+def test_data_dir_flag_wins_over_the_variable(monkeypatch):
+    monkeypatch.setenv("CIFAR_DATA_DIR", "somewhere")
+    assert str(parse_args([]).data_dir) == "somewhere"
+    assert str(parse_args(["--data-dir", "else"]).data_dir) == "else"
+    monkeypatch.delenv("CIFAR_DATA_DIR")
+    assert str(parse_args([]).data_dir) == "data"
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--eppochs 3", ["--eppochs", "--epochs"]),
+        ("--recipe fast", ["fast", *RECIPES]),
+        ("--recipe", ["--recipe"]),
+        ("--model vgg", ["vgg", *MODELS]),
+        ("--dataset mnist", ["mnist", "auto", *DATASETS]),
+        ("--device tpu", ["tpu", "--device", "auto", "cpu", "cuda", "mps"]),
+        ("--epochs many", ["--epochs", "many"]),
+        ("stray", ["stray"]),
+        ("--lr-batch-size 8", ["--lr-batch-size"]),  # a field that is not a flag
+    ],
+)
+def test_unknown_flags_and_values(flags, named, capsys, monkeypatch):
+    with pytest.raises(SystemExit) as exit_:
+        parse_args(flags.split())
+    assert exit_.value.code == 2
+    out, err = capsys.readouterr()
+    assert all(word in out + err for word in named)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        parse_args(flags.split())
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--epochs 0", "--local-batch-size -4", "--global-batch-size 0", "--max-steps 0", "--checkpoint-steps 0",
+        "--log-steps 0", "--lr 0", "--lr nan", "--lr inf", "--momentum 1", "--warmup-epochs 5", "--weight-decay -1",
+        "--seed -1", "--timeout 1", "--cutout 33",
+    ],
+)  # fmt: skip
+def test_value_out_of_range_is_named_in_one_line(flags):
+    with pytest.raises(UserError) as mistake:
+        parse_args(flags.split())
+    assert re.fullmatch(rf"{flags.replace(' ', ' is ')}(.0)?: it must be [^\n]+", str(mistake.value))
+
+
+def test_nesterov_needs_momentum():
+    with pytest.raises(UserError, match=r"--nesterov.*--momentum"):
+        parse_args(["--nesterov", "--momentum", "0"])
+
+
+@pytest.fixture
+def help_text(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse_args(["--help"])
+    assert exit_.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_lists_each_flag_with_one_default(help_text):
+    options = dict(re.findall(r"^[│ ]*(--[a-z][\w-]*)(.*?)(?=^[│ ]*--[a-z]|\Z)", help_text, re.M | re.S))
+    fields = {field.name.replace("_", "-") for field in dataclasses.fields(TrainConfig)} - {"lr-batch-size"}
+    assert set(options) == {f"--{name}" for name in fields}
+    for name, text in options.items():
+        assert text.count("(default: ") == 1, f"{name} {text}"
+
+
+def test_help_lists_the_registries(help_text):
+    for flag, names in {"recipe": RECIPES, "model": MODELS, "dataset": ("auto", *DATASETS)}.items():
+        assert f"--{flag} {{{','.join(names)}}}" in help_text
+
+
+def test_new_registry_entries_are_choices(monkeypatch):
+    monkeypatch.setitem(MODELS, "mine", MODELS["net"])
+    monkeypatch.setitem(DATASETS, "ours", DATASETS["synthetic"])
+    monkeypatch.setitem(RECIPES, "fast", Recipe(model="mine"))
+    config = parse_args(["--recipe", "fast", "--dataset", "ours"])
+    assert (config.model, config.dataset) == ("mine", "ours")
+
+
+def test_json_round_trip():
+    config = parse_args(["--recipe", "wide", "--run-dir", "runs/a", "--data-dir", "d"])
+    assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """Return the configuration that a run has recorded."""
+    flags = ["--recipe", "wide", "--lr", "0.3", "--seed", "7"]
+    config = dataclasses.replace(parse_args(flags), run_dir=tmp_path, global_batch_size=8)
+    (tmp_path / "config.json").write_text(json.dumps({"config": config.to_json()}))
+    return config
+
+
+def test_resume_takes_the_recorded_configuration(recorded, tmp_path):
+    assert parse_args(["--resume", str(tmp_path)]) == dataclasses.replace(recorded, resume=tmp_path)
+    config = parse_args(["--resume", str(tmp_path), "--epochs", "12", "--wandb", "disabled", "--device", "cpu"])
+    assert (config.epochs, config.wandb, config.device, config.lr) == (12, "disabled", "cpu", 0.3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "recorded_value"),
+    [("--lr 0.5", "0.3"), ("--seed 3", "7"), ("--recipe tutorial", "wide"), ("--global-batch-size 64", "8"),
+     ("--run-dir other", "")],
+)  # fmt: skip
+@pytest.mark.usefixtures("recorded")
+def test_resume_refuses_conflicting_flags(tmp_path, flags, recorded_value):
+    with pytest.raises(UserError, match=f"^{flags} conflicts with {recorded_value}.*without --resume$"):
+        parse_args(["--resume", str(tmp_path), *flags.split()])
+
+
+@pytest.mark.parametrize("content", [None, "not json", "[]", '{"config": {"unknown": 1}}'])
+def test_resume_without_a_run(tmp_path, content):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match="^--resume [^\n]*$"):
+        parse_args(["--resume", str(tmp_path)])
+
+
+# exit_on_error
+
+
+@pytest.mark.parametrize(("error", "status"), [(UserError("oh"), 2), (TrainingDivergedError("no"), 1)])
+def test_expected_failure_is_one_line_and_a_status(error, status, capsys):
+    with pytest.raises(SystemExit) as exit_, exit_on_error("prog"):
+        raise error
+    assert exit_.value.code == status
+    assert capsys.readouterr() == ("", f"prog: error: {error}\n")
+
+
+@pytest.mark.parametrize("error", [UserError("oh"), SystemExit(2)])
+def test_other_ranks_wait_for_rank_zero_to_print(error, capsys, monkeypatch):
+    waits = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("time.sleep", waits.append)
+    with pytest.raises(SystemExit) as exit_, exit_on_error("prog"):
+        raise error
+    assert exit_.value.code == 2
+    assert capsys.readouterr() == ("", "")
+    assert waits, "torchrun ends rank zero as soon as another rank has exited"
+
+
+def test_program_error_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError), exit_on_error("prog"):
+        print(1 / 0)
+
+
+def test_stop_is_not_an_error(capsys):
+    with pytest.raises(SystemExit) as exit_, exit_on_error("prog"):
+        raise StoppedError("Stopped by SIGTERM", 143)
+    assert exit_.value.code == 143
+    assert capsys.readouterr() == ("Stopped by SIGTERM\n", "")
+
+
+def test_interrupt_before_training_prints_nothing(capsys):
+    with pytest.raises(SystemExit) as exit_, exit_on_error("prog"):
+        raise KeyboardInterrupt
+    assert exit_.value.code == 130
+    assert capsys.readouterr() == ("", "")
+
+
+GLOO = "[../gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:39657. This is typically caused by"
+
+
+@pytest.mark.parametrize(
+    ("error", "rank", "lines"),
+    [
+        (RuntimeError(GLOO), "0", ["Connection closed by peer"]),
+        (RuntimeError("[gloo/unbound_buffer.cc:78] Timed out waiting 5000ms for recv"), "0", ["Timed out waiting 5000ms"]),
+        (RuntimeError(GLOO), "1", []),
+        (RuntimeError("shapes differ"), "0", None),
+        (RuntimeError(GLOO), None, None),
+    ],
+)  # fmt: skip
+def test_lost_peer_is_one_line_of_rank_zero(error, rank, lines, capsys, monkeypatch):
+    statuses = []
+    monkeypatch.setattr("os._exit", statuses.append)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    if lines is None:
+        with pytest.raises(RuntimeError), exit_on_error("prog"):
+            raise error
+        assert statuses == []
+        return
+    with exit_on_error("prog"):
+        raise error
+    assert statuses == [1]
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == len(lines)
+    assert all(re.fullmatch(rf"prog: error: another process .*\({reason}\).*", printed[0]) for reason in lines)

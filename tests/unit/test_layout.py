@@ -1,0 +1,76 @@
+"""The layout: imports point one way, and only some files read the command line and the environment."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.processes import ROOT
+
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in [ROOT / "train_ddp.py", *(ROOT / "cifar").rglob("*.py")]
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Return the modules of this program that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names & FILES.keys()
+
+
+IMPORTS = {module: imported(path) - {module} for module, path in FILES.items()}
+
+
+def test_no_import_cycle():
+    """Not under TYPE_CHECKING nor within functions either."""
+    left = {module: set(names) for module, names in IMPORTS.items()}
+    while leaves := {module for module, names in left.items() if not names}:
+        left = {module: names - leaves for module, names in left.items() if module not in leaves}
+    assert left == {}
+
+
+@pytest.mark.parametrize(
+    ("prefix", "allowed"),
+    [
+        ("cifar.models", ("cifar.models",)),
+        ("cifar.datasets", ("cifar.datasets", "cifar.errors", "cifar.files")),
+        ("cifar.config", ("cifar.errors",)),
+    ],
+)
+def test_lower_floors_import_nothing_above(prefix, allowed):
+    for module, names in IMPORTS.items():
+        if module.startswith(prefix):
+            assert all(name.startswith(allowed) for name in names), (module, names)
+
+
+def test_only_explain_imports_the_script():
+    assert {module for module, names in IMPORTS.items() if "train_ddp" in names} == {"cifar.explain"}
+
+
+def files_that_mention(*names: str) -> set[str]:
+    trees = {module: ast.walk(ast.parse(path.read_text())) for module, path in FILES.items()}
+    return {
+        module
+        for module, nodes in trees.items()
+        if any(
+            (isinstance(node, ast.Attribute) and ast.unparse(node) in names)
+            or (isinstance(node, ast.Import) and any(alias.name in names for alias in node.names))
+            or (isinstance(node, ast.ImportFrom) and node.module in names)
+            for node in nodes
+        )
+    }
+
+
+def test_only_these_read_the_environment():
+    readers = files_that_mention("os.environ", "os.getenv", "os.environb")
+    assert readers <= {"cifar.cli", "cifar.distributed.environment", "cifar.wandb_logger"}
+
+
+def test_only_cli_reads_the_command_line():
+    assert files_that_mention("sys.argv", "tyro", "argparse", "click") == {"cifar.cli"}

@@ -1,0 +1,162 @@
+"""From the loss to the optimizer: each sentence of that section in cifar/README.md, on the program's train_step."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import train_ddp
+from cifar.config import TrainConfig
+from cifar.models import build_model
+from cifar.optim import build_optimizer
+from train_ddp import train_step
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return build_model("net", 10)
+
+
+@pytest.fixture
+def images(synthetic):
+    return synthetic.train.dataset
+
+
+def test_optimizer_holds_the_parameters_and_reads_grad(net):
+    """1 and 3, first half: no loss and no backward are needed."""
+    optimizer = build_optimizer(net, TrainConfig(lr=0.5, momentum=0))
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert all(a is b for a, b in zip(held, net.parameters(), strict=True))
+    before = copy.deepcopy(net.state_dict())
+    optimizer.step()  # no .grad: no update
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    net.fc3.bias.grad = torch.ones(10)
+    optimizer.step()
+    assert torch.allclose(net.fc3.bias, before["fc3.bias"] - 0.5)
+    assert torch.equal(net.fc3.weight, before["fc3.weight"])
+
+
+def test_gradients_add_up():
+    """2."""
+    x = torch.zeros(2, requires_grad=True)
+    for expected in ([0.5, 0.5], [1.0, 1.0]):
+        x.mean().backward()
+        assert x.grad.tolist() == expected
+
+
+def test_sgd_update(net, images, runtime):
+    """3."""
+    optimizer = build_optimizer(net, TrainConfig(lr=0.1))
+    buffers = {name: torch.zeros_like(parameter) for name, parameter in net.named_parameters()}
+    for _ in range(3):
+        before = copy.deepcopy(net.state_dict())
+        loss = train_step(net, [images[torch.arange(8)]], optimizer, runtime)
+        for name, parameter in net.named_parameters():
+            buffers[name] = 0.9 * buffers[name] + parameter.grad
+            assert torch.allclose(optimizer.state[parameter]["momentum_buffer"], buffers[name], atol=1e-7)
+            assert torch.allclose(parameter, before[name] - 0.1 * buffers[name], atol=1e-7)
+    assert loss.item() < 2.3
+
+
+def test_without_zero_grad_earlier_gradients_are_repeated(net, images, runtime):
+    """4, first half."""
+
+    def weights(steps, zero_grad):
+        own = copy.deepcopy(net)
+        optimizer = build_optimizer(own, TrainConfig(lr=0.1, momentum=0))
+        if not zero_grad:
+            optimizer.zero_grad = lambda: None
+        for k in range(steps):
+            train_step(own, [images[torch.arange(8 * k, 8 * k + 8)]], optimizer, runtime)
+        return own.fc3.weight.detach()
+
+    right, wrong = weights(2, zero_grad=True), weights(2, zero_grad=False)
+    assert not torch.allclose(right, wrong, atol=1e-4)
+    first_update = weights(1, zero_grad=True) - net.fc3.weight
+    assert torch.allclose(wrong, right + first_update, atol=1e-6)
+
+
+def test_k_micro_batches_equal_one_batch_k_times_as_large(net, images, runtime):
+    """4, second half."""
+
+    def trained(local):
+        own = copy.deepcopy(net)
+        optimizer = build_optimizer(own, TrainConfig(lr=0.1))
+        steps = [[images[rows] for rows in step.split(local)] for step in torch.arange(96).split(32)]
+        losses = [train_step(own, batches, optimizer, runtime, label_smoothing=0.1) for batches in steps]
+        return torch.stack(losses), torch.cat([parameter.detach().flatten() for parameter in own.parameters()])
+
+    (losses, weights), (losses_of_parts, weights_of_parts) = trained(32), trained(8)
+    assert torch.allclose(losses, losses_of_parts, atol=1e-5)
+    assert torch.allclose(weights, weights_of_parts, atol=1e-6)
+    start = torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
+    assert not torch.allclose(weights, start, atol=1e-3), "nothing was trained"
+
+
+@pytest.mark.parametrize("moved", ["net", "images", "labels"])
+def test_all_on_one_device(net, images, moved):
+    """6. Without a GPU, the meta device is the second one: like CUDA, it takes no CPU tensors."""
+    away = "cuda" if torch.cuda.is_available() else "meta"
+    batch = dict(zip(("images", "labels"), images[torch.arange(8)], strict=True))
+    F.cross_entropy(net(batch["images"]), batch["labels"]).item()
+    if moved == "net":
+        net = net.to(away)
+    else:
+        batch[moved] = batch[moved].to(away)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        F.cross_entropy(net(batch["images"]), batch["labels"]).item()
+
+
+def test_no_host_device_sync(net, images, runtime, monkeypatch):
+    """A step reads nothing back from the device."""
+    optimizer = build_optimizer(net, TrainConfig())
+    batches = [images[torch.arange(8)], images[torch.arange(8)]]
+    for name in ("item", "tolist", "cpu", "__float__", "__bool__", "__int__"):
+
+        def read(*_, name=name):
+            raise AssertionError(f"Tensor.{name} in a training step")
+
+        monkeypatch.setattr(torch.Tensor, name, read)
+    train_step(net, batches, optimizer, runtime)
+
+
+class TutorialNet(nn.Module):
+    """The tutorial's layers in the tutorial's order."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10),
+        )  # fmt: skip
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def test_program_equals_the_tutorials_loop(tmp_path, synthetic, monkeypatch):
+    from tests.helpers.comparing import shrink_synthetic
+    from tests.helpers.processes import records
+
+    shrink_synthetic(monkeypatch, 2_000, 100)
+    flags = ["--dataset", "synthetic", "--device", "cpu", "--wandb", "disabled", "--run-dir", str(tmp_path / "run")]
+    train_ddp.main([*flags, "--max-steps", "60", "--log-steps", "20"])
+    torch.manual_seed(0)
+    net = TutorialNet()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.001, momentum=0.9)
+    synthetic.train.set_epoch(0)
+    order = torch.cat(list(synthetic.train.sampler)).split(4)
+    train, running, losses = synthetic.train.dataset, 0.0, []
+    for i, rows in enumerate(order[:60]):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net((train.images[rows] / 255 - 0.5) / 0.5), train.labels[rows])
+        loss.backward()
+        optimizer.step()
+        running += loss.item()
+        if i % 20 == 19:
+            losses.append((i + 1, pytest.approx(running / 20, abs=1e-5)))
+            running = 0.0
+    assert records(tmp_path / "run", "train/loss") == losses
