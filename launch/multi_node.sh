@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Train on several hosts together: run the same command on each of them.
+# Train on several hosts: run the same command on each of them.
 #
 #   launch/multi_node.sh HOST[:PORT] NODES [FLAGS OF train_ddp.py]
-#   launch/multi_node.sh 10.0.0.1 2 --recipe wide     two hosts; processes meet at 10.0.0.1, which is one of them
-#   launch/multi_node.sh 10.0.0.1 1:4                 from one to four hosts, which may come and go meanwhile
-#   NPROC=2 MAX_RESTARTS=10 launch/multi_node.sh ...  processes on this host (default: its GPUs, else 1); restarts (3)
+#   launch/multi_node.sh 10.0.0.1 2 --recipe wide     two hosts; the rendezvous is on 10.0.0.1, one of them
+#   launch/multi_node.sh 10.0.0.1 1:4                 one to four hosts, which may leave and return
+#   NPROC=2 MAX_RESTARTS=10 launch/multi_node.sh ...  processes per host (default: its GPUs, else 1); restarts (3)
 #
-# Use it where hosts reach each other by TCP and no scheduler starts your jobs. Rank zero, on the host whose address comes
-# first, writes the run's folder: with a folder that all share, any host but HOST may leave. The data may be shared or
-# not: hosts that share its folder take turns, and one downloads.
+# For hosts that reach each other by TCP, without a scheduler. Rank zero, on the host whose address sorts first, writes
+# the run directory: if all hosts share it, any host but HOST may leave. The data directory may be shared or not: of the
+# hosts that share one, one downloads.
 set -euo pipefail
 
 if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
@@ -22,33 +22,34 @@ fail() {
     exit 2
 }
 
-[[ $# -ge 2 ]] || fail "say where to meet and how many hosts: launch/multi_node.sh HOST[:PORT] NODES [FLAGS]"
+[[ $# -ge 2 ]] || fail "missing arguments: launch/multi_node.sh HOST[:PORT] NODES [FLAGS]"
 endpoint=$1 nodes=$2
 shift 2
-[[ "$nodes" =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] || fail "'$nodes' is not a number of hosts such as 2, nor a range such as 1:4"
-(( ${nodes%%:*} <= ${nodes##*:} )) || fail "'$nodes': the fewest come first"
+[[ "$nodes" =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] || fail "'$nodes' is not a number of hosts, such as 2, or a range, such as 1:4"
+(( ${nodes%%:*} <= ${nodes##*:} )) || fail "'$nodes': write the range as MIN:MAX"
 host=${endpoint%:*} port=29400
 [[ "$endpoint" != *:* ]] || port=${endpoint##*:}
-[[ -n "$host" && "$port" =~ ^[0-9]+$ ]] || fail "'$endpoint' is not an address such as 10.0.0.1 or 10.0.0.1:29400"
+[[ -n "$host" && "$port" =~ ^[0-9]+$ ]] || fail "'$endpoint' is not an address, such as 10.0.0.1 or 10.0.0.1:29400"
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=$(command -v python || command -v python3)
 nproc=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
-[[ "$nproc" =~ ^[1-9][0-9]*$ ]] || fail "NPROC is '$nproc': it must be a number of processes such as 2"
+[[ "$nproc" =~ ^[1-9][0-9]*$ ]] || fail "NPROC is '$nproc': set it to a number of processes, such as 2"
 
-# The address that this host uses on the way to HOST: left to themselves, torchrun and gloo take what the host's name
-# stands for, which is often 127.0.0.1. It also tells which host is HOST, whatever name that was given by.
+# The address from which this host reaches HOST: by default torchrun and gloo resolve the host's own name, often to
+# 127.0.0.1. If it is HOST's address, then this host is HOST, under whatever name.
 mine=$("$python" - "$host" "$port" <<'PYTHON'
 import socket, sys
 
 host, port = sys.argv[1], int(sys.argv[2])
 try:
-    family, kind, _, _, there = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as way:
-        way.connect(there)  # sends nothing
-        print(way.getsockname()[0], int(way.getsockname()[0] == there[0]))
+    family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(target)  # UDP: sends nothing
+        mine = probe.getsockname()[0]
+        print(mine, int(mine == target[0]))
 except (OSError, OverflowError) as error:
-    sys.exit(f"multi_node.sh: error: {host}:{port} can't be reached from here: {error}")
+    sys.exit(f"multi_node.sh: error: cannot reach {host}:{port} from this host: {error}")
 PYTHON
 ) || exit 2
 read -r address is_host <<<"$mine"
@@ -57,7 +58,7 @@ if command -v ip >/dev/null; then
     export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$device} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$device}
 fi
 
-# With the store shared between torchrun and its workers, a host that comes back waits for good (seen with torch 2.14).
+# With the store shared by torchrun and its workers, the default, a host that returns hangs (seen with torch 2.14).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec "$python" -m torch.distributed.run --nnodes="$nodes" --nproc_per_node="$nproc" \
     --rdzv-backend=c10d --rdzv-endpoint="$host:$port" --rdzv-id="${RUN_ID:-cifar-ddp}" \

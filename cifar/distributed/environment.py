@@ -1,4 +1,4 @@
-"""What started this process: a plain `python`, torchrun, accelerate launch or mpirun."""
+"""The environment that the launcher set: plain `python`, torchrun, accelerate launch or mpirun."""
 
 import os
 import socket
@@ -11,13 +11,17 @@ from cifar.errors import UserError
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher says it started.
+    """This process's place among those that the launcher started.
 
     Attributes:
-        rank, local_rank, world_size, local_world_size: of this process, among all and among its host's.
-        host, hosts: index of the host in this round (torchrun's group rank), and how many there are.
-        elastic: whether torchrun's agent watches over this process and starts it again when one of them fails.
-        restarts_left: how often it will still do so.
+        rank: index of this process among all processes.
+        local_rank: index among the processes of this host.
+        world_size: number of processes.
+        local_world_size: number of processes on this host.
+        host: index of this host (torchrun's group rank); may change when the run restarts.
+        hosts: number of hosts.
+        elastic: whether torchrun started this process and supervises it.
+        restarts_left: how many more failures torchrun's agent on this host answers with a restart.
     """
 
     rank: int = 0
@@ -31,26 +35,25 @@ class Launch:
 
     @classmethod
     def from_environment(cls) -> "Launch":
-        """Read the launcher's variables; without any, this is one process on its own."""
+        """Read the launcher's variables; without any, describe a single process."""
         sizes = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-        world_size = int(next((os.environ[name] for name in sizes if name in os.environ), 1))
-        restarts = (int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
+        world_size = next((int(os.environ[name]) for name in sizes if name in os.environ), 1)
         return cls(
-            rank=int(os.environ.get("RANK", 0)),
-            local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+            rank=_integer("RANK", 0),
+            local_rank=_integer("LOCAL_RANK", 0),
             world_size=world_size,
-            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
-            host=int(os.environ.get("GROUP_RANK", 0)),
-            hosts=int(os.environ.get("GROUP_WORLD_SIZE", 1)),
+            local_world_size=_integer("LOCAL_WORLD_SIZE", world_size),
+            host=_integer("GROUP_RANK", 0),
+            hosts=_integer("GROUP_WORLD_SIZE", 1),
             elastic="TORCHELASTIC_RUN_ID" in os.environ,
-            restarts_left=next(restarts) - next(restarts),
+            restarts_left=_integer("TORCHELASTIC_MAX_RESTARTS", 0) - _integer("TORCHELASTIC_RESTART_COUNT", 0),
         )
 
     def check(self) -> None:
-        """Refuse a launch that asked for several processes and started one.
+        """Refuse a launch that requested several processes but started one.
 
-        `accelerate launch --cpu --num_processes 2` starts a single process and sets no WORLD_SIZE; all it leaves
-        of the wish is the address at which the processes were to meet (accelerate 1.15).
+        `accelerate launch --cpu --num_processes 2` starts a single process without WORLD_SIZE. Only the rendezvous
+        address shows that two were requested (accelerate 1.15).
 
         Raises:
             UserError: this is such a launch.
@@ -65,22 +68,21 @@ class Launch:
 
     @property
     def agent_pid(self) -> int | None:
-        """The process of torchrun's agent, which is this one's parent; None without torchrun."""
+        """Return the process ID of torchrun's agent, the parent of this process; None without torchrun."""
         return os.getppid() if self.elastic else None
+
+    def agent(self) -> str | None:
+        """Return a unique ID for this host's torchrun agent, stable for its lifetime; None without torchrun."""
+        if self.agent_pid is None:
+            return None
+        started = psutil.Process(self.agent_pid).create_time()  # process IDs are reused
+        return f"{socket.gethostname()}:{self.agent_pid}:{started:.2f}"
 
     @staticmethod
     def store() -> tuple[tuple[str, int], bool]:
-        """Host and port of the store at which the ranks met, and whether rank zero's process holds it."""
+        """Return (host, port) of the rendezvous store, and whether rank zero's process serves it, not the launcher."""
         by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         return (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), not by_agent
-
-    def agent(self) -> str | None:
-        """A name for torchrun's agent on this host: one and the same as long as it lives, and no other's ever."""
-        if self.agent_pid is None:
-            return None
-        # Process ids come round again; with the second of its start, this is one process.
-        started = psutil.Process(self.agent_pid).create_time()
-        return f"{socket.gethostname()}:{self.agent_pid}:{started:.2f}"
 
 
 def is_rank_zero() -> bool:
@@ -89,10 +91,14 @@ def is_rank_zero() -> bool:
 
 
 def threads_per_process(local_world_size: int) -> int:
-    """CPU threads for each of a host's processes: the user's OMP_NUM_THREADS, else cores / processes.
+    """Return the number of CPU threads for each process of a host: OMP_NUM_THREADS, else cores / processes.
 
-    torchrun sets OMP_NUM_THREADS to 1 when it is unset, so that a 1 says nothing of what the user wants.
+    An OMP_NUM_THREADS of 1 does not count: torchrun sets it when the user did not set any.
     """
-    wanted = int(os.environ.get("OMP_NUM_THREADS", 1))
+    wanted = _integer("OMP_NUM_THREADS", 1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return wanted if wanted > 1 else max(1, cores // local_world_size)
+
+
+def _integer(name: str, default: int) -> int:
+    return int(os.environ.get(name, default))

@@ -1,4 +1,4 @@
-"""Being asked to stop: signals are noticed at once, and all ranks act on them after the same step."""
+"""Preemption: notice a stop signal at once, and stop all ranks after the same step."""
 
 import os
 import select
@@ -15,29 +15,31 @@ from cifar.distributed.environment import Launch
 from cifar.distributed.runtime import Runtime
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# The same wish may arrive twice, from a terminal or a scheduler and once more from torchrun: that is no second signal.
+# A terminal or scheduler signals the ranks, and torchrun passes its own copy on to them: not a second signal.
 _ECHO_SECONDS = 1.0
-# torchrun kills what hasn't left 30 seconds after it passed a signal on; a line that says so is better than that.
+# torchrun kills its workers 30 seconds after it passed a signal on; exit before that, with a message.
 _GRACE_SECONDS = 20.0
-# How often ranks ask one another whether to stop.
-_EXCHANGE_SECONDS = 0.25
-_EXCHANGE_STEPS = 100
+# The interval of votes on whether to stop: whichever is shorter.
+_VOTE_SECONDS = 0.25
+_VOTE_STEPS = 100
 
 
 class StopRequest:
-    """Notices SIGTERM, SIGINT and SIGUSR1, and the end of the launcher; a context manager, for the main thread.
+    """A context manager that notices SIGTERM, SIGINT, SIGUSR1 and the death of torchrun; for the main thread.
 
-    A first signal is remembered, a second one quits at once. Python runs a signal's handler only between two
-    bytecodes of its main thread, which may be waiting in C for a rank that is gone. So a thread of its own reads the
-    signals' numbers from a pipe, into which Python's C handler writes them wherever the main thread is.
+    The first signal is remembered. Within a second of it, another one counts as its echo; after that, it quits at once.
+
+    Python runs signal handlers in the main thread, between two bytecodes; but that thread may wait in C for a rank that
+    is gone. So a thread reads the signal numbers from a pipe (`signal.set_wakeup_fd`), into which Python's C handler
+    writes them in any case.
 
     Attributes:
-        name: what asked this process to stop, "SIGTERM" for one; None as long as nothing has.
+        name: the first request, such as "SIGTERM"; None before it.
     """
 
     def __init__(self, launch: Launch) -> None:
         self.name: str | None = None
-        self._speaks = launch.rank == 0
+        self._is_main = launch.rank == 0
         self._agent_pid = launch.agent_pid
         self._grace = _GRACE_SECONDS if launch.elastic else float("inf")
         self._since = 0.0
@@ -46,7 +48,7 @@ class StopRequest:
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        # A handler has to be there for the wake-up; ignored and default signals make none.
+        # Only signals with a Python handler are written to the pipe.
         self._handlers = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
         self._thread = threading.Thread(target=self._watch, name="stop-request", daemon=True)
         self._thread.start()
@@ -58,7 +60,7 @@ class StopRequest:
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        os.close(self._write)  # which the thread reads as the end
+        os.close(self._write)  # ends the thread
         self._thread.join()
         os.close(self._read)
 
@@ -71,58 +73,59 @@ class StopRequest:
                     return
                 for number in numbers:
                     if number in STOP_SIGNALS:
-                        self._asked(signal.Signals(number).name, 128 + number)
+                        self._request(signal.Signals(number).name, 128 + number)
             if self._agent_pid is not None and os.getppid() != self._agent_pid:
-                # torchrun was killed, or got a signal that it doesn't handle: nobody else will end this process.
+                # torchrun died, by SIGKILL or a signal that it does not handle: nothing else will stop this process.
                 self._agent_pid = None
-                self._asked("the end of torchrun", 1)
+                self._request("the end of torchrun", 1)
             if self.name is not None and time.monotonic() - self._since > self._grace:
-                self._quit(f"{self.name}, but no end of the step within {self._grace:g} s: quitting", 1)
+                self._quit(f"{self.name}, but the step did not end within {self._grace:g} s: quitting", 1)
 
-    def _asked(self, name: str, status: int) -> None:
+    def _request(self, name: str, status: int) -> None:
         if self.name is None:
             self.name, self._since = name, time.monotonic()
         elif time.monotonic() - self._since > _ECHO_SECONDS:
             self._quit(f"{name} after {self.name}: quitting at once, without a checkpoint", status)
 
     def _quit(self, reason: str, status: int) -> None:
-        if self._speaks:
+        if self._is_main:
             print(reason, file=sys.stderr, flush=True)
         os._exit(status)
 
 
 class StopAgreement:
-    """Turns one rank's wish to stop into a step after which all of them do.
+    """Let all ranks stop after the same step once one of them was asked to.
 
-    Each rank says what it wants in an all_reduce of two numbers among the hosts' CPUs (gloo). It is started after one
-    step and read a number of steps later, when it has long been done: nothing waits for it, and the device isn't
-    involved. All ranks start and read it after the same steps, so they all learn of the wish after the same step.
+    The ranks vote by an asynchronous all-reduce of two numbers over gloo, on the CPU. It starts after one step and is
+    read several steps later, when it has long completed: nothing waits for it, and the device is not involved.
+    (accelerate's `check_trigger` reduces a tensor on the device and reads it at once, which blocks in every step.) All
+    ranks start and read the votes after the same steps, so they learn of the request after the same step.
 
-    The second number is the time of a step; from the slowest rank's, all compute the same number of steps to the next
-    exchange, about a quarter of a second. Measured with 2 processes on 2 CPU cores: 5.7 us per step of 3 ms on the
-    average (0.2 %), and 0.7 us where no exchange is due.
+    The second number is the mean time of a step. From the slowest rank's, all compute the same number of steps to the
+    next vote, about a quarter of a second. Measured with 2 processes on 2 CPU cores: 5.7 us per step of 3 ms on average
+    (0.2 %), and 0.7 us in a step without a vote.
     """
 
     def __init__(self, runtime: Runtime, request: StopRequest) -> None:
         self._runtime, self._request = runtime, request
-        self._votes: Any = None
+        self._vote: Any = None
         self._interval, self._steps = 1, 0
         self._began = time.perf_counter()
 
     def after_step(self) -> bool:
-        """Called by every rank after every step; True, after the same step on all of them, once one wants to stop."""
+        """Return whether to stop now, the same on all ranks. Collective: every rank calls it after every step."""
         if self._runtime.world_size == 1:
             return self._request.name is not None
         self._steps += 1
         if self._steps < self._interval:
             return False
         stop = False
-        if self._votes is not None:
-            asked, slowest = self._votes.result()
-            stop = asked > 0
-            self._interval = max(1, min(_EXCHANGE_STEPS, round(_EXCHANGE_SECONDS / slowest)))
+        if self._vote is not None:
+            requested, slowest = self._vote.result()
+            stop = requested > 0
+            self._interval = max(1, min(_VOTE_STEPS, round(_VOTE_SECONDS / slowest)))
         now = time.perf_counter()
-        mine = [float(self._request.name is not None), (now - self._began) / self._steps]
-        self._votes = self._runtime.start_max(torch.tensor(mine, dtype=torch.float64))
+        vote = [float(self._request.name is not None), (now - self._began) / self._steps]
+        self._vote = self._runtime.start_max(torch.tensor(vote, dtype=torch.float64))
         self._began, self._steps = now, 0
         return stop

@@ -1,4 +1,4 @@
-"""Where the processes of one start meet, apart from those that torchrun started before them."""
+"""A rendezvous that ignores keys which earlier restarts left in torchrun's store."""
 
 import time
 import uuid
@@ -9,60 +9,53 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
-METHOD = "round://"
+METHOD = "restartable://"
 # The first import of torch on a cold host takes minutes.
-_PATIENCE = timedelta(minutes=10)
+_STARTUP_TIMEOUT = timedelta(minutes=10)
 _POLL_SECONDS = 0.05
 
 
-def _meet(url: str, timeout: timedelta, **kwargs: Any) -> Iterator[tuple[dist.Store, int, int]]:
-    """torch's rendezvous by the launcher's environment, in a part of its store that no earlier start has used.
+def _rendezvous(url: str, timeout: timedelta, **kwargs: Any) -> Iterator[tuple[dist.Store, int, int]]:
+    """Yield torch's `env://` rendezvous, its store prefixed for this start of the processes.
 
-    torchrun's own process holds the store and, after a failure, starts its workers again on the same one (torch 2.11
-    to 2.15: pytorch/pytorch#135712). There, gloo and NCCL read the addresses of processes that are gone, and fail or
-    wait for good. No number that the workers are given tells one start from the next on all hosts alike, so they
-    agree on a name.
+    torchrun's agent serves the store and restarts failed workers on the same one (torch 2.11 to 2.15,
+    pytorch/pytorch#135712), where gloo and NCCL then read the addresses of dead processes: they fail or hang.
+    TORCHELASTIC_RESTART_COUNT cannot be the prefix, because it differs between hosts: when a rank of one host is
+    killed, the other host's agent restarts its workers for a changed membership, without counting (torch 2.14).
     """
-    store, rank, world_size = next(rendezvous("env://", timeout=max(timeout, _PATIENCE)))
-    name = name_of_round(store, rank, world_size, max(timeout, _PATIENCE))
-    yield dist.PrefixStore(f"round/{name}", store), rank, world_size
+    timeout = max(timeout, _STARTUP_TIMEOUT)
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    yield dist.PrefixStore(agree_on_prefix(store, rank, world_size, timeout), store), rank, world_size
 
 
-register_rendezvous_handler("round", _meet)
+register_rendezvous_handler("restartable", _rendezvous)
 
 
-def name_of_round(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
-    """A name that all ranks of this start know, in a `store` that may be full of what earlier ones left.
+def agree_on_prefix(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
+    """Return a prefix that all ranks of this start share and that no earlier start has used.
 
-    Rank zero calls out a new name until each rank has answered it, then says whose answers it took. A rank that read
-    the name of an earlier start doesn't find its own answer there, and reads again.
+    Rank zero publishes a new prefix and confirms the tokens with which the others answer it. A rank that read an
+    earlier start's prefix does not find its token confirmed there, and reads again.
 
     Raises:
-        DistStoreError: some rank didn't answer within `timeout`.
+        DistStoreError: some rank did not answer within `timeout`.
     """
-    mine, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
-
-    def pause() -> None:
-        if time.monotonic() > deadline:
-            raise dist.DistStoreError(f"wait timeout after {timeout}: not all {world_size} processes have started")
-        time.sleep(_POLL_SECONDS)
-
+    token, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    answers = [f"{token}/answer/{other}" for other in range(1, world_size)]
     if rank == 0:
-        store.set("name", mine)
-        answers = []
-        for other in range(1, world_size):
-            while not (answer := _read(store, f"answer/{other}")).startswith(mine):
-                pause()
-            answers.append(answer)
-        store.set(f"taken/{mine}", " ".join(answers))
-        return mine
-    while True:
-        name = _read(store, "name")
-        store.set(f"answer/{rank}", f"{name}-{mine}")
-        if f"{name}-{mine}" in _read(store, f"taken/{name}").split():
-            return name
-        pause()
+        store.set("prefix", token)
+    while time.monotonic() < deadline:
+        if rank != 0:
+            prefix = _get(store, "prefix")
+            store.set(f"{prefix}/answer/{rank}", token)
+            if token in _get(store, f"{prefix}/confirmed").split():
+                return prefix
+        elif not answers or store.check(answers):
+            store.set(f"{token}/confirmed", " ".join(_get(store, answer) for answer in answers))
+            return token
+        time.sleep(_POLL_SECONDS)
+    raise dist.DistStoreError(f"wait timeout after {timeout}: not all {world_size} processes have started")
 
 
-def _read(store: dist.Store, key: str) -> str:
+def _get(store: dist.Store, key: str) -> str:
     return store.get(key).decode() if store.check([key]) else ""
