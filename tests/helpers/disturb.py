@@ -1,4 +1,4 @@
-"""Real torchrun runs that are watched, killed, frozen and signalled while they train."""
+"""Real torchrun runs that can be watched, killed, frozen and signalled while they train."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import psutil
 from tests.helpers.processes import ROOT, clean_environment, left_of
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-# Steps of a few milliseconds, checkpoints between log points, momentum: whatever resuming could get wrong.
+# Steps of a few milliseconds, momentum, and checkpoints between log points.
 FLAGS = ["--device", "cpu", "--dataset", "synthetic", "--wandb", "disabled", "--log-steps", "20",
          "--checkpoint-steps", "25", "--keep-checkpoints", "4"]  # fmt: skip
 
@@ -36,51 +36,51 @@ class Watched:
             )  # fmt: skip
         self.agent = psutil.Process(self.process.pid)
 
-    def said(self) -> str:
-        """What this launch has printed so far."""
+    def output(self) -> str:
+        """Return what this launch has printed so far."""
         return self.log.read_text()[self._offset :]
 
     def step(self) -> int:
-        """The last step in metrics.jsonl; 0 before the first."""
+        """Return the last step in metrics.jsonl, or 0."""
         with suppress(OSError, ValueError, IndexError):
             return json.loads((self.run_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
         return 0
 
     def ranks(self) -> list[psutil.Process]:
-        """The processes that train, by their local rank."""
+        """Return the training processes by local rank."""
         found = [child for child in self.agent.children() if "train_ddp.py" in " ".join(child.cmdline())]
         return sorted(found, key=lambda process: int(process.environ()["LOCAL_RANK"]))
 
     def until(self, reached: Callable[[], bool], what: str, timeout: float = 90) -> float:
-        """Wait until `reached()`; the seconds it took."""
+        """Wait until `reached()`, and return the seconds."""
         began = time.monotonic()
         while not reached():
             if time.monotonic() - began > timeout:
-                raise AssertionError(f"{what}: not within {timeout} s; the end of its output: {self.said()[-2000:]}")
+                raise AssertionError(f"{what}: not within {timeout} s; the end of its output: {self.output()[-2000:]}")
             time.sleep(0.02)
         return time.monotonic() - began
 
     def until_line(self, text: str, times: int = 1, timeout: float = 90) -> float:
-        """Wait until `text` has been printed so often."""
-        return self.until(lambda: self.said().count(text) >= times, text, timeout)
+        """Wait until `text` has been printed `times` times."""
+        return self.until(lambda: self.output().count(text) >= times, text, timeout)
 
     def until_step(self, step: int, timeout: float = 90) -> float:
         """Wait until `step` is in the records."""
         return self.until(lambda: self.step() >= step, f"step {step}", timeout)
 
     def end(self, timeout: float) -> int:
-        """torchrun's exit status, once it and all processes below it are gone."""
+        """Return torchrun's exit status, once it and its descendants are gone."""
         below = self.agent.children(recursive=True) if self.process.poll() is None else []
         began = time.monotonic()
         try:
             status = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"still there after {timeout} s: {self.said()[-2000:]}") from None
+            raise AssertionError(f"still running after {timeout} s: {self.output()[-2000:]}") from None
         assert left_of(below, timeout - (time.monotonic() - began)) == []
         return status
 
     def kill(self) -> None:
-        """End everything that is left, for the end of a test that failed."""
+        """Kill everything that is left after a failure."""
         with suppress(psutil.Error):
             for process in [*self.agent.children(recursive=True), self.agent]:
                 with suppress(psutil.Error):
@@ -89,9 +89,9 @@ class Watched:
 
 
 def damage_newest(run_dir: Path, at: float) -> None:
-    """Flip a bit of the newest checkpoint, `at` (0 to 1) of its length from its beginning."""
+    """Flip a bit of the newest checkpoint at the fraction `at` of its length."""
     newest = sorted((run_dir / "checkpoints").glob("step-*.pt"))[-1]
-    with suppress(FileNotFoundError), newest.open("r+b") as file:  # it may be thinned out meanwhile
+    with suppress(FileNotFoundError), newest.open("r+b") as file:  # retention may remove it meanwhile
         size = os.fstat(file.fileno()).st_size
         file.seek(int(at * (size - 1)))
         byte = file.read(1)
@@ -100,6 +100,6 @@ def damage_newest(run_dir: Path, at: float) -> None:
 
 
 def send(process: psutil.Process, number: signal.Signals) -> None:
-    """Send a signal, unless the process has just gone by itself."""
+    """Send a signal, unless the process has just exited."""
     with suppress(psutil.NoSuchProcess):
         process.send_signal(number)

@@ -44,7 +44,6 @@ def fork_ranks(world_size: int, work: Callable[[], object]) -> None:
     Raises:
         RuntimeError: a rank failed.
     """
-    import torch._dynamo  # DistributedDataParallel would import it in each rank
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

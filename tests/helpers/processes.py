@@ -56,7 +56,7 @@ def _with_defaults(flags: Sequence[object]) -> list[str]:
 def left_of(processes: Iterable[psutil.Process], timeout: float) -> list[psutil.Process]:
     """Return those of `processes` that still run after `timeout` seconds.
 
-    A zombie has ended: psutil.wait_procs waits until its parent has read its status, which a container's init does late.
+    A zombie has ended, but psutil.wait_procs waits until its parent has read its status, which init may do late.
     """
     end = time.monotonic() + timeout
     while (left := [process for process in processes if _runs(process)]) and time.monotonic() < end:

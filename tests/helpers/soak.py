@@ -1,19 +1,17 @@
-"""One run of two processes, disturbed at random many times over, against the run that nothing disturbs.
+"""A run of two processes that is disturbed at random many times, compared with an undisturbed one.
 
 python -m tests.helpers.soak --disturbances 50 --seed 1 --folder runs/soak
 """
 
 import argparse
-import json
 import random
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cifar.checkpoint import checkpoint_path, load_checkpoint
+from tests.helpers.comparing import numbers, same
 from tests.helpers.disturb import FLAGS, Watched, damage_newest, send
 
 LAUNCHER = ["--standalone", "--nproc_per_node=2", "--max-restarts=1000"]
@@ -26,17 +24,17 @@ def soak(folder: Path, disturbances: int, seed: int, seconds: float) -> dict[str
     """Disturb a run `disturbances` times, or for `seconds`, and compare what it ends with.
 
     Returns:
-        What was done, how many steps each lost and how many seconds it took to the first step after it.
+        "disturbances": kind, steps lost and seconds until the first step after it, of each; "steps"; "seconds".
 
     Raises:
-        AssertionError: the weights, the optimizer or the metrics differ, or something didn't end when it should.
+        AssertionError: the weights, the optimizer or the metrics differ, or a process did not exit in time.
     """
     chance = random.Random(seed)
     steps = STEPS_BETWEEN[1] * (disturbances + 1)
     flags = [*FLAGS, "--timeout", str(TIMEOUT), "--max-steps", str(steps), "--epochs", str(1 + steps // 6250)]
     plain, disturbed = folder / "plain", folder / "disturbed"
     quiet = Watched(plain, [*flags, "--run-dir", str(plain)], LAUNCHER, "plain.txt")
-    assert quiet.end(60 + steps / 20) == 0, quiet.said()
+    assert quiet.end(60 + steps / 20) == 0, quiet.output()
 
     began, done = time.monotonic(), []
     run = Watched(disturbed, [*flags, "--run-dir", str(disturbed)], LAUNCHER, "disturbed.txt")
@@ -49,24 +47,22 @@ def soak(folder: Path, disturbances: int, seed: int, seconds: float) -> dict[str
             run, lost, waited = disturb(run, kind, chance, flags)
             done.append((kind, lost, round(waited, 1)))
             print(f"{len(done):3d}. {kind}: {lost} steps lost, {waited:.1f} s to the first step after it", flush=True)
-        assert run.end(60 + steps / 20) == 0, run.said()[-3000:]
+        assert run.end(60 + steps / 20) == 0, run.output()[-3000:]
     finally:
         run.kill()
 
     mine, theirs = (load_checkpoint(checkpoint_path(place, steps))["state"] for place in (disturbed, plain))
-    for name in theirs["net"]:
-        assert torch.equal(mine["net"][name], theirs["net"][name]), f"{name} differs"
-    for index, momentum in theirs["optimizer"]["state"].items():
-        assert torch.equal(mine["optimizer"]["state"][index]["momentum_buffer"], momentum["momentum_buffer"])
+    for part in theirs:
+        assert same({part: mine[part]}, {part: theirs[part]}), f"{part} differs"
     assert numbers(disturbed) == numbers(plain)
     return {"steps": steps, "disturbances": done, "seconds": round(time.monotonic() - began)}
 
 
 def disturb(run: Watched, kind: str, chance: random.Random, flags: list[str]) -> tuple[Watched, int, float]:
-    """Do it, and wait for the first step after it: the launch that goes on, the steps lost, the seconds."""
+    """Disturb the run; return the launch that continues, the steps lost, and the seconds until its first step."""
     ranks = run.ranks()
     victim = chance.choice(ranks)
-    resumes = run.said().count("resumes     ")
+    resumes = run.output().count("resumes   ")
     reached, began = run.step(), time.monotonic()
     if kind in ("kill", "damage"):
         send(victim, signal.SIGKILL)
@@ -80,18 +76,12 @@ def disturb(run: Watched, kind: str, chance: random.Random, flags: list[str]) ->
         run.end(10)
         run = Watched(run.run_dir, ["--resume", str(run.run_dir)], LAUNCHER, run.log.name)
         resumes = 0
-    run.until_line("resumes     ", resumes + 1)
-    begins = int(run.said().split("resumes     after step ")[-1].split(" of ")[0].replace(",", ""))
+    run.until_line("resumes   ", resumes + 1)
+    begins = int(run.output().split("resumes   after step ")[-1].split(" of ")[0].replace(",", ""))
     run.until(lambda: run.step() > begins, "a step after it")
     if "stop" in kind:
         assert begins >= reached, f"{kind} lost steps: {reached} was reached, {begins} saved"
     return run, max(0, reached - begins), time.monotonic() - began
-
-
-def numbers(run_dir: Path) -> list[dict[str, Any]]:
-    """Every record but those that depend on the clock."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "train/images_per_second"} for line in lines]
 
 
 if __name__ == "__main__":

@@ -183,9 +183,9 @@ class Sources:
 def sources(monkeypatch):
     sources = Sources()
 
-    def dataset(train: int, test: int) -> Dataset:
-        sizes = ((torch.zeros(n, 3, 32, 32, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64)) for n in (train, test))
-        return Dataset(CLASSES, *sizes)
+    def dataset(*sizes: int) -> Dataset:
+        splits = ((torch.zeros(n, 3, 32, 32, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64)) for n in sizes)
+        return Dataset(CLASSES, *splits)
 
     monkeypatch.setattr(cifar.data, "prepare_cifar10", sources)
     monkeypatch.setitem(cifar.data.DATASETS, "cifar10", lambda data_dir: dataset(50, 10))

@@ -1,4 +1,4 @@
-"""The test metrics: exact, and the same for every world size. Real ranks are in test_ranks.py and test_world_size.py."""
+"""The test metrics: exact, at every world size. Real ranks are in test_torchrun.py and test_world_size.py."""
 
 import math
 

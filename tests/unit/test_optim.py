@@ -114,7 +114,8 @@ def test_momentum_from_zeros_equals_torchs_first_update():
 
 def test_momentum_is_loaded_into_the_layout_of_its_parameter():
     """As when a run with batches of 4, whose layout is contiguous on a CPU, resumes with larger ones."""
-    nets = [build_model("net", 10).to(memory_format=layout) for layout in (torch.contiguous_format, torch.channels_last)]
+    layouts = (torch.contiguous_format, torch.channels_last)
+    nets = [build_model("net", 10).to(memory_format=layout) for layout in layouts]
     nets[1].load_state_dict(nets[0].state_dict())
     plain, channels_last = (build_optimizer(net, TrainConfig(lr=0.1)) for net in nets)
     trained(plain, nets[0], steps=1)
