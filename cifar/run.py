@@ -246,18 +246,14 @@ class Run:
         }
 
     def _result(self, test: Evaluation) -> dict[str, Any]:
-        config, state = self.config, self.state
+        state = self.state
         return {
-            "recipe": config.recipe,
+            **{name: getattr(self.config, name) for name in ("recipe", "model", "epochs", "seed", "precision")},
             "dataset": self.data.name,
-            "model": config.model,
-            "epochs": config.epochs,
             "steps": state.step,
             "world_size": self.runtime.world_size,
             "local_batch_size": self.plan.local_batch_size,
             "global_batch_size": self.plan.global_batch_size,
-            "seed": config.seed,
-            "precision": config.precision,
             "device": self.runtime.device.type,
             "train_seconds": state.train_seconds,
             "images_per_second": state.step * self.plan.global_batch_size / state.train_seconds,
