@@ -70,6 +70,7 @@ def flip_bits(path: Path, bits: Iterable[int]) -> tuple[int, list[int]]:
                 changed.append(bit)
         except DamagedCheckpointError:
             detected += 1
+    path.write_bytes(raw)
     return detected, changed
 
 
