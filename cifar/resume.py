@@ -72,7 +72,7 @@ def restore(config: TrainConfig, runtime: Runtime, data: Data, state: TrainState
             found = _find(config, runtime, data, own)
     found = runtime.from_main(found)
     for reason in found.corrupt:
-        runtime.print0(f"WARNING: skipping corrupt checkpoint: {reason}")
+        runtime.print0(f"WARNING: skipping corrupt checkpoint {reason}")
     if found.finished and own:
         raise StoppedError(f"the run in {config.resume} has finished", status=0)
     if found.checkpoint is not None:
