@@ -114,7 +114,7 @@ def test_debugger(changed):
     lines = (ROOT / "train_ddp.py").read_text().splitlines()
     (number,) = (k for k, line in enumerate(lines, 1) if "train_epoch(run" in line)
     done = subprocess.run(
-        [sys.executable, "-m", "pdb", "train_ddp.py", *"--dataset synthetic --device cpu --wandb disabled".split()],
+        [sys.executable, "-m", "pdb", "train_ddp.py", "--device", "cpu", "--wandb", "disabled"],
         cwd=changed, env=clean_environment(PYTHONPATH=str(changed)), capture_output=True, text=True, timeout=240,
         input=f"b {number}\nc\np (config.recipe, runtime.world_size)\nq\n",
     )  # fmt: skip
