@@ -5,12 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from cifar.checkpoint import DamagedCheckpointError, load_checkpoint
-from cifar.datasets import DATASETS
-from cifar.datasets.base import Dataset
 from cifar.datasets.cifar10 import CLASSES
 from cifar.models import build_model
 from cifar.optim import build_optimizer
@@ -72,10 +69,3 @@ def flip_bits(path: Path, bits: Iterable[int]) -> tuple[int, list[int]]:
             detected += 1
     path.write_bytes(raw)
     return detected, changed
-
-
-def use_tiny_dataset(patched: pytest.MonkeyPatch, count: int = 200) -> None:
-    """Replace the synthetic dataset by `count` images of noise."""
-    images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    split = (images, torch.arange(count) % 10)
-    patched.setitem(DATASETS, "synthetic", lambda _: Dataset(CLASSES, split, split))

@@ -9,14 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from cifar.batch_plan import BatchPlan
 from cifar.checkpoint import CheckpointWriter
-from cifar.config import TrainConfig
-from cifar.data import Data, DeviceImages, EvalLoader, TrainLoader
 from cifar.datasets import DATASETS
 from cifar.datasets.base import Dataset
-
-CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+from cifar.datasets.cifar10 import CLASSES
 
 
 def tiny_dataset(size: int = 200, classes: tuple[str, ...] = CLASSES) -> Dataset:
@@ -26,18 +22,14 @@ def tiny_dataset(size: int = 200, classes: tuple[str, ...] = CLASSES) -> Dataset
     return Dataset(classes, split, split)
 
 
-def tiny_data(config: TrainConfig | None = None, name: str = "synthetic", size: int = 200) -> Data:
-    """Return `tiny_dataset` on the CPU, for one process, not augmented."""
-    dataset = tiny_dataset(size)
-    train, test = (DeviceImages(*split, CLASSES, torch.device("cpu")) for split in (dataset.train, dataset.test))
-    config = config or TrainConfig()
-    plan = BatchPlan.make(config, 1, size)
-    return Data(name, CLASSES, plan, TrainLoader(train, plan, 0, config.seed), EvalLoader(test, 0, 1))
+def use_tiny_dataset(patched: pytest.MonkeyPatch, size: int = 200) -> None:
+    """Let `--dataset synthetic` load `tiny_dataset`."""
+    patched.setitem(DATASETS, "synthetic", lambda _: tiny_dataset(size))
 
 
-def use_tiny_dataset(patched: pytest.MonkeyPatch) -> None:
-    """Let `--dataset synthetic` load `tiny_dataset`, write no report, and wait for each checkpoint."""
-    patched.setitem(DATASETS, "synthetic", lambda _: tiny_dataset())
+def make_runs_tiny(patched: pytest.MonkeyPatch) -> None:
+    """Use the tiny dataset, write no report, and wait for each checkpoint."""
+    use_tiny_dataset(patched)
     # Drawing would take most of the time of so small a run.
     patched.setitem(sys.modules, "cifar.report", SimpleNamespace(write_report=lambda *_: None))
     wait_for_checkpoints(patched)

@@ -5,9 +5,9 @@ A change that should alter no number leaves them as they are. One that should re
     python -m tests.helpers.golden_losses --record      # all cases on this machine, two minutes
     python -m tests.helpers.golden_losses wide bf16     # print the losses of some cases as JSON
 
-The bits depend on torch, the CPU and its number of cores: there is an entry for each such machine. On other machines, the
-losses must agree with those of the first entry to `TOLERANCE`. With CIFAR_DATA_DIR set, --record also trains net-fast in
-full.
+The bits depend on torch, the CPU and its number of cores: there is an entry for each such machine. On other machines,
+losses must agree with those of the first entry to `TOLERANCE`. With CIFAR_DATA_DIR set, --record also trains net-fast
+in full.
 """
 
 import json

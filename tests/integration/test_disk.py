@@ -8,8 +8,8 @@ import pytest
 import train_ddp
 from cifar.checkpoint import DamagedCheckpointError, checkpoints, load_checkpoint, save_checkpoint
 from cifar.run import Run
-from tests.helpers.checkpoints import flip_bits, small, use_tiny_dataset
-from tests.helpers.comparing import wait_for_checkpoints
+from tests.helpers.checkpoints import flip_bits, small
+from tests.helpers.comparing import use_tiny_dataset, wait_for_checkpoints
 from tests.helpers.processes import records, result, train
 
 pytestmark = pytest.mark.slow

@@ -25,8 +25,8 @@ from cifar.checkpoint import (
 from cifar.errors import UserError
 from cifar.files import write_atomically, write_json
 from cifar.models import build_model
-from tests.helpers.checkpoints import content, flip_bits, small, use_tiny_dataset, zip_of
-from tests.helpers.comparing import same
+from tests.helpers.checkpoints import content, flip_bits, small, zip_of
+from tests.helpers.comparing import same, use_tiny_dataset
 from tests.helpers.forking import fork, wait
 
 

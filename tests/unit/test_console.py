@@ -11,7 +11,7 @@ from cifar.console import SYNTHETIC_WARNING, print_test
 from cifar.datasets import DATASETS
 from cifar.evaluation import evaluate
 from cifar.models import build_model
-from tests.helpers.comparing import tiny_dataset, use_tiny_dataset
+from tests.helpers.comparing import make_runs_tiny, tiny_dataset
 from tests.helpers.terminal import Terminal
 
 FLAGS = "--dataset synthetic --device cpu --wandb disabled"
@@ -41,7 +41,7 @@ def test_accuracies_in_the_tutorials_words(synthetic, runtime, capsys):
 @pytest.mark.parametrize(("name", "warnings"), [("synthetic", 2), ("mine", 0)])
 def test_only_synthetic_is_announced_as_such(name, warnings, tmp_path, monkeypatch, capsys):
     """At the start and beside the accuracy; a new dataset is named with its classes."""
-    use_tiny_dataset(monkeypatch)
+    make_runs_tiny(monkeypatch)
     monkeypatch.setitem(DATASETS, "mine", lambda _: tiny_dataset(classes=("red", "green", "blue")))
     flags = [*FLAGS.split(), "--dataset", name, "--max-steps", "3", "--run-dir", str(tmp_path / "run")]
     train_ddp.main(flags)

@@ -15,8 +15,8 @@ from cifar.batch_plan import BatchPlan
 from cifar.config import TrainConfig
 from cifar.data import BatchedDistributedSampler, Data, DeviceImages, EvalLoader, TrainLoader, load_data, normalize
 from cifar.datasets.base import Dataset
+from cifar.datasets.cifar10 import CLASSES
 from cifar.errors import UserError
-from tests.helpers.comparing import CLASSES
 
 SIZE = 1000
 CPU = torch.device("cpu")

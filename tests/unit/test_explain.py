@@ -5,14 +5,14 @@ import torch
 
 from cifar import explain
 from cifar.errors import UserError
-from tests.helpers.comparing import use_tiny_dataset
+from tests.helpers.comparing import make_runs_tiny
 
 FLAGS = ["--dataset", "synthetic", "--device", "cpu"]
 
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
-    use_tiny_dataset(monkeypatch)
+    make_runs_tiny(monkeypatch)
 
 
 def test_shows_every_link(capsys):

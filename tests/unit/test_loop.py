@@ -8,7 +8,7 @@ import pytest
 import train_ddp
 from cifar.checkpoint import checkpoint_path, checkpoints, load_checkpoint
 from cifar.errors import TrainingDivergedError
-from tests.helpers.comparing import use_tiny_dataset
+from tests.helpers.comparing import make_runs_tiny
 from tests.helpers.processes import records, result
 
 # Ten steps an epoch, with accumulation, augmentation, warm-up and a schedule.
@@ -18,7 +18,7 @@ FLAGS = ["--dataset", "synthetic", "--device", "cpu", "--wandb", "disabled", "--
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
-    use_tiny_dataset(monkeypatch)
+    make_runs_tiny(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def finished(tmp_path_factory):
     """Return the directory of a run of one epoch and a half."""
     run_dir = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patched:
-        use_tiny_dataset(patched)
+        make_runs_tiny(patched)
         flags = ["--epochs", "2", "--max-steps", "15", "--log-steps", "3", "--checkpoint-steps", "4"]
         train_ddp.main([*FLAGS, *flags, "--keep-checkpoints", "9", "--run-dir", str(run_dir)])
     return run_dir

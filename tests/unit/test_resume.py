@@ -12,7 +12,7 @@ import train_ddp
 from cifar.checkpoint import checkpoint_path, checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
 from cifar.datasets import DATASETS
 from cifar.errors import StoppedError, UserError
-from tests.helpers.comparing import numbers, same, tiny_dataset, traces, use_tiny_dataset
+from tests.helpers.comparing import make_runs_tiny, numbers, same, tiny_dataset, traces
 from tests.helpers.processes import records, result
 
 # Ten steps an epoch, with augmentation, a schedule and accumulation; log points after 3, 6, 9 and 10 of them.
@@ -26,7 +26,7 @@ MUON = [*RUN, "--recipe", "speed94", "--lr", "0.1", "--cutout", "8"]
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
-    use_tiny_dataset(monkeypatch)
+    make_runs_tiny(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def undisturbed(tmp_path_factory):
     """Return the directory of a run that was never stopped."""
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
     with pytest.MonkeyPatch.context() as patched:
-        use_tiny_dataset(patched)
+        make_runs_tiny(patched)
         train_ddp.main([*RUN, "--run-dir", str(run_dir)])
     return run_dir
 

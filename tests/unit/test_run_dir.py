@@ -14,8 +14,7 @@ import train_ddp
 from cifar import run_dir
 from cifar.errors import UserError
 from cifar.run_dir import RunLock, check_writable, create_run_dir, owners
-from tests.helpers.checkpoints import use_tiny_dataset
-from tests.helpers.comparing import traces
+from tests.helpers.comparing import traces, use_tiny_dataset
 from tests.helpers.forking import fork, wait
 
 

@@ -1,0 +1,121 @@
+"""README's examples of how to change the program, followed to the letter in a copy of it."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from cifar.checkpoint import load_checkpoint
+from tests.helpers.processes import ROOT, clean_environment, records, result, run
+
+pytestmark = pytest.mark.slow
+
+TEXT = (ROOT / "README.md").read_text()
+COLORS = {"blue": (30, 40, 200), "green": (20, 180, 50), "red": (210, 30, 40)}
+
+
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory):
+    """Return a copy of the program with the examples, and pictures of three classes."""
+    folder = tmp_path_factory.mktemp("changed")
+    shutil.copytree(ROOT / "cifar", folder / "cifar", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "train_ddp.py", folder)
+    examples = re.findall(r"```python\n# (\S+?)(?:: (\w+))?\n(.*?)```", TEXT, re.S)
+    assert len(examples) == 5
+    for path, registry, code in examples:
+        place = folder / path
+        if not registry:  # a whole file
+            assert not place.exists()
+            place.write_text(code)
+            continue
+        lines = code.splitlines(keepends=True)
+        imports = "".join(line for line in lines if not line.startswith(" "))
+        entry = "".join(line for line in lines if line.startswith(" "))
+        text, times = re.subn(rf"(\n{registry}\b.*= {{\n)", lambda found, new=entry: found[1] + new, place.read_text())
+        assert times == 1
+        place.write_text(text.replace("\nfrom", f"\n{imports}from", 1))
+    for split, count in (("train", 40), ("test", 5)):
+        for name, color in COLORS.items():
+            pictures = folder / "pictures" / split / name
+            pictures.mkdir(parents=True)
+            for k in range(count):
+                Image.new("RGB", (40 + k, 60), tuple(value + k for value in color)).save(pictures / f"{k}.png")
+    return folder
+
+
+def run_in(folder, *command):
+    done = run([sys.executable, *command], folder, PYTHONPATH=str(folder))
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def output(changed):
+    """Return the output of the README's command for the examples, on few images."""
+    (command,) = re.findall(r"`python (train_ddp\.py [^`]*--recipe mlp[^`]*)`", TEXT)
+    flags = [
+        "--run-dir",
+        "run",
+        "--device",
+        "cpu",
+        "--wandb",
+        "disabled",
+        "--local-batch-size",
+        "20",
+        "--log-steps",
+        "1",
+    ]
+    return run_in(changed, *shlex.split(command), *flags)
+
+
+def test_banner_names_the_dataset_and_its_classes(output):
+    assert re.search(r"^dataset +pictures, from pictures: 120 training, 15 test, 3 classes$", output, re.M)
+    assert re.search(r"^model +mlp, ", output, re.M)
+    assert re.search(r"^recipe +mlp, augmentation crop-flip", output, re.M)
+    assert "synthetic" not in output
+    assert "WARNING" not in output
+
+
+def test_records(changed, output):
+    got = result(changed / "run")
+    assert (got["recipe"], got["model"], got["dataset"], got["test_total"]) == ("mlp", "mlp", "pictures", 15)
+    assert got["test_accuracy"] > 0.9
+    assert "Accuracy for class: green is 100.0 %" in output
+    assert [name for name in COLORS if records(changed / "run", f"test_class/{name}")] == list(COLORS)
+    for name in ("report.png", "index.html"):
+        assert (changed / "run" / name).exists()
+    assert all(name in (changed / "run" / "index.html").read_text() for name in COLORS)
+
+
+@pytest.mark.usefixtures("output")
+def test_checkpoint_keeps_the_classes_and_predict_prints_them(changed):
+    newest = max((changed / "run" / "checkpoints").glob("step-*.pt"))
+    content = load_checkpoint(newest)
+    assert (content["dataset"], list(content["classes"])) == ("pictures", list(COLORS))
+    text = run_in(changed, "-m", "cifar.predict", newest, "pictures/test/red/1.png")
+    assert "red" in text
+    assert "plane" not in text
+
+
+def test_help_lists_the_new_names(changed):
+    text = run_in(changed, "train_ddp.py", "--help")
+    for flag, name in {"recipe": "mlp", "model": "mlp", "dataset": "pictures"}.items():
+        choices = re.search(rf"--{flag} {{(.*?)}}", text, re.S)
+        assert choices is not None
+        assert name in re.split(r"[,\W]+", choices[1])
+
+
+def test_debugger(changed):
+    """`python -m pdb train_ddp.py` stops at a line of the script."""
+    lines = (ROOT / "train_ddp.py").read_text().splitlines()
+    (number,) = (k for k, line in enumerate(lines, 1) if "train_epoch(run" in line)
+    done = subprocess.run(
+        [sys.executable, "-m", "pdb", "train_ddp.py", "--device", "cpu", "--wandb", "disabled"],
+        cwd=changed, env=clean_environment(PYTHONPATH=str(changed)), capture_output=True, text=True, timeout=240,
+        input=f"b {number}\nc\np (config.recipe, runtime.world_size)\nq\n",
+    )  # fmt: skip
+    assert "('tutorial', 1)" in done.stdout, done.stdout + done.stderr
