@@ -119,6 +119,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
+        matplotlib.rcParams["text.parse_math"] = False  # a run's name may contain dollar signs
         figure = Figure(figsize=(13, 5), layout="constrained")
         axes = figure.subplots(1, 2, sharey=True)
         for run in runs:

@@ -20,9 +20,9 @@ from cifar.files import write_atomically
 from cifar.metrics import read_metrics, series
 
 _WRONG_IMAGES = 36
-_FEW = 20  # classes, up to which each has its own bar and its counts are printed
+_FEW = 20  # with more classes, report.png has no room for every name and count
 
-# The colours of the charts, and the variables of the page that replace them, so that they follow its colour scheme.
+# Colours of the charts. In the page, CSS variables replace them, so that the charts follow its colour scheme.
 _INK, _SOFT, _LINE, _TRAIN, _TEST = "#1d2733", "#5b6875", "#d9dfe5", "#1f6fb4", "#c9480f"
 _VARIABLES = {_INK: "--ink", _SOFT: "--soft", _LINE: "--line", _TRAIN: "--train", _TEST: "--test"}
 _STYLE: Any = {
@@ -81,7 +81,9 @@ def _page(
     name: str, records: Records, result: dict[str, Any], config: dict[str, Any], test: Evaluation, images: Tensor
 ) -> str:
     """Return index.html."""
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("cifar", "."), autoescape=True, trim_blocks=True)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("cifar", "."), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
+    )
     wrong = [
         {
             "index": i,
@@ -103,6 +105,7 @@ def _page(
             "Images per second": _svg(_draw_throughput, records),
         },
         classes=test.classes,
+        many=len(test.classes) > _FEW,
         class_accuracies=test.class_accuracies(),
         confusion=test.confusion().tolist(),
         wrong=wrong,
@@ -157,6 +160,7 @@ def _plot(axes: Axes, records: Records, name: str, scale: float = 1, **style: An
     axes.plot([step for step, _ in points], [scale * value for _, value in points], markersize=4, **style)
     axes.set_xlim(left=0)
     axes.set_xlabel("optimizer step")
+    axes.locator_params(axis="x", nbins=6)  # room for the larger text on a phone
     axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
@@ -201,7 +205,7 @@ def _draw_confusion(axes: Axes, test: Evaluation) -> None:
     if n <= _FEW:
         for i, row in enumerate(confusion.tolist()):
             for j, count in enumerate(row):
-                color = "white" if shares[i, j] > 0.5 else _INK if count else "#c4ccd4"
+                color = "white" if shares[i, j] > 0.65 else _INK if count else "#c4ccd4"
                 weight = "bold" if i == j else "normal"
                 axes.text(j, i, f"{count}", ha="center", va="center", fontsize=8.5, color=color, fontweight=weight)
         axes.set_xticks(range(n), test.classes, rotation=45, ha="right", rotation_mode="anchor")

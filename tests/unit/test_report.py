@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import matplotlib
@@ -21,6 +22,7 @@ RECORDS = [
     {"step": 20, "train/loss": 2.0, "train/images_per_second": 1000.0},
     {"step": 20, "test/loss": 1.9, "test/accuracy": 0.4},
 ]
+RED = (0xB3, 0x26, 0x1E)  # the warning in report.png
 
 
 def evaluation(classes):
@@ -44,8 +46,15 @@ def report(run_dir, test, records=RECORDS, **changes):
     return (run_dir / "index.html").read_text(), np.array(Image.open(run_dir / "report.png").convert("RGB"))
 
 
-def test_page_is_well_formed_and_self_contained(tmp_path):
-    page, _ = report(tmp_path / "<a & b>", evaluation("xyz"))
+TEST = evaluation(["plane", "a <b>", "$dog"])
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    return report(tmp_path_factory.mktemp("report") / "<x & y>", TEST, test_accuracy_tta=0.7, tta="crop")
+
+
+def test_page_is_well_formed_and_self_contained(written):
     open_tags = []
 
     class Balanced(HTMLParser):
@@ -60,63 +69,73 @@ def test_page_is_well_formed_and_self_contained(tmp_path):
         def handle_startendtag(self, tag, attrs):
             assert all(value.startswith(("data:", "#")) for name, value in attrs if name.endswith(("src", "href")))
 
-    Balanced().feed(page)
+    Balanced().feed(written[0])
     assert not open_tags
-    assert "<script" not in page
-    assert "&lt;a &amp; b&gt;" in page
-    assert "&lt;net&gt;" in page
+    assert not re.search(r"<script|@import|url\((?!#)", written[0])
 
 
-def test_page_states_the_results(tmp_path):
-    test = evaluation(["plane", "a <b>", "dog"])
-    page, _ = report(tmp_path / "run", test, test_accuracy_tta=0.7, tta="crop")
-    assert "Test accuracy 66.67 %: 200 of 300 test images" in page
-    assert "70.00 % with test-time augmentation (crop)" in page
-    assert "40 steps of 500 images" in page
+def test_page_has_every_section(written):
+    page = written[0]
+    assert "<h1>Test accuracy 66.67 %: 200 of 300 test images</h1>" in page
+    for fact in ("70.00 % with test-time augmentation (crop)", "40 steps of 500 images", "2 processes on cpu, fp32"):
+        assert fact in page
+    headings = re.findall(r"<(?:h2|summary)>([^<,:]+)", page)
+    assert headings == [
+        "Cross-entropy", "Test accuracy", "Images per second", "Accuracy of each class", "Confusion matrix",
+        "Most confidently wrong", "Configuration",
+    ]  # fmt: skip
+    assert re.findall(r"<span>([\d.]+)</span>\n", page) == [
+        f"{100 * value:.1f}" for value in TEST.class_accuracies().values()
+    ]
+    assert [int(cell) for cell in re.findall(r">(\d+)</td>", page)] == TEST.confusion().flatten().tolist()
     assert "<span>lr</span><span>0.05</span>" in page
     assert "Synthetic" not in page
-    assert page.count("a &lt;b&gt;") >= 3, "class names are escaped: bars, confusion matrix, wrong pictures"
-    cells = [int(cell) for cell in re.findall(r">(\d+)</td>", page)]
-    assert cells == test.confusion().flatten().tolist()
-    assert page.count("<svg") == 3
-    assert "var(--train)" in page.split("<svg")[1], "charts follow the page's colour scheme"
 
 
-def test_wrong_pictures_are_the_test_images(tmp_path):
-    test = evaluation("xyz")
-    page, _ = report(tmp_path / "run", test)
-    found = re.findall(r'base64,([^"]+)" alt="test image (\d+), class (\w+)">', page)
-    assert [int(i) for _, i, _ in found] == test.most_confidently_wrong(36)
+def test_names_and_values_are_escaped(written):
+    page = written[0]
+    assert "&lt;x &amp; y&gt;" in page
+    assert "<span>&lt;net&gt;</span>" in page
+    assert page.count("a &lt;b&gt;") >= 4, "bars, two sides of the matrix, wrong pictures"
+    assert not re.search("<x|<net|<b>(?!a &lt;b&gt;|plane|[$]dog)", page)
+
+
+def test_charts_follow_the_colour_scheme(written):
+    charts = re.findall("<svg.*?</svg>", written[0], re.DOTALL)
+    assert len(charts) == 3
+    for chart in charts:
+        assert set(re.findall(r"(?:fill|stroke): ([^;\"]+)", chart)) <= {
+            f"var(--{name})" for name in ("ink", "soft", "line", "train", "test")
+        } | {"none"}
+
+
+def test_wrong_pictures_are_the_test_images(written):
+    found = re.findall(r'base64,([^"]+)" alt="test image (\d+), class ([^"]+)">', written[0])
+    assert [int(i) for _, i, _ in found] == TEST.most_confidently_wrong(36)
     for content, i, name in found:
         pixels = np.array(Image.open(io.BytesIO(base64.b64decode(content))))
         assert np.array_equal(pixels, IMAGES[int(i)].permute(1, 2, 0).numpy())
-        assert name == "xyz"[test.labels[int(i)]]
+        assert name.replace("&lt;", "<").replace("&gt;", ">") == TEST.classes[TEST.labels[int(i)]]
 
 
-def test_synthetic_dataset_is_marked(tmp_path):
-    _, plain = report(tmp_path / "real", evaluation("xyz"))
-    page, marked = report(tmp_path / "synthetic", evaluation("xyz"), dataset="synthetic")
-    assert "Synthetic dataset, not CIFAR-10" in page
-    red = np.array([0xB3, 0x26, 0x1E])
-    assert not (plain == red).all(2).any()
-    assert (marked == red).all(2).sum() > 1000
-
-
-@pytest.mark.parametrize("count", [2, 100])
-def test_any_number_of_classes(tmp_path, count):
-    page, _ = report(tmp_path / "run", evaluation([f"$class {i}" for i in range(count)]))
-    assert f"$class {count - 1}" in page
-
-
-def test_no_records_and_no_mistakes(tmp_path):
-    right = evaluation("xyz")
-    page, _ = report(tmp_path / "run", Evaluation(0.1, right.labels, right.labels, right.confidence, right.classes), [])
-    assert "Most confidently wrong" not in page
-
-
-def test_matplotlib_settings_of_the_user_do_not_matter(tmp_path):
-    page, picture = report(tmp_path / "a", evaluation("xyz"))
+def test_settings_of_matplotlib_do_not_matter(written, tmp_path):
     with matplotlib.rc_context({"axes.facecolor": "black", "font.size": 30, "svg.fonttype": "path"}):
-        other_page, other_picture = report(tmp_path / "b", evaluation("xyz"))
-    assert np.array_equal(picture, other_picture)
-    assert page.split("<svg")[1:] == other_page.split("<svg")[1:]
+        again = report(tmp_path / "<x & y>", TEST, test_accuracy_tta=0.7, tta="crop")
+        assert matplotlib.rcParams["font.size"] == 30
+    assert again[0] == written[0]
+    assert np.array_equal(again[1], written[1])
+
+
+def test_synthetic_dataset_with_a_hundred_classes(written, tmp_path):
+    page, picture = report(tmp_path / "run", evaluation([f"class {i}." for i in range(100)]), dataset="synthetic")
+    assert "Synthetic dataset, not CIFAR-10" in page
+    assert (picture == RED).all(2).any()
+    assert not (written[1] == RED).all(2).any()
+    assert all(page.count(f">class {i}.<") >= 3 for i in range(100))
+
+
+def test_no_records_no_mistakes_and_an_empty_class(tmp_path):
+    test = replace(TEST, predicted=TEST.labels, classes=(*TEST.classes, "empty"))
+    page, _ = report(tmp_path / "run", test, [])
+    assert "Most confidently wrong" not in page
+    assert re.search(r'<span>empty</span><span class="bar"><i style="width: 0%"></i></span>\n<span>no images', page)
