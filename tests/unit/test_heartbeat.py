@@ -1,90 +1,101 @@
-"""A rank that stops answering is named and ended; one that has taken leave, or was frozen itself, is left alone."""
+"""Heartbeats of two ranks, forked from this process."""
 
+import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
+from contextlib import suppress
+from datetime import timedelta
 
 import pytest
-
-from tests.helpers.processes import clean_environment
-
-RANK = """
-import json, os, sys, time
-from datetime import timedelta
 import torch.distributed as dist
-from cifar.distributed import heartbeat
-rank, port, owner = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0 and owner == "zero", wait_for_workers=False,
-                      timeout=timedelta(seconds=60))
-rounds = iter(range(9))
 
-def gather(value):
-    name = next(rounds)
-    store.set(f"{name}/{rank}", json.dumps(value))
-    return [json.loads(store.get(f"{name}/{other}")) for other in range(2)]
+from cifar.distributed.heartbeat import Heartbeat
+from tests.helpers.forking import fork, wait
 
-beat = heartbeat.Heartbeat(rank, 2, 2.0, ("127.0.0.1", port), owner == "zero", gather)
-print("ready", flush=True)
-if sys.stdin.readline() == "leave\\n":
-    beat.stop()
-    print("left", flush=True)
-sys.stdin.readline()
-"""
+TIMEOUT = 2.0
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+class Ranks:
+    """Two ranks and their store, served by this process as by a launcher, or else by rank zero."""
+
+    def __init__(self, store_of_rank_zero):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.pids = [fork(lambda rank=rank: self._run(rank, store_of_rank_zero)) for rank in range(2)]
+        self._store = self._connect(not store_of_rank_zero)
+        self.wait_for("ready/0", "ready/1")
+
+    def wait_for(self, *keys):
+        self._store.wait(list(keys), timedelta(seconds=30))
+
+    def _connect(self, serve):
+        return dist.TCPStore("127.0.0.1", self.port, is_master=serve, wait_for_workers=False)
+
+    def _run(self, rank, store_of_rank_zero):
+        store, calls = self._connect(store_of_rank_zero and rank == 0), iter(range(9))
+
+        def gather(value):
+            call = next(calls)
+            store.set(f"{call}/{rank}", json.dumps(value))
+            return [json.loads(store.get(f"{call}/{other}")) for other in range(2)]
+
+        heartbeat = Heartbeat(rank, 2, TIMEOUT, ("127.0.0.1", self.port), store_of_rank_zero, gather)
+
+        def stop(*_):
+            heartbeat.stop()
+            store.set(f"stopped/{rank}", "")
+
+        signal.signal(signal.SIGUSR1, stop)
+        store.set(f"ready/{rank}", "")
+        while True:
+            time.sleep(0.1)
+
+    def kill(self):
+        for pid in self.pids:
+            with suppress(ProcessLookupError, ChildProcessError):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
 
 
 @pytest.fixture
-def ranks(request):
-    """Two ranks with a timeout of two seconds; whose store it is, is the test's parameter."""
-    owner, port, store = request.param, free_port(), None
-    if owner == "launcher":
-        import torch.distributed as dist
+def start():
+    """Start two ranks in the test itself: pytest's capfd has other files for the setup."""
+    started = []
 
-        store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(port), owner], env=clean_environment(), text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for process in started:
-        assert process.stdout.readline() == "ready\n", process.stderr.read()
-    yield started
-    for process in started:
-        process.kill()
-        process.communicate()
-    del store
+    def start_ranks(**options):
+        started.append(Ranks(**options))
+        return started[-1]
+
+    yield start_ranks
+    for ranks in started:
+        ranks.kill()
 
 
-@pytest.mark.parametrize(("ranks", "victim"), [("launcher", 1), ("launcher", 0), ("zero", 0)], indirect=["ranks"])
-def test_a_frozen_rank_is_named_and_killed_and_the_others_leave(ranks, victim):
-    frozen, other = ranks[victim], ranks[1 - victim]
-    os.kill(frozen.pid, signal.SIGSTOP)
-    assert other.wait(timeout=10) == 1
-    assert frozen.wait(timeout=10) == -signal.SIGKILL
-    said = other.stderr.read().splitlines()
-    assert said[-1] == (
-        f"error: rank {victim} (process {frozen.pid} on {socket.gethostname()}) gave no sign of life for 2 s "
+@pytest.mark.parametrize(
+    ("store_of_rank_zero", "victim"), [(False, 1), (False, 0), (True, 0)], ids=["rank 1", "rank 0", "rank 0 with store"]
+)
+def test_frozen_rank_is_named_and_killed(start, store_of_rank_zero, victim, capfd):
+    ranks = start(store_of_rank_zero=store_of_rank_zero)
+    frozen, other = ranks.pids[victim], ranks.pids[1 - victim]
+    os.kill(frozen, signal.SIGSTOP)
+    began = time.monotonic()
+    assert wait(other) == 1
+    assert wait(frozen) == -signal.SIGKILL
+    assert time.monotonic() - began < TIMEOUT + 1
+    lines = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
+    assert lines == [
+        f"error: rank {victim} (process {frozen} on {socket.gethostname()}) sent no heartbeat for 2 s "
         f"(--timeout 2): the run ends here; --resume continues it"
-    )
-    assert sum("no sign of life" in line for line in said) == 1
+    ]
 
 
-@pytest.mark.parametrize("ranks", ["launcher"], indirect=True)
-def test_a_rank_that_has_taken_leave_is_not_missed(ranks):
-    zero, one = ranks
-    one.stdin.write("leave\n")
-    one.stdin.flush()
-    assert one.stdout.readline() == "left\n"
-    time.sleep(2.5)
-    assert zero.poll() is None
-    assert one.poll() is None
+def test_stopped_heartbeat_is_not_missed(start):
+    ranks = start(store_of_rank_zero=False)
+    os.kill(ranks.pids[1], signal.SIGUSR1)
+    ranks.wait_for("stopped/1")
+    os.kill(ranks.pids[1], signal.SIGSTOP)  # no more heartbeats
+    time.sleep(TIMEOUT)
+    assert os.waitpid(ranks.pids[0], os.WNOHANG) == (0, 0)

@@ -1,58 +1,52 @@
-"""The ranks of one start find one another in a store that is full of what earlier starts left."""
+"""The rendezvous in a store that holds the keys of earlier starts."""
 
 import random
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 
-from cifar.distributed.rendezvous import name_of_round
+from cifar.distributed.rendezvous import agree_on_prefix
 
-PATIENCE = timedelta(seconds=20)
+TIMEOUT = timedelta(seconds=20)
 
 
-def meet(store, world_size, chance):
-    """The name that each rank of a start arrives at; they begin at random moments."""
-    names = [""] * world_size
-    delays = [chance.random() * 0.1 for _ in names]
+def start(store, world_size, chance):
+    """Return the prefix of each rank; the ranks start at random times."""
+    delays = [chance.random() * 0.1 for _ in range(world_size)]
 
     def begin(rank):
         time.sleep(delays[rank])
-        names[rank] = name_of_round(store, rank, world_size, PATIENCE)
+        return agree_on_prefix(store, rank, world_size, TIMEOUT)
 
-    threads = [threading.Thread(target=begin, args=(rank,)) for rank in range(world_size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return names
+    with ThreadPoolExecutor(world_size) as pool:
+        return list(pool.map(begin, range(world_size)))
 
 
-def test_every_start_has_one_name_of_its_own():
+def test_ranks_agree_on_a_new_prefix_at_every_start():
     store, chance = dist.HashStore(), random.Random(0)
-    seen = set()
+    used = set()
     for world_size in (3, 3, 2, 4, 1, 3, 3, 3):
-        (name,) = set(meet(store, world_size, chance))
-        assert name not in seen
-        seen.add(name)
+        (prefix,) = set(start(store, world_size, chance))
+        assert prefix not in used
+        used.add(prefix)
 
 
-@pytest.mark.parametrize("left", ["name", "answer", "taken"])
-def test_a_start_that_died_in_the_middle_misleads_nobody(left):
+@pytest.mark.parametrize("last_key", ["prefix", "dead/answer/1", "dead/confirmed"])
+def test_start_that_died_halfway_is_ignored(last_key):
     store = dist.HashStore()
-    store.set("name", "dead")
-    if left != "name":
-        store.set("answer/1", "dead-mine")
-    if left == "taken":
-        store.set("taken/dead", "dead-mine")
-    names = set(meet(store, 3, random.Random(1)))
-    assert len(names) == 1
-    assert "dead" not in names
+    for key, value in {"prefix": "dead", "dead/answer/1": "token", "dead/confirmed": "token"}.items():
+        store.set(key, value)
+        if key == last_key:
+            break
+    prefixes = set(start(store, 3, random.Random(1)))
+    assert len(prefixes) == 1
+    assert "dead" not in prefixes
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_never_comes_is_missed(rank):
-    with pytest.raises(dist.DistStoreError, match="not all 2 processes have started"):
-        name_of_round(dist.HashStore(), rank, 2, timedelta(seconds=0.2))
+def test_missing_rank_times_out(rank):
+    with pytest.raises(dist.DistStoreError, match=r"wait timeout after .* not all 2 processes have started"):
+        agree_on_prefix(dist.HashStore(), rank, 2, timedelta(seconds=0.2))

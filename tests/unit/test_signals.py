@@ -1,22 +1,23 @@
-"""Being asked to stop: noticed wherever the main thread is, and agreed on by all ranks."""
+"""Preemption: a stop signal is noticed wherever the main thread is, and all ranks stop after the same step."""
 
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
+import torch.distributed as dist
 
-from cifar.distributed import preemption as signals
+from cifar.distributed import preemption
 from cifar.distributed.environment import Launch
 from cifar.distributed.preemption import STOP_SIGNALS, StopAgreement, StopRequest
-from tests.helpers.processes import clean_environment
+from tests.helpers.forking import fork, wait
 
 
-def wait_for(reached):
+def wait_until(reached):
     deadline = time.monotonic() + 10
     while not reached() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -24,164 +25,145 @@ def wait_for(reached):
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_first_signal_is_remembered_and_nothing_else_happens(number):
-    before = [signal.getsignal(stop) for stop in STOP_SIGNALS]
+def test_first_signal_and_its_echo_are_only_noted(number):
+    handlers = [signal.getsignal(stop) for stop in STOP_SIGNALS]
     with StopRequest(Launch()) as request:
         assert request.name is None
         os.kill(os.getpid(), number)
-        wait_for(lambda: request.name is not None)
+        wait_until(lambda: request.name is not None)
         assert request.name == number.name
-        os.kill(os.getpid(), number)  # an echo of the first one
+        os.kill(os.getpid(), number)
         time.sleep(0.1)
-    assert [signal.getsignal(stop) for stop in STOP_SIGNALS] == before
+    assert [signal.getsignal(stop) for stop in STOP_SIGNALS] == handlers
     assert signal.set_wakeup_fd(-1) == -1
 
 
-STUCK = """
-import os, sys, threading, time
-from cifar.distributed import preemption as signals
-from cifar.distributed.environment import Launch
-signals._ECHO_SECONDS = 0.3
-signals._GRACE_SECONDS = float(sys.argv[2])
-if os.fork():  # this one plays torchrun
-    if sys.argv[3] == "stays":
-        os.wait()
+def hang(launch):
+    """Return the process ID of a copy that waits in C, where no Python handler runs."""
+    ready, write = os.pipe()
+
+    def work():
+        with StopRequest(launch):
+            os.write(write, b".")
+            dist.HashStore().wait(["never"], timedelta(seconds=60))
+
+    pid = fork(work)
+    os.read(ready, 1)
+    os.close(ready)
+    os.close(write)
+    time.sleep(0.1)
+    return pid
+
+
+def test_second_signal_quits_at_once_even_in_c(monkeypatch, capfd):
+    monkeypatch.setattr(preemption, "_ECHO_SECONDS", 0.3)
+    pid = hang(Launch())
+    os.kill(pid, signal.SIGTERM)
     time.sleep(0.5)
-    os._exit(0)
-import torch.distributed as dist
-from datetime import timedelta
-launch = Launch(elastic=sys.argv[1] == "elastic")
-with signals.StopRequest(launch) as request:
-    print(os.getpid(), flush=True)
-    if sys.argv[3] == "leaves":
-        while request.name is None:
-            time.sleep(0.05)
-        print(request.name, flush=True)
-        sys.exit()
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
-    store.get("never")  # in C, where no Python handler runs
-"""
-
-
-def start(*arguments):
-    command = [sys.executable, "-c", STUCK, *arguments]
-    return subprocess.Popen(command, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def gone(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    return False
-
-
-def test_a_second_signal_quits_at_once_even_in_the_middle_of_c_code():
-    process = start("alone", "60", "stays")
-    pid = int(process.stdout.readline())
-    os.kill(pid, signal.SIGTERM)
-    time.sleep(0.6)
-    assert not gone(pid)
+    assert os.waitpid(pid, os.WNOHANG) == (0, 0)
     os.kill(pid, signal.SIGINT)
-    wait_for(lambda: gone(pid))
-    assert process.communicate(timeout=10)[1] == "SIGINT after SIGTERM: quitting at once, without a checkpoint\n"
+    assert wait(pid) == 128 + signal.SIGINT
+    assert capfd.readouterr().err == "SIGINT after SIGTERM: quitting at once, without a checkpoint\n"
 
 
-def test_a_step_without_an_end_is_left_before_torchrun_kills_it():
-    process = start("elastic", "0.5", "stays")
-    pid = int(process.stdout.readline())
+def test_endless_step_is_left_before_torchrun_kills_it(monkeypatch, capfd):
+    monkeypatch.setattr(preemption, "_GRACE_SECONDS", 0.3)
+    pid = hang(Launch(elastic=True))
     os.kill(pid, signal.SIGTERM)
-    wait_for(lambda: gone(pid))
-    assert process.communicate(timeout=10)[1] == "SIGTERM, but no end of the step within 0.5 s: quitting\n"
+    assert wait(pid) == 1
+    assert capfd.readouterr().err == "SIGTERM, but the step did not end within 0.3 s: quitting\n"
 
 
-def test_the_end_of_torchrun_is_a_wish_to_stop():
-    process = start("elastic", "60", "leaves")
-    assert process.communicate(timeout=60)[0].splitlines()[1] == "the end of torchrun"
+def test_death_of_torchrun_is_a_stop_request():
+    names, write = os.pipe()
+
+    def rank():
+        with StopRequest(Launch(elastic=True)) as request:
+            os.write(write, b".")
+            wait_until(lambda: request.name is not None)
+            os.write(write, request.name.encode())
+
+    def torchrun():
+        fork(rank)
+        time.sleep(0.3)
+
+    wait(fork(torchrun))
+    os.close(write)
+    with os.fdopen(names) as file:
+        assert file.read() == ".the end of torchrun"
 
 
 class Ranks:
-    """Several ranks in threads, with an all_reduce that waits for all of them, as a real one does."""
+    """Ranks in threads, with an all-reduce that waits for all of them."""
 
     def __init__(self, world_size):
         self.world_size = world_size
         self.requests = [StopRequest(Launch()) for _ in range(world_size)]
-        self.calls = 0
+        self.votes: dict[int, list] = {}
         self._lock = threading.Lock()
-        self._votes: dict[int, list] = {}
 
-    def rank(self, own):
-        ranks, started = self, iter(range(10**6))
+    def agreement(self, rank):
+        """Return the StopAgreement of one rank."""
+        ranks, calls = self, iter(range(10**6))
 
         class PendingAllReduce:
-            def __init__(self, exchange):
-                self.exchange = exchange
+            def __init__(self, call):
+                self.call = call
 
             def result(self):
-                deadline = time.monotonic() + 10
-                while len(ranks._votes[self.exchange]) < ranks.world_size:
-                    assert time.monotonic() < deadline, "some rank never began this exchange"
-                    time.sleep(0.001)
-                return [max(column) for column in zip(*ranks._votes[self.exchange], strict=True)]
+                wait_until(lambda: len(ranks.votes[self.call]) == ranks.world_size)
+                return [max(column) for column in zip(*ranks.votes[self.call], strict=True)]
 
         class Runtime:
             world_size = ranks.world_size
 
             def start_max(self, tensor):
-                exchange = next(started)
+                call = next(calls)
                 with ranks._lock:
-                    ranks.calls += 1
-                    ranks._votes.setdefault(exchange, []).append(tensor.tolist())
-                return PendingAllReduce(exchange)
+                    ranks.votes.setdefault(call, []).append(tensor.tolist())
+                return PendingAllReduce(call)
 
-        return StopAgreement(Runtime(), ranks.requests[own])
+        return StopAgreement(Runtime(), ranks.requests[rank])
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_all_ranks_stop_after_the_same_step(seed):
-    chance = random.Random(seed)
-    ranks = Ranks(3)
+    chance, ranks = random.Random(seed), Ranks(3)
     asked, at = chance.randrange(3), chance.randint(1, 300)
     pauses = [chance.choice([0, 0, 0.0005]) for _ in range(3)]
-    stopped = [0] * 3
 
-    def train(own):
-        agreement = ranks.rank(own)
+    def train(rank):
+        agreement = ranks.agreement(rank)
         for step in range(1, 2000):
-            time.sleep(pauses[own])
-            if own == asked and step == at:
-                ranks.requests[own].name = "SIGTERM"
+            time.sleep(pauses[rank])
+            if rank == asked and step == at:
+                ranks.requests[rank].name = "SIGTERM"
             if agreement.after_step():
-                stopped[own] = step
-                return
+                return step
+        return None
 
-    threads = [threading.Thread(target=train, args=(own,)) for own in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(set(stopped)) == 1
-    assert at < stopped[0] <= at + 2 * signals._EXCHANGE_STEPS + 2
+    with ThreadPoolExecutor(3) as pool:
+        (stopped,) = set(pool.map(train, range(3)))
+    assert at < stopped <= at + 2 * preemption._VOTE_STEPS + 2
 
 
-@pytest.mark.parametrize(("seconds", "every"), [(0.0001, 100), (0.01, 25), (0.1, 2), (1.0, 1)])
-def test_ranks_ask_one_another_four_times_a_second_and_at_least_every_hundred_steps(monkeypatch, seconds, every):
+@pytest.mark.parametrize(("seconds", "interval"), [(0.0001, 100), (0.01, 25), (0.1, 2), (1.0, 1)])
+def test_vote_every_quarter_second_or_hundred_steps(monkeypatch, seconds, interval):
     now = [0.0]
-    monkeypatch.setattr(signals.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(preemption.time, "perf_counter", lambda: now[0])
     ranks = Ranks(2)
-    agreements = [ranks.rank(own) for own in range(2)]
-    steps = 20 * every
-    for _ in range(steps):
+    agreements = [ranks.agreement(rank) for rank in range(2)]
+    for _ in range(20 * interval):
         now[0] += seconds
         for agreement in agreements:
             agreement.after_step()
-    assert ranks.calls / 2 == pytest.approx(steps / every, abs=3)
+    assert len(ranks.votes) == pytest.approx(20, abs=3)
 
 
-def test_one_process_stops_after_the_step_at_hand():
+def test_single_process_stops_after_the_current_step():
     ranks = Ranks(1)
-    agreement = ranks.rank(0)
+    agreement = ranks.agreement(0)
     assert not agreement.after_step()
     ranks.requests[0].name = "SIGTERM"
     assert agreement.after_step()
-    assert ranks.calls == 0
+    assert not ranks.votes

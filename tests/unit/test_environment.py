@@ -1,0 +1,70 @@
+"""The launcher's environment."""
+
+import os
+
+import pytest
+
+from cifar.distributed.environment import Launch, is_rank_zero, threads_per_process
+from cifar.errors import UserError
+from tests.helpers.processes import clean_environment
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Set variables in an environment without a launcher's."""
+    for name in os.environ.keys() - clean_environment().keys() | {"OMP_NUM_THREADS"}:
+        monkeypatch.delenv(name, raising=False)
+
+    def set_all(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+
+    return set_all
+
+
+def test_plain_python_is_one_process(environment):
+    launch = Launch.from_environment()
+    assert launch == Launch(rank=0, local_rank=0, world_size=1, local_world_size=1, host=0, hosts=1, elastic=False)
+    assert (launch.agent_pid, launch.agent(), is_rank_zero()) == (None, None, True)
+
+
+def test_torchrun(environment):
+    environment(RANK=5, LOCAL_RANK=1, WORLD_SIZE=8, LOCAL_WORLD_SIZE=4, GROUP_RANK=2, GROUP_WORLD_SIZE=3)
+    environment(TORCHELASTIC_RUN_ID="none", TORCHELASTIC_MAX_RESTARTS=3, TORCHELASTIC_RESTART_COUNT=1)
+    launch = Launch.from_environment()
+    assert launch == Launch(5, 1, 8, 4, host=2, hosts=3, elastic=True, restarts_left=2)
+    assert not is_rank_zero()
+    assert launch.agent_pid == os.getppid()
+    assert f":{os.getppid()}:" in str(launch.agent())
+    assert launch.agent() == launch.agent()
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"])
+def test_mpi_world_size(environment, name):
+    environment(**{name: 3})
+    assert Launch.from_environment() == Launch(world_size=3, local_world_size=3)
+
+
+def test_store_of_the_agent_or_of_rank_zero(environment):
+    environment(MASTER_ADDR="10.0.0.1", MASTER_PORT=29400)
+    assert Launch.store() == (("10.0.0.1", 29400), True)
+    environment(TORCHELASTIC_USE_AGENT_STORE="True")
+    assert Launch.store() == (("10.0.0.1", 29400), False)
+
+
+def test_accelerate_that_started_one_process_of_several_is_refused(environment):
+    # The variables that `accelerate launch --cpu --num_processes 2` sets; see also tests/integration/test_launch.py.
+    environment(ACCELERATE_MIXED_PRECISION="no")
+    Launch.from_environment().check()  # --num_processes 1 sets no address
+    environment(MASTER_ADDR="127.0.0.1")
+    with pytest.raises(UserError, match=r"started only this one.*torchrun"):
+        Launch.from_environment().check()
+
+
+def test_threads_per_process(environment, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert [threads_per_process(n) for n in (1, 2, 3, 16)] == [8, 4, 2, 1]
+    environment(OMP_NUM_THREADS=1)  # torchrun's default
+    assert threads_per_process(2) == 4
+    environment(OMP_NUM_THREADS=3)  # the user's
+    assert threads_per_process(2) == 3
