@@ -105,7 +105,7 @@ class Tracking:
             if self._wandb is None:
                 raise
             self._runtime.print0(
-                f"WARNING: W&B stops recording: {type(error).__name__}: {first_line(error)} (metrics.jsonl continues)"
+                f"WARNING: W&B's record is incomplete: {type(error).__name__}: {first_line(error)} (metrics.jsonl is complete)"
             )
             self._accelerator.trackers.remove(self._wandb)
             self._wandb = None

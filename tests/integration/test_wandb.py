@@ -100,7 +100,7 @@ def test_stop_does_not_wait_for_the_server(runtime, server, tmp_path, capfd, fai
     printed = capfd.readouterr()
     assert printed.err == ""
     assert printed.out == (
-        "WARNING: W&B stops recording: TimeoutError: no answer from the server in 4 s (metrics.jsonl continues)\n"
+        "WARNING: W&B's record is incomplete: TimeoutError: no answer from the server in 4 s (metrics.jsonl is complete)\n"
     )
 
 
@@ -182,7 +182,7 @@ with tracking(runtime, Path()) as tracked:
     )
     done = run([sys.executable, "-c", script], tmp_path, **NOWHERE)
     assert done.returncode == 0
-    assert done.stdout.startswith("WARNING: W&B stops recording: ")
+    assert done.stdout.startswith("WARNING: W&B's record is incomplete: ")
     assert done.stdout.count("\n") == 1
     assert done.stderr == ""
     assert len(records(tmp_path, "train/loss")) == 199
@@ -229,11 +229,12 @@ def test_restarted_run_is_one_run(server, launched, tmp_path):
 
 def test_silent_server_does_not_delay_a_stop(server, launched, tmp_path):
     below = psutil.Process(launched.pid).children(recursive=True)
-    assert any("wandb" in process.name() for process in below)
+    services = [process for process in below if process.name().startswith("wandb-core")]
+    assert len(services) == 1
     server.hang()
     os.kill(launched.pid, signal.SIGTERM)
-    assert left_of(below, timeout=10) == []
-    launched.wait(timeout=20)
+    assert left_of(services, timeout=wandb_logger._STOP_SECONDS + 3) == []
+    launched.wait(timeout=40)  # torchrun kills its ranks after 30 s, before they can print that they stopped
     assert "Stopped by SIGTERM after step" in (tmp_path / "output").read_text()
     rows, _ = on_disk(tmp_path / "run")
     assert records(tmp_path / "run", "train/loss")[-1] in rows
