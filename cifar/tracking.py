@@ -104,8 +104,7 @@ class Tracking:
         except Exception as error:
             if self._wandb is None:
                 raise
-            self._runtime.print0(
-                f"WARNING: W&B's record is incomplete: {type(error).__name__}: {first_line(error)} (metrics.jsonl is complete)"
-            )
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            self._runtime.print0(f"WARNING: W&B's record is incomplete, metrics.jsonl is not: {reason}")
             self._accelerator.trackers.remove(self._wandb)
             self._wandb = None

@@ -194,7 +194,7 @@ def test_failing_wandb_costs_one_warning(runtime, tmp_path, monkeypatch, capsys)
         tracked.finish(2, {}, evaluation(0.5))
         tracked.close()
     assert capsys.readouterr().out.splitlines() == [
-        "WARNING: W&B's record is incomplete: BrokenPipeError: its process was killed (metrics.jsonl is complete)"
+        "WARNING: W&B's record is incomplete, metrics.jsonl is not: BrokenPipeError: its process was killed"
     ]
     assert series(read_metrics(tmp_path), "train/loss") == [(1, 1.0), (2, 0.5)]
     assert tracked.describe() == "no record"
