@@ -99,8 +99,8 @@ def test_stop_does_not_wait_for_the_server(runtime, server, tmp_path, capfd, fai
     assert left_of([child for child in psutil.Process().children() if "wandb" in child.name()], timeout=0) == []
     printed = capfd.readouterr()
     assert printed.err == ""
-    warning = "WARNING: W&B's record is incomplete, metrics.jsonl is not: TimeoutError: no answer from the server in 4 s"
-    assert printed.out == f"{warning}\n"
+    warning = "W&B's record is incomplete, metrics.jsonl is not: TimeoutError: no answer from the server in 4 s"
+    assert printed.out == f"WARNING: {warning}\n"
 
 
 @pytest.mark.parametrize("failure", [WandbServer.close, WandbServer.hang])
