@@ -228,12 +228,11 @@ def test_restarted_run_is_one_run(server, launched, tmp_path):
 
 def test_silent_server_does_not_delay_a_stop(server, launched, tmp_path):
     below = psutil.Process(launched.pid).children(recursive=True)
-    services = [process for process in below if process.name().startswith("wandb-core")]
-    assert len(services) == 1
+    assert any(process.name().startswith("wandb-core") for process in below)
     server.hang()
     os.kill(launched.pid, signal.SIGTERM)
-    assert left_of(services, timeout=wandb_logger._STOP_SECONDS + 3) == []
-    launched.wait(timeout=40)  # torchrun kills its ranks after 30 s, before they can print that they stopped
+    assert left_of(below, timeout=10) == []
+    launched.wait(timeout=20)
     assert "Stopped by SIGTERM after step" in (tmp_path / "output").read_text()
     rows, _ = on_disk(tmp_path / "run")
     assert records(tmp_path / "run", "train/loss")[-1] in rows
