@@ -13,7 +13,7 @@ from cifar.data import normalize
 from cifar.datasets.cifar10 import CLASSES
 from cifar.errors import UserError
 from cifar.models import build_model
-from cifar.predict import main, read_image
+from cifar.predict import main, predict, read_image
 
 
 def gradient(height=48, width=64):
@@ -126,6 +126,12 @@ def test_three_most_probable_classes_of_each_picture(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert out.splitlines() == wanted
     assert err == ""
+
+
+def test_dropout_is_off():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(), torch.nn.Linear(3072, 2))
+    images = tensor(gradient(32, 32))[None]
+    assert torch.equal(predict(model, images), predict(model, images))
 
 
 def test_synthetic_checkpoint_with_two_classes(tmp_path, capsys):
