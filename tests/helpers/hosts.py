@@ -1,6 +1,6 @@
-"""Hosts of one's own on one machine: network namespaces with an address each, joined by a virtual cable.
+"""Two hosts on one machine: network namespaces with an address each, joined by a virtual cable.
 
-Needs Linux, root and iproute2. Nothing outside these namespaces is touched, and they go when the block ends.
+Needs Linux, root and iproute2. Changes nothing outside these namespaces, and deletes them at the end.
 """
 
 import os
@@ -13,9 +13,9 @@ ADDRESSES = ("10.77.0.1", "10.77.0.2")
 
 
 def why_not() -> str | None:
-    """What is missing for `Hosts`, or None."""
+    """Return what is missing for `Hosts`, or None."""
     if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("tc") is None:
-        return "hosts of one's own need root and iproute2"
+        return "network namespaces need root and iproute2"
     try:
         with Hosts():
             return None
@@ -51,20 +51,20 @@ class Hosts:
                 _ip("netns", "delete", name)
 
     def on(self, host: int, *command: object) -> list[str]:
-        """The command line that runs `command` on `host`."""
-        # Not `ip netns exec`, which mounts a new /sys, without the control groups that SLURM looks for.
+        """Return the command line that runs `command` on `host`."""
+        # `ip netns exec` would mount a new /sys, without the control groups that SLURM needs.
         return ["nsenter", f"--net=/run/netns/{self.names[host]}", *map(str, command)]
 
     def cut(self) -> None:
-        """Take the cable out of host 1."""
+        """Unplug the cable from host 1."""
         _ip("-netns", self.names[1], "link", "set", "cable", "down")
 
     def mend(self) -> None:
-        """Put it back."""
+        """Plug the cable in again."""
         _ip("-netns", self.names[1], "link", "set", "cable", "up")
 
     def slow_down(self, megabits: float) -> None:
-        """Let the cable carry so many Mbit/s each way (a token bucket that holds 64 KiB)."""
+        """Limit the cable to a rate in Mbit/s each way (token bucket of 64 KiB)."""
         for host in (0, 1):
             shape = ("qdisc", "replace", "dev", "cable", "root", "tbf", "rate", f"{megabits}mbit")
             _run(self.on(host, "tc", *shape, "burst", "64kb", "latency", "100ms"))

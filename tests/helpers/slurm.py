@@ -1,6 +1,6 @@
-"""A SLURM cluster of one's own: a controller and two nodes, each in its own network namespace (see hosts.py).
+"""A SLURM cluster on one machine: a controller and two nodes, each in its own network namespace (see hosts.py).
 
-Needs root, iproute2 and Debian's slurm-wlm and munge, or what corresponds to them.
+Needs root, iproute2 and Debian's slurmctld, slurmd, slurm-client and munge, or their equivalents.
 """
 
 import os
@@ -21,7 +21,7 @@ _PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
 
 
 def why_not() -> str | None:
-    """What is missing for `Cluster`, or None."""
+    """Return what is missing for `Cluster`, or None."""
     path = f"{os.environ['PATH']}{os.pathsep}/usr/sbin"
     missing = [program for program in _PROGRAMS if shutil.which(program, path=path) is None]
     return f"SLURM is not installed: no {', '.join(missing)}" if missing else hosts.why_not()
@@ -59,7 +59,7 @@ class Cluster:
         self.hosts.__exit__()
 
     def run(self, *command: object, cwd: Path | None = None) -> str:
-        """Run `command` on host 0; its standard output."""
+        """Run `command` on host 0 and return its standard output."""
         done = subprocess.run(
             self.hosts.on(0, *command), cwd=cwd, env=self._environment, capture_output=True, text=True, timeout=60
         )
@@ -68,11 +68,11 @@ class Cluster:
         return done.stdout.strip()
 
     def submit(self, *arguments: object, cwd: Path) -> str:
-        """The number of a new job."""
+        """Submit a job and return its number."""
         return self.run("sbatch", "--parsable", *arguments, cwd=cwd)
 
     def state(self, job: str) -> str:
-        """RUNNING, PENDING, COMPLETED, ..."""
+        """Return the state of a job, such as RUNNING, PENDING or COMPLETED."""
         fields = dict(field.split("=", 1) for field in self.run("scontrol", "show", "job", job).split() if "=" in field)
         return fields["JobState"]
 
@@ -88,7 +88,7 @@ class Cluster:
             "SlurmctldHost": f"{host}({ADDRESSES[0]})",
             "SlurmUser": "root",
             "AuthType": "auth/munge",
-            # A requeued job waits until its old credential has expired: 120 s, if nothing else is said.
+            # A requeued job waits until its old credential expires, by default 120 s.
             "AuthInfo": f"socket={folder}/munge.socket,cred_expire=5",
             "CredType": "cred/munge",
             "StateSaveLocation": f"{folder}/state",
@@ -111,10 +111,8 @@ class Cluster:
         text.append("PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP")
         self._conf.write_text("\n".join(text) + "\n")
 
-        own = (
-            f"--{name}={folder}/munge.{name.split('-')[0]}" for name in ("socket", "key-file", "pid-file", "log-file")
-        )
-        self._daemon(["munged", "--foreground", "--force", f"--seed-file={folder}/munge.seed", *own])
+        files = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
+        self._daemon(["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *files])
         self._until(lambda: (folder / "munge.socket").exists(), "munge")
         self._daemon(self.hosts.on(0, "slurmctld", "-D"))
         for number, node in enumerate(NODES):
@@ -133,17 +131,17 @@ class Cluster:
                 subprocess.Popen(
                     command,
                     env=self._environment,
+                    cwd=self.folder,
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,
-                    cwd=self.folder,
                 )
             )
 
     def _until(self, reached, what: str, timeout: float = 30) -> None:
-        began = time.monotonic()
+        deadline = time.monotonic() + timeout
         while not reached():
-            if time.monotonic() - began > timeout:
-                said = "\n".join(path.read_text()[-2000:] for path in sorted(self.folder.glob("*.[lt][ox][gt]")))
-                raise AssertionError(f"{what} did not start within {timeout} s:\n{said}")
+            if time.monotonic() > deadline:
+                logs = "\n".join(path.read_text()[-2000:] for path in sorted(self.folder.glob("*.[lt][ox][gt]")))
+                raise AssertionError(f"{what} did not start within {timeout} s:\n{logs}")
             time.sleep(0.2)
