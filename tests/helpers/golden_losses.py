@@ -27,7 +27,7 @@ import torch
 import train_ddp
 from cifar.datasets import synthetic
 from tests.helpers.forking import fork_ranks
-from tests.helpers.processes import records, result, train
+from tests.helpers.processes import records, result, run
 
 FILE = Path(__file__).parents[1] / "golden.json"
 WORLD_SIZES = (1, 2)
@@ -126,8 +126,9 @@ def measure(names: list[str]) -> dict[str, dict[str, list[float]]]:
 def net_fast_correct(data_dir: Path) -> int:
     """Return how many of CIFAR-10's 10,000 test images net-fast classifies correctly, seed 0, one process."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--recipe", "net-fast", "--dataset", "cifar10", "--data-dir", data_dir, "--run-dir", f"{folder}/run"]
-        done = train(*flags, cwd=Path(folder))
+        flags = ["--recipe", "net-fast", "--dataset", "cifar10", "--data-dir", data_dir, "--run-dir", f"{folder}/run",
+                 "--device", "cpu", "--wandb", "disabled"]  # fmt: skip
+        done = run([sys.executable, train_ddp.__file__, *flags], Path(folder), timeout=800)
         if done.returncode:
             raise subprocess.CalledProcessError(done.returncode, done.args, done.stdout, done.stderr)
         return result(Path(folder) / "run")["test_correct"]

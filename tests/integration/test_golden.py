@@ -8,12 +8,13 @@ import pytest
 from tests.helpers.golden_losses import CASES, CORRECT_TOLERANCE, assert_golden, golden, net_fast_correct
 from tests.helpers.processes import run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory):
-    done = run([sys.executable, "-m", "tests.helpers.golden_losses", *CASES], tmp_path_factory.mktemp("golden"))
+    command = [sys.executable, "-m", "tests.helpers.golden_losses", *CASES]
+    done = run(command, tmp_path_factory.mktemp("golden"), timeout=800)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.split("LOSSES")[-1])
 

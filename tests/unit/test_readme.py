@@ -66,6 +66,8 @@ def test_flags_and_paths_exist(guide):
         assert (guide.parent / target).exists(), target
     for path in re.findall(r"`((?:cifar|launch|tests)/[\w./-]+)`", text):
         assert (ROOT / path).exists() or path in EXAMPLES, path
+    for path in re.findall(r"`((?:unit|integration|cluster|helpers|benchmarks)/[\w./-]*)`", text):
+        assert (guide.parent / path).exists(), path
 
 
 def test_readme_has_at_most_200_lines():
