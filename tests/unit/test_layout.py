@@ -59,7 +59,7 @@ def files_that_mention(*names: str) -> set[str]:
         module
         for module, nodes in trees.items()
         if any(
-            (isinstance(node, ast.Attribute) and ast.unparse(node) in names)
+            (isinstance(node, ast.Attribute) and f"{getattr(node.value, 'id', '')}.{node.attr}" in names)
             or (isinstance(node, ast.Import) and any(alias.name in names for alias in node.names))
             or (isinstance(node, ast.ImportFrom) and node.module in names)
             for node in nodes

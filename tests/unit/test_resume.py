@@ -199,12 +199,14 @@ def test_other_micro_batches_give_the_same_losses(undisturbed, run_dir, capsys, 
 @pytest.mark.parametrize(("before", "after"), [(4, 8), (8, 4)])
 def test_other_micro_batches_across_the_layout_border(tmp_path, before, after):
     """On a CPU, up to 4 images are contiguous and more are channels-last; momentum has to follow."""
-    flags = [*RUN, "--global-batch-size", "8", "--epochs", "1", "--local-batch-size", str(before)]
+    flags = [*RUN, "--global-batch-size", "8", "--epochs", "1", "--local-batch-size", str(before),
+             "--lr-scaling", "none", "--warmup-epochs", "0"]  # fmt: skip
     train_ddp.main([*flags, "--run-dir", str(tmp_path / "whole")])
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     resume(killed(tmp_path / "resumed", after=8), "--local-batch-size", after)
     whole, resumed = (records(tmp_path / name, "train/loss") for name in ("whole", "resumed"))
-    assert resumed == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in whole]
+    # 1e-7 apart; 5e-5 with the momentum in the layout of the checkpoint.
+    assert resumed == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in whole]
 
 
 def test_best_checkpoint_stays_over_a_resume(tmp_path, monkeypatch):
