@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         # 2. Define the model. DistributedDataParallel sends rank zero's weights to all ranks.
         torch.manual_seed(config.seed)
-        model = runtime.prepare(build_model(config.model, len(data.classes), data.sample), config.compile)
+        model = build_model(config.model, len(data.classes), data.sample)
+        model = runtime.prepare(model, compile=config.compile)
         if config.evaluate is not None:
             evaluate_checkpoint(config, model, data, runtime)
             return
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 # 3. Train for an epoch: zero_grad, forward, loss, backward, step.
                 train_epoch(run, model, data.train, optimizer, step)
 
-                # 4. Test on the 10,000 images: each counts once, at any number of processes.
+                # 4. Test: each image counts once, at any number of processes.
                 run.end_epoch(evaluate(model, data.test, runtime))
             run.finish()
 

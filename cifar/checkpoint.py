@@ -41,8 +41,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     executed: unpickling is limited to plain data.
 
     Returns:
-        "format", "config", "dataset", "classes" and "state", as `Run.save_checkpoint` describes them, with the tensors
-        on the CPU.
+        {"format": 2, "config": {...}, "dataset": str, "classes": [str, ...], "state": {...}}, the tensors on the CPU.
+        "state" is `TrainState.state_dict()`, with a list of one "running_loss" per rank.
 
     Raises:
         DamagedCheckpointError: the file is corrupt, or not a checkpoint.
@@ -177,8 +177,9 @@ class CheckpointWriter:
     def flush(self) -> None:
         """Wait for the write in flight. An error of the program in the background thread is raised here."""
         began = time.perf_counter()
-        if self._write_in_flight is not None:
-            self._write_in_flight.result()
+        write, self._write_in_flight = self._write_in_flight, None
+        if write is not None:
+            write.result()
         self.waited_seconds += time.perf_counter() - began
 
     def _write(self, content: dict[str, Any]) -> None:

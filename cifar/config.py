@@ -94,7 +94,7 @@ class TrainConfig(Recipe):
     keep_checkpoints: int = 3
     """Number of newest checkpoints to keep, besides the one with the best test accuracy."""
     timeout: float = 120
-    """Seconds without a heartbeat, or in a collective, after which the run ends (torch's default is 30 minutes)."""
+    """Seconds in which a rank that hangs or freezes ends the run (torch's default is 30 minutes)."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: online if a W&B key is configured, else offline; never a prompt."""
     evaluate: Path | None = None
@@ -170,7 +170,7 @@ def _is_a(value: Any, hint: Any) -> bool:
     return isinstance(value, int | float if hint is float else hint) and (hint is bool or not isinstance(value, bool))
 
 
-# Flags that may change on resume; every other flag must match the run's own configuration.
+# Flags that may change on resume, as they do not define the experiment; every other flag must match the run's own.
 MAY_CHANGE = frozenset({
     "resume", "epochs", "max_steps", "log_steps", "checkpoint_steps", "keep_checkpoints", "local_batch_size", "timeout",
     "data_dir", "data_url", "device", "compile", "cuda_graph", "tta", "wandb",

@@ -87,6 +87,7 @@ def evaluate(model: nn.Module, loader: EvalLoader, runtime: Runtime, tta: str = 
         losses = F.cross_entropy(logits, labels, reduction="none")
         confidence, predicted = logits.softmax(1).max(1)
         finite = losses < _MAX_LOSS  # false for NaN, too
+        # seen, predicted, loss, confidence, not finite
         columns = (torch.ones_like(labels), predicted, _fixed(losses.where(finite, 0)), _fixed(confidence), ~finite)
         rows.index_add_(0, indices, torch.stack([column.long() for column in columns], dim=1))
     model.train(was_training)

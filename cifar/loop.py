@@ -51,7 +51,7 @@ def train_epoch(
         state.step += 1
         images += plan.global_batch_size
 
-        # After the last step of an epoch, the checkpoint follows the evaluation, so that resuming never skips that.
+        # After the last step of an epoch, the checkpoint follows the evaluation: resuming never skips an evaluation.
         at_end = epoch_step == last
         at_stop = run.after_step() and not at_end
         at_log = epoch_step % config.log_steps == 0 or at_end

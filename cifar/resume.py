@@ -42,7 +42,7 @@ def find_own_run(config: TrainConfig, runtime: Runtime) -> TrainConfig:
     the restart count of a returning host begins at zero.)
     """
     agent = runtime.launch.agent()
-    own = None
+    own = None  # read where it is found: the other hosts may not share the directory
     if agent is not None and runtime.local_rank == 0:
         named = config.resume or config.run_dir
         candidates = [named] if named is not None else Path("runs").glob("*")
@@ -51,9 +51,9 @@ def find_own_run(config: TrainConfig, runtime: Runtime) -> TrainConfig:
             with contextlib.suppress(OSError):
                 # A directory that has not changed since the agent started is not this launch's.
                 if run_dir.stat().st_mtime >= began - 1 and agent in owners(run_dir):
-                    own = run_dir
-    run_dirs = [found for found in runtime.gather(own) if found is not None]
-    return read_config(run_dirs[0]) if run_dirs else config
+                    own = read_config(run_dir)
+    found = [own for own in runtime.gather(own) if own is not None]
+    return found[0] if found else config
 
 
 def restore(config: TrainConfig, runtime: Runtime, data: Data, state: TrainState, own: bool) -> Resumed:
@@ -104,10 +104,10 @@ def _find(config: TrainConfig, runtime: Runtime, data: Data, own: bool) -> Resum
     if plan.local_batch_size != config.local_batch_size:
         changes.append(f"--local-batch-size {config.local_batch_size} -> {plan.local_batch_size}")
 
-    last, ended = plan.last_step(config), _finished_steps(run_dir)
+    last, recorded_steps = plan.last_step(config), _recorded_steps(run_dir)
     path, content = found or (None, {})
     if path is None:
-        finished = ended >= last
+        finished = recorded_steps >= last
     else:
         for name, saved, recorded in differences(TrainConfig.from_json(content["config"]), before):
             if name not in MAY_CHANGE | {"run_dir"}:
@@ -117,16 +117,16 @@ def _find(config: TrainConfig, runtime: Runtime, data: Data, own: bool) -> Resum
                 )
         if tuple(content["classes"]) != data.classes:
             raise UserError(f"--resume {run_dir}: the class names of {path.name} are not those of the dataset here")
-        finished = min(content["state"]["step"], ended) >= last
+        finished = content["state"]["step"] >= last and recorded_steps >= last
     if finished and not own:
         raise UserError(
-            f"--resume {run_dir}: that run has finished, with step {ended:,} of {last:,}"
+            f"--resume {run_dir}: that run has finished, with step {recorded_steps:,} of {last:,}"
             + ("; raise --epochs or --max-steps to continue it" if path else ", and its checkpoints are gone")
         )
     return Resumed(path, tuple(changes), content, tuple(corrupt), finished)
 
 
-def _finished_steps(run_dir: Path) -> int:
+def _recorded_steps(run_dir: Path) -> int:
     # A run can be killed between its last checkpoint and its result.json: then only the result is left to do.
     try:
         return json.loads((run_dir / "result.json").read_text())["steps"]

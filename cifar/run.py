@@ -1,5 +1,6 @@
 """One run from its directory to its result: checkpoints, records, console output, stopping."""
 
+import contextlib
 import dataclasses
 import math
 import platform
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 import cifar
-from cifar.checkpoint import CheckpointWriter, load_model, read_checkpoint
+from cifar.checkpoint import FORMAT, CheckpointWriter, load_model, read_checkpoint
 from cifar.config import TrainConfig
 from cifar.console import Console, print_test
 from cifar.data import Data
@@ -36,6 +37,7 @@ class Run:
 
     Attributes:
         config: the configuration, resolved: with the run directory and the global batch size.
+        runtime, data: as passed.
         plan: the batch arithmetic.
         state: everything that changes during training.
         dir: the run directory.
@@ -113,15 +115,16 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._console.close()
-        self._writer.flush()
         stopped = isinstance(error, StoppedError)
-        self._tracking.close(exit_code=0 if kind is None else 1, preempting=stopped)
-        if stopped:
-            self.runtime.close()
-        self._request.__exit__(kind, error, trace)
-        if self._lock is not None:
-            self._lock.release()
+        with contextlib.ExitStack() as stack:  # in reverse order, and each even if another fails
+            if self._lock is not None:
+                stack.callback(self._lock.release)
+            stack.callback(self._request.__exit__, kind, error, trace)
+            if stopped:
+                stack.callback(self.runtime.close)
+            stack.callback(self._tracking.close, exit_code=0 if kind is None else 1, preempting=stopped)
+            stack.callback(self._writer.flush)
+            stack.callback(self._console.close)
         if isinstance(error, TrainingDivergedError):
             newest = self._writer.newest or "none"
             raise TrainingDivergedError(f"{error}; last good checkpoint: {newest}; try a lower --lr") from None
@@ -149,7 +152,7 @@ class Run:
         losses = self.runtime.gather(self.state.running_loss.item())
         if self.runtime.is_main:
             self._writer.save({
-                "format": 2,
+                "format": FORMAT,
                 "config": self.config.to_json(),
                 "dataset": self.data.name,
                 "classes": list(self.data.classes),
@@ -272,10 +275,13 @@ def evaluate_checkpoint(config: TrainConfig, model: nn.Module, data: Data, runti
     """Print the test accuracy of the checkpoint `config.evaluate`. Collective.
 
     Raises:
-        UserError: the checkpoint is corrupt, or of another model or dataset.
+        UserError: the checkpoint is corrupt, or of another model or other classes.
     """
     assert config.evaluate is not None
-    load_model(unwrap(model), read_checkpoint(config.evaluate), config.model, config.evaluate)
+    content = read_checkpoint(config.evaluate)
+    if tuple(content["classes"]) != data.classes:
+        raise UserError(f"{config.evaluate} was trained on the classes of {content['dataset']}, not of {data.name}")
+    load_model(unwrap(model), content, config.model, config.evaluate)
     tta_test = evaluate(model, data.test, runtime, config.tta) if config.tta != "none" else None
     print_test(runtime, data.name, evaluate(model, data.test, runtime), tta_test)
 

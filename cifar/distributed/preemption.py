@@ -15,7 +15,7 @@ from cifar.distributed.environment import Launch
 from cifar.distributed.runtime import Runtime
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# A terminal or scheduler signals the ranks, and torchrun passes its own copy on to them: not a second signal.
+# A terminal or scheduler signals the ranks directly, and torchrun forwards it again: that copy is not a second signal.
 _ECHO_SECONDS = 1.0
 # torchrun kills its workers 30 seconds after it passed a signal on; exit before that, with a message.
 _GRACE_SECONDS = 20.0

@@ -31,6 +31,8 @@ class Runtime:
     """One process of the run: its device, its precision and its collectives.
 
     Attributes:
+        launch: what the launcher started.
+        accelerator: accelerate's.
         device: device of the images, the model and the loss.
         rank, local_rank, world_size: of this process; local ranks count the processes of one host.
         scaler: loss scaler for fp16; disabled for other precisions.
@@ -52,9 +54,9 @@ class Runtime:
         if config.cuda_graph and (device_type != "cuda" or launch.world_size > 1):
             raise UserError("--cuda-graph needs a GPU and a single process")
 
-        # Without cpu=True, accelerate on a host without GPUs ignores the launcher and trains separate copies. It warns
-        # when a single process does not set the number of threads.
+        # accelerate warns about the number of threads of a single CPU process, which torch has set well.
         warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")
+        # Without cpu=True, accelerate on a host without GPUs ignores the launcher and trains separate copies.
         self.accelerator = Accelerator(
             cpu=device_type == "cpu",
             mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
@@ -77,7 +79,7 @@ class Runtime:
             torch.set_num_threads(threads_per_process(launch.local_world_size))
         if self.device.type == "cpu":
             keep_freed_memory()
-        # oneDNN, and cuDNN with tensor cores, are faster with channels-last.
+        # oneDNN, and cuDNN with tensor cores, are faster with channels-last; torch's own kernels, for tiny batches, not.
         small = config.local_batch_size <= SMALL_BATCH and config.precision == "fp32"
         self._native_convolutions = self.device.type == "cpu" and small
         self.memory_format = torch.contiguous_format if self._native_convolutions else torch.channels_last

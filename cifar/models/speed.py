@@ -73,7 +73,7 @@ def _conv(before: int, width: int) -> nn.Conv2d:
 
 
 def _norm(width: int) -> nn.BatchNorm2d:
-    # A large momentum: the weights change quickly in a run of 200 steps, and the statistics must follow.
+    # A large momentum: in a run of few steps the weights change quickly, and the statistics must follow.
     norm = nn.BatchNorm2d(width, eps=1e-12, momentum=0.4)
     norm.weight.requires_grad_(False)
     return norm
