@@ -177,9 +177,8 @@ class CheckpointWriter:
     def flush(self) -> None:
         """Wait for the write in flight. An error of the program in the background thread is raised here."""
         began = time.perf_counter()
-        write, self._write_in_flight = self._write_in_flight, None
-        if write is not None:
-            write.result()
+        if self._write_in_flight is not None:
+            self._write_in_flight.result()
         self.waited_seconds += time.perf_counter() - began
 
     def _write(self, content: dict[str, Any]) -> None:
