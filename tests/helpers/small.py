@@ -1,4 +1,7 @@
-"""Run train_ddp.py on a small synthetic dataset: python -m tests.helpers.small FLAGS, also under torchrun."""
+"""Run train_ddp.py on a small synthetic dataset, without a report; also under torchrun: -m tests.helpers.small FLAGS"""
+
+import sys
+from types import SimpleNamespace
 
 from cifar.cli import exit_on_error
 from cifar.datasets import synthetic
@@ -8,5 +11,6 @@ TRAIN_SIZE, TEST_SIZE = 2_000, 1_001  # an odd test set, so that the shards of t
 
 if __name__ == "__main__":
     synthetic.TRAIN_SIZE, synthetic.TEST_SIZE = TRAIN_SIZE, TEST_SIZE
+    sys.modules["cifar.report"] = SimpleNamespace(write_report=lambda *_: None)  # type: ignore[assignment]
     with exit_on_error("train_ddp.py"):
         main()
