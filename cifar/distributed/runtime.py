@@ -79,7 +79,7 @@ class Runtime:
             torch.set_num_threads(threads_per_process(launch.local_world_size))
         if self.device.type == "cpu":
             keep_freed_memory()
-        # oneDNN, and cuDNN with tensor cores, are faster with channels-last; torch's own kernels, for tiny batches, not.
+        # oneDNN, and cuDNN with tensor cores, are faster with channels-last; torch's kernels for tiny batches are not.
         small = config.local_batch_size <= SMALL_BATCH and config.precision == "fp32"
         self._native_convolutions = self.device.type == "cpu" and small
         self.memory_format = torch.contiguous_format if self._native_convolutions else torch.channels_last
