@@ -25,12 +25,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 import train_ddp
-from cifar.datasets import synthetic
+from cifar.datasets import DATASETS, synthetic
 from tests.helpers.forking import fork_ranks
 from tests.helpers.processes import records, result, run
 
 FILE = Path(__file__).parents[1] / "golden.json"
 WORLD_SIZES = (1, 2)
+_TEST_SIZE = 100  # the losses are those of training
 # On other machines, relative: at two processes, all losses of the Net and the first of any model stay within 2e-4.
 TOLERANCE = 1e-3
 # Images of net-fast's 10,000 that may be classified differently on another machine: seeds differ by 50.
@@ -94,7 +95,7 @@ def assert_golden(name: str, world_size: int, losses: list[float]) -> None:
 def train_case(name: str, run_dir: Path) -> None:
     """Train the first steps of a case in this process, on the whole synthetic dataset."""
     case, test_size = CASES[name], synthetic.TEST_SIZE
-    synthetic.TEST_SIZE = 100  # the losses are those of training
+    synthetic.TEST_SIZE = _TEST_SIZE
     try:
         train_ddp.main([
             "--dataset", "synthetic", "--device", "cpu", "--wandb", "disabled", "--run-dir", str(run_dir),
@@ -112,6 +113,9 @@ def losses_of(run_dir: Path) -> list[float]:
 def measure(names: list[str]) -> dict[str, dict[str, list[float]]]:
     """Return the losses by case and world size. Training is in forked ranks, so this process must not have trained."""
     sys.modules["cifar.report"] = SimpleNamespace(write_report=lambda *_: None)  # type: ignore[assignment]
+    synthetic.TEST_SIZE = _TEST_SIZE
+    dataset = synthetic.make_synthetic()
+    DATASETS["synthetic"] = lambda _: dataset
     losses: dict[str, dict[str, list[float]]] = {}
     for name in names:
         losses[name] = {}
