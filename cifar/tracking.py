@@ -1,4 +1,4 @@
-"""What a run records: metrics.jsonl and the W&B run. Rank zero writes both."""
+"""Record a run in metrics.jsonl and in W&B, from rank zero."""
 
 import contextlib
 from collections.abc import Iterator
