@@ -60,6 +60,7 @@ class Run:
         self.runtime, self.data, self.plan = runtime, data, data.plan
         self.state = TrainState(unwrap(model), optimizer, runtime.scaler)
         self._last_step = self.plan.last_step(config)
+        self._facts = self._environment()
         self._lock: RunLock | None = None
         self._stopping = False
         self._test: Evaluation | None = None
@@ -72,7 +73,7 @@ class Run:
         self._writer = CheckpointWriter(
             self.dir, config.keep_checkpoints, runtime.print0, resumed.checkpoint if resumed else None
         )
-        self._tracking = Tracking(self.config, runtime, self.dir, data, self._environment(), self.state.step)
+        self._tracking = Tracking(self.config, runtime, self.dir, data, self._facts, self.state.step)
         self._console = Console(config, runtime, data)
         self._console.banner(self.state, str(self.dir), self._tracking.describe(), resumed)
         self._request = StopRequest(runtime.launch)
@@ -101,7 +102,7 @@ class Run:
                 parameters = sum(parameter.numel() for parameter in state.model.parameters())
                 check_writable(self.dir, need=3 * 8 * parameters + (4 << 20))
                 try:
-                    write_json(self.dir / "config.json", {"config": self.config.to_json(), **self._environment()})
+                    write_json(self.dir / "config.json", {"config": self.config.to_json(), **self._facts})
                     self._lock.record_owner(agents)
                 except OSError as error:
                     raise UserError(f"the configuration cannot be written to {self.dir}: {error}") from error
@@ -242,7 +243,7 @@ class Run:
             "steps_per_epoch": self.plan.steps_per_epoch,
             "device": self.runtime.device.type,
             "version": cifar.__version__,
-            "git_commit": _git_commit(),
+            "git_commit": _git_commit() if self.runtime.is_main else None,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "accelerate": accelerate.__version__,
