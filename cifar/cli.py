@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO, TypeVar
 
+import torch.distributed as dist
 import tyro
 
 from cifar.config import MAY_CHANGE, TrainConfig, differences, flag, read_config
@@ -31,7 +32,8 @@ _RANK_ZERO_FIRST_SECONDS = 5
 # Error messages of gloo, NCCL and torch's store for a peer that is gone; most are plain RuntimeErrors.
 _PEER_LOST = re.compile(
     r"Connection (closed|reset) by peer|Timed out waiting \d+ms|Connection refused|Broken pipe|Connection was likely "
-    r"closed|remote process exited|wait timeout after|Socket Timeout|NCCL communicator was aborted",
+    r"closed|remote process exited|wait timeout after|Socket Timeout|NCCL communicator was aborted|NCCL error|"
+    r"collective operation timeout",
     re.IGNORECASE,
 )
 
@@ -134,6 +136,8 @@ def exit_on_error(prog: str) -> Iterator[None]:
     except (UserError, TrainingDivergedError) as error:
         _print0(f"{prog}: error: {error}", sys.stderr)
         _wait_for_rank_zero()
+        if dist.is_initialized():  # all ranks come here; NCCL's destructor would add a warning of its own
+            dist.destroy_process_group()
         raise SystemExit(error.status) from None
     except SystemExit as exit_:  # tyro's, which has printed its complaint on rank zero
         if exit_.code:

@@ -58,10 +58,13 @@ def _match_layout(optimizer: torch.optim.Optimizer) -> None:
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of every group to `lr` times the group's "lr_scale"."""
     for group in optimizer.param_groups:
+        own = lr * group["lr_scale"]
         if isinstance(group["lr"], Tensor):  # read by a captured CUDA graph, so it must stay in place
-            group["lr"].fill_(lr * group["lr_scale"])
+            group["lr"].fill_(own)
+        elif group["params"][0].is_cuda:  # rounded to float32 as there: the same bits with a graph and without
+            group["lr"] = torch.tensor(own, dtype=torch.float32).item()
         else:
-            group["lr"] = lr * group["lr_scale"]
+            group["lr"] = own
 
 
 def base_learning_rate(config: TrainConfig, plan: BatchPlan) -> float:

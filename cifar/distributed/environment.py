@@ -90,6 +90,16 @@ def is_rank_zero() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def quiet_nccl_watchdog() -> None:
+    """Keep NCCL's watchdog from collecting debugging dumps after a failed collective, unless the user asks for them.
+
+    It would wait a minute for them, and leave a key in torchrun's store by which the next start's ranks are killed
+    (torch 2.11 to 2.14). To be called before the process group is made.
+    """
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
+    os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "500")
+
+
 def threads_per_process(local_world_size: int) -> int:
     """Return the number of CPU threads for each process of a host: OMP_NUM_THREADS, else cores / processes.
 

@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from cifar.config import TrainConfig
 from cifar.distributed import rendezvous
 from cifar.distributed.cpu import SMALL_BATCH, keep_freed_memory, native_convolutions
-from cifar.distributed.environment import Launch, threads_per_process
+from cifar.distributed.environment import Launch, quiet_nccl_watchdog, threads_per_process
 from cifar.distributed.heartbeat import Heartbeat
 from cifar.errors import UserError
 
@@ -54,6 +55,9 @@ class Runtime:
         if config.cuda_graph and (device_type != "cuda" or launch.world_size > 1):
             raise UserError("--cuda-graph needs a GPU and a single process")
 
+        quiet_nccl_watchdog()
+        if not dist.is_initialized():  # accelerate keeps the device and precision of the last run in this process
+            AcceleratorState._reset_state(reset_partial_state=True)
         # accelerate warns about the number of threads of a single CPU process, which torch has set well.
         warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")
         # Without cpu=True, accelerate on a host without GPUs ignores the launcher and trains separate copies.

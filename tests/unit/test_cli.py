@@ -207,6 +207,8 @@ GLOO = "[../gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1
     [
         (RuntimeError(GLOO), "0", ["Connection closed by peer"]),
         (RuntimeError("[gloo/pair.cc:78] Timed out waiting 5000ms for"), "0", ["Timed out waiting 5000ms"]),
+        (RuntimeError("NCCL error in: NCCLUtils.hpp:77, remote process exited"), "0", ["NCCL error"]),
+        (RuntimeError("[Rank 0] Watchdog caught collective operation timeout"), "0", ["collective operation timeout"]),
         (RuntimeError(GLOO), "1", []),
         (RuntimeError("shapes differ"), "0", None),
         (RuntimeError(GLOO), None, None),

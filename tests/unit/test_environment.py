@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from cifar.distributed.environment import Launch, is_rank_zero, threads_per_process
+from cifar.distributed.environment import Launch, is_rank_zero, quiet_nccl_watchdog, threads_per_process
 from cifar.errors import UserError
 from tests.helpers.processes import clean_environment
 
@@ -43,6 +43,15 @@ def test_torchrun(environment):
 def test_mpi_world_size(environment, name):
     environment(**{name: 3})
     assert Launch.from_environment() == Launch(world_size=3, local_world_size=3)
+
+
+def test_nccl_makes_no_dumps_unless_asked(environment):
+    environment(TORCH_NCCL_DUMP_ON_TIMEOUT="", TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC="")  # to be restored afterwards
+    del os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"]
+    environment(TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC=9000)
+    quiet_nccl_watchdog()
+    assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "0"
+    assert os.environ["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"] == "9000"
 
 
 def test_store_of_the_agent_or_of_rank_zero(environment):

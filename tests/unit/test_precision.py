@@ -14,9 +14,8 @@ from train_ddp import train_step
 
 @pytest.fixture
 def _other_precision():
-    """Let accelerate, which keeps one precision per process, take another one for a while."""
+    """Give the runtime that other tests share its state of accelerate back."""
     before = dict(AcceleratorState._shared_state)
-    AcceleratorState._reset_state()
     yield
     AcceleratorState._shared_state.clear()
     AcceleratorState._shared_state.update(before)
@@ -33,6 +32,18 @@ def test_bf16_keeps_the_weights_in_fp32(synthetic):
     assert dtypes == {torch.bfloat16}
     assert loss.dtype == model(images).dtype == torch.float32, "losses are computed in fp32"
     assert {parameter.dtype for parameter in net.parameters()} == {torch.float32}
+
+
+@pytest.mark.usefixtures("_other_precision")
+def test_runs_of_one_process_have_their_own_precision(synthetic):
+    """As in a notebook, where main() is called again and again."""
+    images, _ = synthetic.train.dataset[torch.arange(8)]
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        runtime, net = Runtime(TrainConfig(device="cpu", precision=precision)), build_model("net", 10)
+        dtypes = set()
+        net.conv1.register_forward_hook(lambda module, inputs, output, seen=dtypes: seen.add(output.dtype))
+        runtime.prepare(net)(images)
+        assert dtypes == {dtype}
 
 
 def test_fp16_needs_a_gpu():
