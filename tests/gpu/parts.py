@@ -1,0 +1,91 @@
+"""The parts of a training program on one device, in this process, for the checks and the timings."""
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cifar.augment import CropFlip
+from cifar.batch_plan import BatchPlan
+from cifar.cuda_graph import CudaGraph
+from cifar.data import Data, DeviceImages, EvalLoader, TrainLoader
+from cifar.distributed.runtime import Runtime, unwrap
+from cifar.models import build_model
+from cifar.optim import build_optimizer, learning_rate, set_learning_rate
+from cifar.recipes import config_from_recipe
+from cifar.train_state import TrainState
+from train_ddp import train_step
+
+warnings.filterwarnings("ignore", ".*TensorFloat32")
+
+RECIPES = ("tutorial", "wide", "net-fast", "resnet18", "speed94", "speed96")
+CLASSES = tuple("0123456789")
+
+
+def random_images(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return images, uint8 [count, 3, 32, 32], and labels; the time of a step does not depend on what they show."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    return images, torch.randint(0, 10, (count,), generator=generator)
+
+
+class Parts:
+    """Runtime, data, model, optimizer and step of a recipe, put together as train_ddp.py does, on random images."""
+
+    def __init__(
+        self,
+        recipe: str,
+        device: str,
+        precision: str = "fp32",
+        graph: bool = False,
+        compile: bool = False,
+        count: int = 50_000,
+        **changes: Any,
+    ) -> None:
+        config = config_from_recipe(recipe, device=device, precision=precision, cuda_graph=graph, dataset="synthetic")
+        self.config = config = dataclasses.replace(config, **changes)
+        self.runtime = Runtime(config)
+        self.train = DeviceImages(*random_images(count), CLASSES, self.runtime.device, self.runtime.memory_format)
+        if config.augment != "none":
+            alternate = config.augment == "crop-altflip"
+            self.train.augment = CropFlip(
+                count, config.seed, self.runtime.device, config.crop_padding, alternate, config.cutout
+            )
+        self.plan = BatchPlan.make(config, 1, count)
+        self.loader = TrainLoader(self.train, self.plan, 0, config.seed)
+        data = Data("random", CLASSES, self.plan, self.loader, EvalLoader(self.train, 0, 1))
+        torch.manual_seed(config.seed)
+        self.model = self.runtime.prepare(build_model(config.model, 10, data.sample), compile)
+        self.optimizer = build_optimizer(self.model, config)
+        self.state = TrainState(unwrap(self.model), self.optimizer, self.runtime.scaler)
+        self.train_step = CudaGraph(train_step) if graph else train_step
+        self.micro_batches = self._endless()
+        self.model.train()
+
+    def _endless(self) -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            epoch, done = divmod(self.state.step, self.plan.steps_per_epoch)
+            self.loader.set_epoch(epoch, first=done * self.plan.accumulation)
+            yield from self.loader
+
+    def steps(self, count: int) -> "Parts":
+        """Run `count` training steps from where the state is."""
+        for _ in range(count):
+            set_learning_rate(self.optimizer, learning_rate(self.config, self.plan, self.state.step))
+            batches = [next(self.micro_batches) for _ in range(self.plan.accumulation)]
+            loss = self.train_step(self.model, batches, self.optimizer, self.runtime, self.config.label_smoothing)
+            self.state.running_loss += loss
+            self.state.step += 1
+        return self
+
+    def weights(self) -> Tensor:
+        """Return all parameters, float64 [n] on the CPU."""
+        return torch.cat([parameter.detach().flatten() for parameter in self.model.parameters()]).double().cpu()
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """Return |a - b| / |b|; NaN if either holds one."""
+    return float((a.double().cpu() - b.double().cpu()).norm() / b.double().cpu().norm())

@@ -1,0 +1,32 @@
+"""Run train_ddp.py with several ranks on one GPU, over gloo: NCCL refuses two ranks on one GPU.
+
+    torchrun --nproc_per_node=4 -m tests.gpu.shared_gpu --recipe wide ...
+
+All else is what several GPUs would run: DDP on CUDA tensors, its hooks, the host groups, checkpoints, restarts.
+"""
+
+import functools
+from typing import Any
+
+import torch
+
+import cifar.distributed.runtime as runtime
+from cifar.cli import exit_on_error
+from train_ddp import main
+
+
+class SharedGpuDDP(torch.nn.parallel.DistributedDataParallel):
+    """DDP on the only GPU; accelerate names the GPU of the local rank."""
+
+    def __init__(self, module: torch.nn.Module, **options: Any) -> None:
+        super().__init__(module, **options | {"device_ids": [0], "output_device": 0})
+
+
+if torch.cuda.is_available():
+    torch.nn.parallel.DistributedDataParallel = SharedGpuDDP  # type: ignore[misc]
+    runtime.choose_device = lambda wanted, launch: "cuda"
+    runtime.InitProcessGroupKwargs = functools.partial(runtime.InitProcessGroupKwargs, backend="gloo")  # type: ignore[misc, assignment]
+
+if __name__ == "__main__":
+    with exit_on_error("train_ddp.py"):
+        main()
