@@ -21,6 +21,7 @@ from cifar.distributed.environment import is_rank_zero
 from cifar.distributed.runtime import Runtime
 from cifar.errors import StoppedError, TrainingDivergedError, UserError
 from cifar.models import MODELS
+from cifar.output import safe_output
 from cifar.recipes import RECIPES, config_from_recipe
 from cifar.resume import find_own_run
 
@@ -69,26 +70,31 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") ->
     except argparse.ArgumentError:  # a flag without its value, which tyro will explain
         early = argparse.Namespace(recipe="tutorial", resume=None)
     if early.resume is None:
-        recipe = early.recipe if early.recipe in RECIPES else "tutorial"  # tyro will list the choices
-        defaults = config_from_recipe(recipe, data_dir=Path(os.environ.get("CIFAR_DATA_DIR") or "data"))
+        own = config_from_recipe(early.recipe if early.recipe in RECIPES else "tutorial")  # tyro will list the choices
     else:
-        defaults = read_config(early.resume)
+        own = read_config(_expand(early.resume))
         for name, choices in _choices().items():
-            if getattr(defaults, name) not in choices:
-                raise UserError(f"--resume {early.resume}: this version has no {name} {getattr(defaults, name)!r}")
+            if getattr(own, name) not in choices:
+                raise UserError(f"--resume {early.resume}: this version has no {name} {getattr(own, name)!r}")
 
     flags = _flags_class()
-    parsed = parse_flags(flags, argv, prog, flags(**vars(defaults)))
+    parsed = parse_flags(flags, argv, prog, flags(**vars(own) | _from_environment()))
     config = TrainConfig(**vars(parsed))
     config.check()
     if config.resume is not None:
-        for name, given, own in differences(config, defaults):
+        for name, given, recorded in differences(config, own):
             if name not in MAY_CHANGE:
                 raise UserError(
-                    f"{flag(name)} {given} conflicts with {own} of the run in {config.resume}: leave it out, "
+                    f"{flag(name)} {given} conflicts with {recorded} of the run in {config.resume}: leave it out, "
                     f"or start a new run without --resume"
                 )
     return config
+
+
+def _from_environment() -> dict[str, Any]:
+    """Return the fields that variables decide, unless a flag does: also where a run's data was when it began."""
+    data_dir = os.environ.get("CIFAR_DATA_DIR")
+    return {"data_dir": Path(data_dir)} if data_dir else {}
 
 
 def _choices() -> dict[str, tuple[str, ...]]:
@@ -115,6 +121,8 @@ def _flags_class() -> type[TrainConfig]:
 def parse_flags(cls: type[C], argv: Sequence[str] | None, prog: str, defaults: C | None = None) -> C:
     """Return a `cls` from the command line; `--help` and tyro's complaints are printed by rank zero only.
 
+    A `~` at the beginning of a path is the home directory, also where no shell has seen it: `--run-dir=~/run`.
+
     Raises:
         SystemExit: after `--help` (status 0) or a complaint (status 2).
     """
@@ -122,37 +130,46 @@ def parse_flags(cls: type[C], argv: Sequence[str] | None, prog: str, defaults: C
     main = is_rank_zero()
     # tyro 1.0 prints its complaints about values even without console_outputs.
     with contextlib.nullcontext() if main else contextlib.redirect_stderr(io.StringIO()):
-        return tyro.cli(cls, prog=prog, args=argv, default=default, console_outputs=main)
+        parsed = tyro.cli(cls, prog=prog, args=argv, default=default, console_outputs=main)
+    return dataclasses.replace(parsed, **{name: _expand(value) for name, value in vars(parsed).items()})  # type: ignore[type-var]
+
+
+def _expand(value: Any) -> Any:
+    if isinstance(value, Path):
+        with contextlib.suppress(RuntimeError):  # ~USER of an unknown user: a plain name
+            return value.expanduser()
+    return type(value)(map(_expand, value)) if isinstance(value, tuple | list) else value
 
 
 @contextlib.contextmanager
 def exit_on_error(prog: str) -> Iterator[None]:
     """Report an expected failure as one line on stderr, from rank zero, and set the exit status."""
-    try:
-        yield
-    except StoppedError as stop:
-        _print0(str(stop), sys.stdout)
-        raise SystemExit(stop.status) from None
-    except (UserError, TrainingDivergedError) as error:
-        _print0(f"{prog}: error: {error}", sys.stderr)
-        _wait_for_rank_zero()
-        if dist.is_initialized():  # all ranks come here; NCCL's destructor would add a warning of its own
-            dist.destroy_process_group()
-        raise SystemExit(error.status) from None
-    except SystemExit as exit_:  # tyro's, which has printed its complaint on rank zero
-        if exit_.code:
+    with safe_output():
+        try:
+            yield
+        except StoppedError as stop:
+            _print0(str(stop), sys.stdout)
+            raise SystemExit(stop.status) from None
+        except (UserError, TrainingDivergedError) as error:
+            _print0(f"{prog}: error: {error}", sys.stderr)
             _wait_for_rank_zero()
-        raise
-    except RuntimeError as error:
-        lost = _PEER_LOST.search(str(error))
-        if lost is None or "RANK" not in os.environ:
+            if dist.is_initialized():  # all ranks come here; NCCL's destructor would add a warning of its own
+                dist.destroy_process_group()
+            raise SystemExit(error.status) from None
+        except SystemExit as exit_:  # tyro's, which has printed its complaint on rank zero
+            if exit_.code:
+                _wait_for_rank_zero()
             raise
-        reason = f"another process of this run is gone or does not answer ({lost[0]})"
-        _print0(f"{prog}: error: {reason}; the launcher's report names it", sys.stderr)
-        sys.stdout.flush()
-        os._exit(1)  # no destructors: gloo's threads still wait for that process, and would abort this one
-    except KeyboardInterrupt:  # before training began; during training it becomes a StoppedError
-        raise SystemExit(130) from None
+        except RuntimeError as error:
+            lost = _PEER_LOST.search(str(error))
+            if lost is None or "RANK" not in os.environ:
+                raise
+            reason = f"another process of this run is gone or does not answer ({lost[0]})"
+            _print0(f"{prog}: error: {reason}; the launcher's report names it", sys.stderr)
+            sys.stdout.flush()
+            os._exit(1)  # no destructors: gloo's threads still wait for that process, and would abort this one
+        except KeyboardInterrupt:  # before training began; during training it becomes a StoppedError
+            raise SystemExit(130) from None
 
 
 def _print0(text: str, file: TextIO) -> None:
