@@ -2,13 +2,43 @@
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 SMALL_BATCH = 4  # images up to which native convolutions are faster than oneDNN's
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from <malloc.h>
+
+
+def available_cores(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the number of cores that this process may use: affinity, and a container's CPU quota (cgroups 1 and 2).
+
+    Threads beyond a quota take turns, and those that wait for each other waste it.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError):
+        for line in proc.read_text().splitlines():  # "0::/path" is version 2, "4:cpu,cpuacct:/path" version 1
+            _, controllers, path = line.split(":", 2)
+            base = root / "cpu" if "cpu" in controllers.split(",") else root
+            if controllers and base == root:
+                continue
+            own = base / path.lstrip("/")
+            for group in (own, *own.parents):  # a quota binds all groups below it
+                if group.is_relative_to(base):
+                    cores = min(cores, _quota(group))
+    return cores
+
+
+def _quota(group: Path) -> int:
+    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+        with contextlib.suppress(OSError, ValueError):  # "max", or no such file: no quota
+            quota, period = " ".join((group / name).read_text() for name in names).split()
+            if int(quota) > 0:
+                return max(1, int(quota) // int(period))
+    return 1 << 30
 
 
 def keep_freed_memory() -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import psutil
 
+from cifar.distributed.cpu import available_cores
 from cifar.errors import UserError
 
 
@@ -101,13 +102,12 @@ def quiet_nccl_watchdog() -> None:
 
 
 def threads_per_process(local_world_size: int) -> int:
-    """Return the number of CPU threads for each process of a host: OMP_NUM_THREADS, else cores / processes.
+    """Return the number of CPU threads for each process of a host: OMP_NUM_THREADS, else usable cores / processes.
 
     An OMP_NUM_THREADS of 1 does not count: torchrun sets it when the user did not set any.
     """
     wanted = _integer("OMP_NUM_THREADS", 1)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return wanted if wanted > 1 else max(1, cores // local_world_size)
+    return wanted if wanted > 1 else max(1, available_cores() // local_world_size)
 
 
 def _integer(name: str, default: int) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cifar.config import TrainConfig
 from cifar.distributed import rendezvous
-from cifar.distributed.cpu import SMALL_BATCH, keep_freed_memory, native_convolutions
+from cifar.distributed.cpu import SMALL_BATCH, available_cores, keep_freed_memory, native_convolutions
 from cifar.distributed.environment import Launch, quiet_nccl_watchdog, threads_per_process
 from cifar.distributed.heartbeat import Heartbeat
 from cifar.errors import UserError
@@ -79,9 +79,12 @@ class Runtime:
                 f"the launcher started {launch.world_size} processes but {self.world_size} would train together: "
                 f"start them with torchrun (device {self.device}, accelerate's {self.accelerator.distributed_type})"
             )
-        if self.device.type == "cpu" and launch.local_world_size > 1:
-            torch.set_num_threads(threads_per_process(launch.local_world_size))
         if self.device.type == "cpu":
+            # A single process keeps torch's number, which respects OMP_NUM_THREADS but no container's quota.
+            alone = min(torch.get_num_threads(), available_cores())
+            torch.set_num_threads(
+                alone if launch.local_world_size == 1 else threads_per_process(launch.local_world_size)
+            )
             keep_freed_memory()
         # oneDNN, and cuDNN with tensor cores, are faster with channels-last; torch's kernels for tiny batches are not.
         small = config.local_batch_size <= SMALL_BATCH and config.precision == "fp32"
@@ -95,6 +98,9 @@ class Runtime:
             self._host_group = dist.new_group(backend="gloo", timeout=_HOST_TIMEOUT)
             self._vote_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout))
             self._heartbeat = Heartbeat(self.rank, self.world_size, config.timeout, *launch.store(), self.gather)
+        if config.compile:
+            with self.fail_together():
+                _check_compiler(self.device)
 
     @property
     def is_main(self) -> bool:
@@ -254,6 +260,20 @@ def choose_device(wanted: str, launch: Launch) -> str:
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the bare module of a model that may be wrapped in DistributedDataParallel."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Compile a small function, so that a missing compiler is known before anything is written.
+
+    Raises:
+        UserError: torch.compile does not work here.
+    """
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # no compiler, no headers, a cache that cannot be written, ...
+        lines = [line for line in str(error).splitlines() if line and not line.startswith("backend=")]
+        reason = (lines or [type(error).__name__])[0]
+        raise UserError(f"--compile does not work here ({reason}): install a C++ compiler, or leave it out") from error
 
 
 def _ddp_kwargs(comm_hook: str) -> DistributedDataParallelKwargs:
