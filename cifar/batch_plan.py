@@ -45,6 +45,13 @@ class BatchPlan:
             size -= size % world_size
         if config.resume is not None or own is not None:
             local = next((n for n in range(local, 0, -1) if size % (n * world_size) == 0), local)
+        if config.resume is not None and size % world_size:
+            fits = [n for n in range(1, size + 1) if size % n == 0]
+            near = [max(n for n in fits if n < world_size), *[n for n in fits if n > world_size][:1]]
+            raise UserError(
+                f"--resume {config.resume}: that run's global batch of {count(size, 'image')} cannot be divided among "
+                f"{world_size} processes: continue it on {' or '.join(map(str, near))}"
+            )
         unit = local * world_size
         if size % unit:
             below, above = size // unit * unit, (size // unit + 1) * unit

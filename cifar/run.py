@@ -25,7 +25,7 @@ from cifar.errors import StoppedError, TrainingDivergedError, UserError
 from cifar.evaluation import Evaluation, evaluate
 from cifar.files import write_json
 from cifar.resume import Resumed, restore
-from cifar.run_dir import RunLock, check_writable, create_run_dir
+from cifar.run_dir import RunLock, check_unused, check_writable, create_run_dir
 from cifar.tracking import Tracking
 from cifar.train_state import LogPoint, TrainState
 
@@ -88,6 +88,8 @@ class Run:
             if runtime.is_main:
                 run_dir = config.resume or create_run_dir(config.run_dir, config.recipe)
                 self._lock = RunLock(run_dir)
+                if config.resume is None:
+                    check_unused(run_dir)
         self.dir = runtime.from_main(run_dir)
         resumed = None
         if config.resume is not None:
@@ -102,8 +104,9 @@ class Run:
                 parameters = sum(parameter.numel() for parameter in state.model.parameters())
                 check_writable(self.dir, need=3 * 8 * parameters + (4 << 20))
                 try:
-                    write_json(self.dir / "config.json", {"config": self.config.to_json(), **self._facts})
+                    # A directory is a run once it has a config.json; from then on, a restart must recognize it.
                     self._lock.record_owner(agents)
+                    write_json(self.dir / "config.json", {"config": self.config.to_json(), **self._facts})
                 except OSError as error:
                     raise UserError(f"the configuration cannot be written to {self.dir}: {error}") from error
         return resumed

@@ -74,19 +74,14 @@ def _read_launch(run_dir: Path) -> dict[str, Any]:
 
 
 def create_run_dir(wanted: Path | None, recipe: str) -> Path:
-    """Create and return an empty run directory: `wanted`, or one with a new name in runs/.
+    """Create and return a run directory: `wanted`, or one with a new name in runs/.
 
     Raises:
-        UserError: `wanted` is not empty, or the directory cannot be created.
+        UserError: `wanted` holds a run, or the directory cannot be created.
     """
     try:
         if wanted is not None:
             wanted.mkdir(parents=True, exist_ok=True)
-            if any(wanted.iterdir()):
-                raise UserError(
-                    f"--run-dir {wanted} is not empty: name a new directory, or continue that run with "
-                    f"--resume {wanted}"
-                )
             return wanted
         stem = f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{recipe}"
         for suffix in ("", *(f"-{n}" for n in range(2, 100))):
@@ -98,6 +93,27 @@ def create_run_dir(wanted: Path | None, recipe: str) -> Path:
         raise UserError(f"runs/{stem}-* are all taken: name a directory with --run-dir")
     except OSError as error:
         raise UserError(f"the run directory cannot be created: {error}; name another with --run-dir") from error
+
+
+def check_unused(run_dir: Path) -> None:
+    """Check that a new run would overwrite nothing in `run_dir`, which may hold other files: a log, for one.
+
+    What a start leaves that was killed before its configuration was written does not count. To be called with the
+    lock held.
+
+    Raises:
+        UserError: there is a run, or a part of one.
+    """
+    if (run_dir / "config.json").exists():
+        raise UserError(
+            f"--run-dir {run_dir} holds a run: name a new directory, or continue it with --resume {run_dir}"
+        )
+    for name in _RECORDS:
+        if next(run_dir.glob(name), None) is not None:
+            raise UserError(f"--run-dir {run_dir} already holds {name}, but no config.json: name a new directory")
+
+
+_RECORDS = ("metrics.jsonl", "result.json", "index.html", "report.png", "checkpoints/step-*", "wandb")
 
 
 def check_writable(run_dir: Path, need: int) -> None:
