@@ -58,6 +58,19 @@ if command -v ip >/dev/null; then
     export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$device} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$device}
 fi
 
+# torchrun waits without a word until all hosts are there; then it has children.
+if [[ "$nodes" != 1 ]]; then
+    ( (
+        sleep 5
+        for ((waited = 5; ; waited += 30)); do
+            kill -0 $$ 2>/dev/null || exit 0
+            ! pgrep -P $$ >/dev/null || exit 0
+            echo "multi_node.sh: waiting at $host:$port for $nodes hosts in all (${waited} s)" >&2
+            sleep 30
+        done
+    ) & )
+fi
+
 # With the store shared by torchrun and its workers, the default, a host that returns hangs (seen with torch 2.14).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec "$python" -m torch.distributed.run --nnodes="$nodes" --nproc_per_node="$nproc" \

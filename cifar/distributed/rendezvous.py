@@ -1,18 +1,25 @@
 """A rendezvous that ignores keys which earlier restarts left in torchrun's store."""
 
+import contextlib
+import itertools
+import sys
+import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
+from cifar.distributed.environment import Launch
+
 METHOD = "restartable://"
 # The first import of torch on a cold host takes minutes.
 _STARTUP_TIMEOUT = timedelta(minutes=10)
 _POLL_SECONDS = 0.05
+_NOTICE_SECONDS = (5, 25, 60)  # between two words about who is missing
 
 
 def _rendezvous(url: str, timeout: timedelta, **kwargs: Any) -> Iterator[tuple[dist.Store, int, int]]:
@@ -24,7 +31,11 @@ def _rendezvous(url: str, timeout: timedelta, **kwargs: Any) -> Iterator[tuple[d
     killed, the other host's agent restarts its workers for a changed membership, without counting (torch 2.14).
     """
     timeout = max(timeout, _STARTUP_TIMEOUT)
-    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    launch = Launch.from_environment()
+    (host, port), by_rank_zero = launch.store()
+    awaited = "the other processes" if by_rank_zero and launch.rank == 0 else "the store of rank zero"
+    with _say_what_is_awaited(lambda: f"{awaited} at {host}:{port}", quiet=launch.local_rank != 0):
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     yield dist.PrefixStore(agree_on_prefix(store, rank, world_size, timeout), store), rank, world_size
 
 
@@ -41,20 +52,46 @@ def agree_on_prefix(store: dist.Store, rank: int, world_size: int, timeout: time
         DistStoreError: some rank did not answer within `timeout`.
     """
     token, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
-    answers = [f"{token}/answer/{other}" for other in range(1, world_size)]
+    answers = {other: f"{token}/answer/{other}" for other in range(1, world_size)}
+
+    def missing() -> str:
+        ranks = [str(other) for other, answer in answers.items() if not store.check([answer])]
+        return f"{len(ranks)} of {world_size} processes to start: rank{'s'[: len(ranks) - 1]} {', '.join(ranks)}"
+
     if rank == 0:
         store.set("prefix", token)
-    while time.monotonic() < deadline:
-        if rank != 0:
-            prefix = _get(store, "prefix")
-            store.set(f"{prefix}/answer/{rank}", token)
-            if token in _get(store, f"{prefix}/confirmed").split():
-                return prefix
-        elif not answers or store.check(answers):
-            store.set(f"{token}/confirmed", " ".join(_get(store, answer) for answer in answers))
-            return token
-        time.sleep(_POLL_SECONDS)
+    with _say_what_is_awaited(missing, quiet=rank != 0):
+        while time.monotonic() < deadline:
+            if rank != 0:
+                prefix = _get(store, "prefix")
+                store.set(f"{prefix}/answer/{rank}", token)
+                if token in _get(store, f"{prefix}/confirmed").split():
+                    return prefix
+            elif not answers or store.check(list(answers.values())):
+                store.set(f"{token}/confirmed", " ".join(_get(store, answer) for answer in answers.values()))
+                return token
+            time.sleep(_POLL_SECONDS)
     raise dist.DistStoreError(f"wait timeout after {timeout}: not all {world_size} processes have started")
+
+
+@contextlib.contextmanager
+def _say_what_is_awaited(what: Callable[[], str], quiet: bool) -> Iterator[None]:
+    """Print what a block waits for, after a few seconds and then now and then, unless `quiet`."""
+    done, began = threading.Event(), time.monotonic()
+
+    def speak() -> None:
+        for pause in itertools.chain(_NOTICE_SECONDS, itertools.repeat(_NOTICE_SECONDS[-1])):
+            if done.wait(pause):
+                return
+            seconds = time.monotonic() - began
+            print(f"waiting for {what()} ({seconds:.0f} s)", file=sys.stderr, flush=True)
+
+    if not quiet:
+        threading.Thread(target=speak, name="rendezvous-notice", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def _get(store: dist.Store, key: str) -> str:
