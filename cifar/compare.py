@@ -1,6 +1,5 @@
 """Compare runs in a table and a plot: python -m cifar.compare RUN_DIR [RUN_DIR ...]"""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import tyro
 
 from cifar.cli import exit_on_error, parse_flags
 from cifar.errors import UserError
+from cifar.files import read_json
 from cifar.metrics import Series, read_metrics, seconds_of_training, series
 from cifar.wandb_logger import first_line
 
@@ -66,7 +66,7 @@ def read_run(run_dir: Path) -> Run:
     """
     path = run_dir / "config.json"
     try:
-        facts = json.loads(path.read_bytes())
+        facts = read_json(path)
         config, world_size = facts["config"], int(facts["world_size"])
         batch, lr, seed = int(config["global_batch_size"]), float(config["lr"]), int(config["seed"])
         path = run_dir / "metrics.jsonl"
@@ -74,7 +74,7 @@ def read_run(run_dir: Path) -> Run:
         tests = series(records, "test/accuracy")
         clock = dict(seconds_of_training(records, batch))
         path = run_dir / "result.json"
-        result = json.loads(path.read_bytes()) if path.exists() else {}
+        result = read_json(path) if path.exists() else {}
         tta, seconds = result.get("test_accuracy_tta"), result.get("train_seconds", max(clock.values()) or None)
         return Run(
             name=run_dir.resolve().name,
@@ -92,7 +92,7 @@ def read_run(run_dir: Path) -> Run:
         )
     except FileNotFoundError as error:
         raise UserError(f"{run_dir} is not a run directory: it has no {path.name}") from error
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
         raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
 
