@@ -1,16 +1,17 @@
 """Compare runs in a table and a plot: python -m cifar.compare RUN_DIR [RUN_DIR ...]"""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
 from cifar.cli import exit_on_error, parse_flags
 from cifar.errors import UserError
+from cifar.files import read_json
 from cifar.metrics import Series, read_metrics, seconds_of_training, series
+from cifar.wandb_logger import first_line
 
 _COLUMNS = ("accuracy", "with TTA", "seconds", "images/s", "steps", "processes", "batch", "lr", "seed", "run")
 
@@ -30,18 +31,23 @@ class Run:
     """The records of a run.
 
     Attributes:
-        config: the resolved configuration.
-        result: result.json, or None if the run has not finished.
+        dataset: its name; None if the run has not finished.
+        seconds: of training, so far; None before the first log point.
         accuracy: the test accuracy of the last evaluation, 0 to 1; None before the first.
+        tta_accuracy: that with test-time augmentation, if the run has finished and used it.
         by_seconds, by_images: test accuracy over seconds of training, and over training images seen.
     """
 
     name: str
-    config: dict[str, Any]
+    dataset: str | None
     world_size: int
-    result: dict[str, Any] | None
+    global_batch_size: int
+    lr: float
+    seed: int
     steps: int
+    seconds: float | None
     accuracy: float | None
+    tta_accuracy: float | None
     by_seconds: Series
     by_images: Series
 
@@ -49,58 +55,63 @@ class Run:
 def run_dirs(path: Path) -> list[Path]:
     """Return the run directories in `path`, or `path` itself if it contains none."""
     inside = sorted(config.parent for config in path.glob("*/config.json"))
-    return [path] if (path / "config.json").exists() or not inside else inside
+    return [path] if not inside or (path / "config.json").exists() else inside
 
 
 def read_run(run_dir: Path) -> Run:
     """Read the run in `run_dir`.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or its records are damaged. (Damaged lines of metrics.jsonl are only left out.)
     """
+    path = run_dir / "config.json"
     try:
-        content = json.loads((run_dir / "config.json").read_text())
-        result_path = run_dir / "result.json"
-        result = json.loads(result_path.read_text()) if result_path.exists() else None
-        config, world_size = content["config"], content["world_size"]
-        batch = config["global_batch_size"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run_dir} is not a run directory: {type(error).__name__}: {error}") from error
-    records = read_metrics(run_dir)
-    tests = series(records, "test/accuracy")
-    seconds = dict(seconds_of_training(records, batch))
-    return Run(
-        name=run_dir.resolve().name,
-        config=config,
-        world_size=world_size,
-        result=result,
-        steps=int(records[-1]["step"]) if records else 0,
-        accuracy=tests[-1][1] if tests else None,
-        by_seconds=[(seconds[step], accuracy) for step, accuracy in tests if step in seconds],
-        by_images=[(step * batch, accuracy) for step, accuracy in tests],
-    )
+        facts = read_json(path)
+        config, world_size = facts["config"], int(facts["world_size"])
+        batch, lr, seed = int(config["global_batch_size"]), float(config["lr"]), int(config["seed"])
+        path = run_dir / "metrics.jsonl"
+        records = read_metrics(run_dir)
+        tests = series(records, "test/accuracy")
+        clock = dict(seconds_of_training(records, batch))
+        path = run_dir / "result.json"
+        result = read_json(path) if path.exists() else {}
+        tta, seconds = result.get("test_accuracy_tta"), result.get("train_seconds", max(clock.values()) or None)
+        return Run(
+            name=run_dir.resolve().name,
+            dataset=str(result["dataset"]) if result else None,
+            world_size=world_size,
+            global_batch_size=batch,
+            lr=lr,
+            seed=seed,
+            steps=records[-1]["step"] if records else 0,
+            seconds=None if seconds is None else float(seconds),
+            accuracy=tests[-1][1] if tests else None,
+            tta_accuracy=None if tta is None else float(tta),
+            by_seconds=[(clock[step], accuracy) for step, accuracy in tests if step in clock],
+            by_images=[(step * batch, accuracy) for step, accuracy in tests],
+        )
+    except FileNotFoundError as error:
+        raise UserError(f"{run_dir} is not a run directory: it has no {path.name}") from error
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
+        raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def table(runs: Sequence[Run]) -> list[str]:
     """Return the lines of the table, the most accurate run first."""
     rows = [_COLUMNS]
     for run in sorted(runs, key=lambda run: -1.0 if run.accuracy is None else run.accuracy, reverse=True):
-        done, config = run.result or {}, run.config
-        tta = done.get("test_accuracy_tta")
-        seconds = done.get("train_seconds", run.by_seconds[-1][0] if run.by_seconds else None)
-        images = run.steps * config["global_batch_size"]
         rows.append(
             (
                 "-" if run.accuracy is None else f"{100 * run.accuracy:.2f} %",
-                "-" if tta is None else f"{100 * tta:.2f} %",
-                "-" if seconds is None else f"{seconds:,.1f}",
-                f"{images / seconds:,.0f}" if seconds else "-",
+                "-" if run.tta_accuracy is None else f"{100 * run.tta_accuracy:.2f} %",
+                "-" if run.seconds is None else f"{run.seconds:,.1f}",
+                f"{run.steps * run.global_batch_size / run.seconds:,.0f}" if run.seconds else "-",
                 f"{run.steps:,}",
                 f"{run.world_size}",
-                f"{config['global_batch_size']:,}",
-                f"{config['lr']:g}",
-                f"{config['seed']}",
-                run.name + ("" if run.result else " (not finished)"),
+                f"{run.global_batch_size:,}",
+                f"{run.lr:g}",
+                f"{run.seed}",
+                run.name + ("" if run.dataset else " (not finished)"),
             )
         )
     widths = [max(len(row[k]) for row in rows) for k in range(len(_COLUMNS))]
@@ -108,18 +119,10 @@ def table(runs: Sequence[Run]) -> list[str]:
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
-    """Draw test accuracy over seconds of training and over images seen into the PNG file `path`.
+    """Draw test accuracy over seconds of training and over images seen into the PNG file `path`."""
+    from cifar.plotting import EngFormatter, Figure, default_style  # matplotlib takes a second to import
 
-    Raises:
-        OSError: it cannot be written.
-    """
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
-        matplotlib.rcParams["text.parse_math"] = False  # a run's name may contain dollar signs
+    with default_style():
         figure = Figure(figsize=(13, 5), layout="constrained")
         axes = figure.subplots(1, 2, sharey=True)
         for run in runs:
@@ -141,16 +144,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = parse_flags(Comparison, argv, prog="python -m cifar.compare")
     if not asked.run_dirs:
         raise UserError("no run is named: python -m cifar.compare RUN_DIR [RUN_DIR ...]")
-    runs = [read_run(run_dir) for path in asked.run_dirs for run_dir in run_dirs(path)]
-    synthetic = {run.name for run in runs if run.result and run.result["dataset"] == "synthetic"}
-    print("\n".join(table(runs)))
-    if synthetic:
-        print(f"on the synthetic dataset, not on CIFAR-10: {', '.join(sorted(synthetic))}")
-    try:
-        draw(runs, asked.out)
-    except OSError as error:
-        raise UserError(f"the picture cannot be written to {asked.out}: {error}") from error
-    print(f"picture: {asked.out}")
+    runs: list[Run] = []
+    problems: list[str] = []
+    for run_dir in (run_dir for path in asked.run_dirs for run_dir in run_dirs(path)):
+        try:
+            runs.append(read_run(run_dir))
+        except UserError as error:  # the others can be compared nevertheless
+            problems.append(str(error))
+    if runs:
+        print("\n".join(table(runs)))
+        if synthetic := {run.name for run in runs if run.dataset == "synthetic"}:
+            print(f"on the synthetic dataset, not on CIFAR-10: {', '.join(sorted(synthetic))}")
+        try:
+            draw(runs, asked.out)
+            print(f"picture: {asked.out}")
+        except Exception as error:  # a broken matplotlib or matplotlibrc can raise anything
+            problems.append(f"the picture cannot be written to {asked.out}: {first_line(error)}")
+    if problems:
+        raise UserError("; ".join(problems))
 
 
 if __name__ == "__main__":

@@ -22,16 +22,21 @@ class MetricsFile:
         self._warned = False
 
     def keep_until(self, step: int) -> list[dict[str, Any]]:
-        """Drop the records after `step`, which a resumed run logs again, and any that is corrupt.
+        """Drop the records after `step`, which a resumed run logs again, and any that is damaged.
+
+        Damaged lines cost one warning, and so does a file that cannot be read or written: neither stops the run.
 
         Returns:
             The records that are left, in order.
         """
-        if not self.path.exists():
-            return []
-        kept = [record for record in _parse(self.path.read_bytes()) if record["step"] <= step]
-        lines = "".join(json.dumps(record) + "\n" for record in kept)
-        write_atomically(self.path, lambda file: file.write(lines.encode()))
+        kept: list[dict[str, Any]] = []
+        try:
+            kept += (record for record in _read(self.path) if record["step"] <= step)
+            lines = "".join(json.dumps(record) + "\n" for record in kept)
+            if self.path.exists():
+                write_atomically(self.path, lambda file: file.write(lines.encode()))
+        except OSError as error:
+            self._warn(error)
         return kept
 
     def log(self, step: int, values: dict[str, Any]) -> None:
@@ -45,15 +50,21 @@ class MetricsFile:
                     file.truncate(end)  # half a line would spoil the next one, too
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            if not self._warned:
-                print(f"WARNING: {self.path} cannot be written: {error}", flush=True)
-                self._warned = True
+            self._warn(error)
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            print(f"WARNING: {self.path} cannot be written: {error.strerror}", flush=True)
+            self._warned = True
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the records of `run_dir`'s metrics.jsonl, in order; corrupt lines are left out."""
-    path = run_dir / "metrics.jsonl"
-    return _parse(path.read_bytes()) if path.exists() else []
+    """Return the records of `run_dir`'s metrics.jsonl, in order; damaged lines are left out, with one warning.
+
+    Raises:
+        OSError: it exists and cannot be read.
+    """
+    return _read(run_dir / "metrics.jsonl")
 
 
 def series(records: list[dict[str, Any]], name: str) -> Series:
@@ -72,12 +83,22 @@ def seconds_of_training(records: list[dict[str, Any]], global_batch_size: int) -
     return points
 
 
-def _parse(content: bytes) -> list[dict[str, Any]]:
-    """Return the lines that are JSON objects with an integer step: a full disk may have cut one short."""
-    records = []
-    for line in content.splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
-            record = json.loads(line)
-            if isinstance(record, dict) and type(record.get("step")) is int:
-                records.append(record)
+def _read(path: Path) -> list[dict[str, Any]]:
+    """Return the records in `path`, none if there is no such file; print one warning if lines are damaged."""
+    try:
+        lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+    except FileNotFoundError:
+        return []
+    records = [record for record in map(_parse, lines) if record is not None]
+    if len(records) < len(lines):
+        print(f"WARNING: damaged lines left out of {path}: {len(lines) - len(records):,} of {len(lines):,}", flush=True)
     return records
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Return the record in a line of the file, or None if a crash, a full disk or a flipped bit has damaged it."""
+    with contextlib.suppress(ValueError, RecursionError):
+        record = json.loads(line)
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            return record
+    return None

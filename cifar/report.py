@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure  # no pyplot: nothing here needs a window or global state
 from PIL import Image
 from torch import Tensor
 
 from cifar.evaluation import Evaluation
 from cifar.files import write_atomically
 from cifar.metrics import read_metrics, series
+from cifar.plotting import Axes, ConstrainedLayoutEngine, Figure, default_style
 
 _WRONG_IMAGES = 36
 _FEW = 20  # with more classes, report.png has no room for every name and count
@@ -29,7 +27,7 @@ _STYLE: Any = {
     "font.size": 10, "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": _LINE,
     "text.color": _INK, "axes.titlecolor": _INK, "axes.labelcolor": _SOFT, "axes.edgecolor": _SOFT,
-    "xtick.color": _SOFT, "ytick.color": _SOFT, "text.parse_math": False,
+    "xtick.color": _SOFT, "ytick.color": _SOFT,
     "svg.fonttype": "none", "svg.hashsalt": "cifar-ddp",
 }  # fmt: skip
 
@@ -48,9 +46,7 @@ def write_report(run_dir: Path, test: Evaluation, images: Tensor) -> None:
     records = read_metrics(run_dir)
     result = json.loads((run_dir / "result.json").read_text())
     config = json.loads((run_dir / "config.json").read_text())
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
-        matplotlib.rcParams.update(_STYLE)
+    with default_style(_STYLE):
         page = _page(run_dir.resolve().name, records, result, config, test, images)
         figure = _figure(records, result, test)
         write_atomically(run_dir / "index.html", lambda file: file.write(page.encode()))
@@ -134,7 +130,7 @@ def _png(image: Tensor) -> str:
 
 def _figure(records: Records, result: dict[str, Any], test: Evaluation) -> Figure:
     """Return report.png: loss and accuracy over the run, accuracy of each class, confusion matrix."""
-    layout = matplotlib.layout_engine.ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08, rect=(0, 0, 1, 0.87))
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08, rect=(0, 0, 1, 0.87))
     figure = Figure(figsize=(17, 6.6), layout=layout)
     axes = figure.subplot_mosaic("LCM;ACM", width_ratios=(1, 0.85, 1.15))
     _draw_losses(axes["L"], records)

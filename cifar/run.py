@@ -28,6 +28,7 @@ from cifar.resume import Resumed, restore
 from cifar.run_dir import RunLock, check_unused, check_writable, create_run_dir
 from cifar.tracking import Tracking
 from cifar.train_state import LogPoint, TrainState
+from cifar.wandb_logger import first_line
 
 
 class Run:
@@ -233,7 +234,7 @@ class Run:
 
             write_report(self.dir, test, self.data.test.dataset.images)
         except Exception as error:  # nothing that draws may fail a finished run
-            runtime.print0(f"WARNING: no report in {self.dir}: {type(error).__name__}: {error}")
+            runtime.print0(f"WARNING: no report in {self.dir}: {type(error).__name__}: {first_line(error)}")
         else:
             runtime.print0(f"records, index.html and report.png are in {self.dir}")
 

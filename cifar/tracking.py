@@ -71,11 +71,11 @@ class Tracking:
         with self._survive_wandb():
             if self._wandb is not None:
                 run = self._wandb.tracker
+                run.summary.update(result)  # before the pictures, which may fail
                 # One call each, in this order: W&B stores an image once, where the list has it, and the table refers
                 # to that file. A resumed run may be beyond `step` already.
                 for name, value in pictures(self._data, test).items():
                     run.log({name: value}, step=max(step, run.step))
-                run.summary.update(result)
 
     def close(self, exit_code: int = 0, preempting: bool = False) -> None:
         """Finish the W&B run. A silent server is waited for at most 30 s, or 4 s if `exit_code` is not 0."""

@@ -87,7 +87,7 @@ def table(compute: float, batch: int, size: float) -> list[str]:
 
 def draw(path: Path, compute: float, batch: int, size: float, title: str) -> None:
     """Plot efficiency over the number of GPUs, weak scaling on the left, strong scaling on the right."""
-    from matplotlib.figure import Figure
+    from cifar.plotting import Figure
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)

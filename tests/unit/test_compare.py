@@ -1,6 +1,7 @@
 """python -m cifar.compare: several runs as a table and a picture."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image
 
 from cifar.compare import main, read_run, table
 from cifar.errors import UserError
+from tests.helpers.processes import run
 
 
 def make(folder, name, accuracies, batch=100, rate=50.0, **result):
@@ -32,7 +34,7 @@ def test_reads_accuracy_over_seconds_and_images(tmp_path):
     # 500 images at 50/s and 500 at 100/s in each epoch.
     assert run.by_seconds == [(15.0, 0.5), (30.0, 0.75)]
     assert run.by_images == [(1000, 0.5), (2000, 0.75)]
-    assert (run.accuracy, run.steps, run.result) == (0.75, 20, None)
+    assert (run.accuracy, run.steps, run.seconds, run.dataset) == (0.75, 20, 30.0, None)
 
 
 def test_table_is_sorted_by_accuracy(tmp_path):
@@ -63,7 +65,70 @@ def test_picture_and_table_of_a_directory_of_runs(tmp_path, capsys):
         assert (pixels == color).all(2).any(), "each run has a line"
 
 
-def test_mistakes(tmp_path):
+@pytest.mark.parametrize(
+    ("environment", "matplotlibrc"),
+    [
+        ({"MPLBACKEND": "module://matplotlib_inline.backend_inline"}, "figure.facecolor: black\ntext.usetex: True\n"),
+        ({"MPLBACKEND": "nonsense", "MATPLOTLIBRC": "broken"}, None),
+    ],
+)
+def test_settings_that_break_matplotlib_do_not_matter(tmp_path, environment, matplotlibrc):
+    """In a new process, as matplotlib reads them when it is imported."""
+    make(tmp_path, "a", [0.5])
+    (tmp_path / "broken").write_bytes(b"\xff")
+    if matplotlibrc is not None:
+        (tmp_path / "matplotlibrc").write_text(matplotlibrc)
+    code = "import cifar.report, cifar.compare; cifar.compare.main(['a'])"
+    done = run([sys.executable, "-c", code], tmp_path, **environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert Image.open(tmp_path / "compare.png").convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_damaged_lines_cost_one_warning(tmp_path, capsys):
+    whole, damaged = make(tmp_path, "whole", [0.5, 0.75]), make(tmp_path, "damaged", [0.5, 0.75])
+    lines = (damaged / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    lines[1:1] = [b'{"step": 6, "x": "\xff"}\n', b"null\n", b"\n", bytes(99) + b"\n"]
+    (damaged / "metrics.jsonl").write_bytes(b"".join(lines) + b'{"step": 30, "test/acc')
+    main([str(whole), str(damaged), "--out", str(tmp_path / "out.png")])
+    first, *rows = capsys.readouterr().out.splitlines()
+    assert first == f"WARNING: damaged lines left out of {damaged / 'metrics.jsonl'}: 4 of 10"
+    assert rows[1].removesuffix("whole (not finished)") == rows[2].removesuffix("damaged (not finished)")
+    assert len(rows) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b"\xff"),
+        ("config.json", b"[]"),
+        ("config.json", b'{"config": {"global_batch_size": 100, "lr": "x", "seed": 3}, "world_size": 2}'),
+        ("config.json", b"[" * 100_000),
+        ("metrics.jsonl", None),
+        ("metrics.jsonl", b'{"step": 1, "train/images_per_second": 0}'),
+        ("result.json", b'{"dataset": "cifar1'),
+        ("result.json", b"3"),
+        ("result.json", b'{"test_accuracy": 0.5}'),
+        ("result.json", None),
+    ],
+)
+def test_damaged_run_is_named_and_the_others_compared(tmp_path, capsys, name, content):
+    path = make(tmp_path, "a", [0.5]) / name
+    path.unlink(missing_ok=True)
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    make(tmp_path, "b", [0.75])
+    out = tmp_path / "out.png"
+    with pytest.raises(UserError) as mistake:
+        main([str(tmp_path), "--out", str(out)])
+    assert str(mistake.value).startswith(f"{path} cannot be read: ")
+    assert "\n" not in str(mistake.value)
+    assert [line.split()[-3] for line in capsys.readouterr().out.splitlines()[1:-1]] == ["b"]
+    assert out.exists()
+
+
+def test_mistakes(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no run is named"):
         main([])
     with pytest.raises(UserError, match="is not a run directory"):
@@ -71,3 +136,7 @@ def test_mistakes(tmp_path):
     run_dir = make(tmp_path, "a", [0.3])
     with pytest.raises(UserError, match="the picture cannot be written"):
         main([str(run_dir), "--out", str(tmp_path / "no" / "out.png")])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "cifar.plotting", raising=False)
+    with pytest.raises(UserError, match=r"the picture cannot be written to .*out\.png: .*matplotlib"):
+        main([str(run_dir), "--out", str(tmp_path / "out.png")])

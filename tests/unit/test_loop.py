@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -67,6 +69,21 @@ def test_max_steps_ends_with_records_as_usual(tmp_path, capsys):
     for words in ("[1,     7] loss: ", "Finished Training", "Accuracy of the network on the 200 test images: "):
         assert text.count(words) == 1
     assert result(tmp_path / "run")["steps"] == 7
+
+
+def fail(*_):
+    raise MemoryError("no room\nsecond line")
+
+
+@pytest.mark.parametrize(
+    ("report", "reason"), [(SimpleNamespace(write_report=fail), "MemoryError: no room"), (None, "ModuleNotFound")]
+)
+def test_failing_report_costs_one_warning(tmp_path, monkeypatch, capsys, report, reason):
+    monkeypatch.setitem(sys.modules, "cifar.report", report)
+    train_ddp.main([*FLAGS, "--run-dir", str(tmp_path / "run"), "--max-steps", "1"])
+    *_, warning = capsys.readouterr().out.splitlines()
+    assert warning.startswith(f"WARNING: no report in {tmp_path / 'run'}: {reason}")
+    assert result(tmp_path / "run")["steps"] == 1
 
 
 @pytest.mark.parametrize("checkpoint_steps", [1, 1000])

@@ -6,7 +6,7 @@ import pytest
 
 from cifar.metrics import MetricsFile, read_metrics, series
 
-CORRUPT = [
+DAMAGED = [
     b'{"step": 3, "train',
     b"[3]",
     b"3",
@@ -14,6 +14,8 @@ CORRUPT = [
     b'{"train/loss": 1.5}',
     b'{"step": "3"}',
     b'{"step": true}',
+    b'{"step": NaN}',
+    b'{"step": 3, "x": ' + b"9" * 5_000 + b"}",
     b'{"step": 3, "x": "\xff\xfe"}',
     b"\x00\x00\x00",
     b"[" * 100_000,
@@ -21,13 +23,17 @@ CORRUPT = [
 ]
 
 
-@pytest.mark.parametrize("line", CORRUPT, ids=range(len(CORRUPT)))
-def test_corrupt_line_is_dropped(tmp_path, line):
+@pytest.mark.parametrize("line", DAMAGED, ids=range(len(DAMAGED)))
+def test_damaged_line_is_dropped_with_one_warning(tmp_path, capsys, line):
     path = tmp_path / "metrics.jsonl"
     good = [{"step": 2, "train/loss": 0.1 + 0.2}, {"step": 4, "train/loss": 1e-7}]
     path.write_bytes(b"\n".join([json.dumps(good[0]).encode(), line, json.dumps(good[1]).encode()]))
-    assert read_metrics(tmp_path) == good
+    warning = f"WARNING: damaged lines left out of {path}: 1 of 3\n" if line.strip() else ""
+    for read in (lambda: read_metrics(tmp_path), lambda: MetricsFile(path).keep_until(4)):
+        assert read() == good
+        assert capsys.readouterr().out == warning
     assert MetricsFile(path).keep_until(4) == good
+    assert capsys.readouterr().out == ""
     assert path.read_text() == "".join(json.dumps(record) + "\n" for record in good)
 
 
@@ -41,8 +47,10 @@ def test_records_after_the_resumed_step_are_dropped(tmp_path):
     assert read_metrics(tmp_path) == metrics.keep_until(4)
 
 
-def test_unwritable_metrics_cost_one_warning(tmp_path, capsys):
-    metrics = MetricsFile(tmp_path / "missing" / "metrics.jsonl")
+@pytest.mark.parametrize("place", [".", "missing/metrics.jsonl"])
+def test_unwritable_metrics_cost_one_warning(tmp_path, capsys, place):
+    metrics = MetricsFile(tmp_path / place)
+    assert metrics.keep_until(0) == []
     for step in (1, 2):
         metrics.log(step, {"x": 1})
     assert capsys.readouterr().out.count("WARNING") == 1

@@ -1,6 +1,9 @@
 """python -m cifar.predict: picture files of every kind, and its output."""
 
 import io
+import math
+import os
+import struct
 import warnings
 
 import numpy as np
@@ -52,10 +55,39 @@ def test_picture_modes_become_rgb(tmp_path, suffix, mode):
     assert difference.abs().max() <= (12 if suffix == "jpg" else 3 if suffix == "gif" else 0)
 
 
-def test_16_bit_gray_is_scaled(tmp_path):
-    levels = np.linspace(0, 65535, 32).astype(np.uint16)
-    pixels = read(tmp_path / "x.png", Image.fromarray(np.tile(levels, (32, 1))))
-    assert torch.equal(pixels[0, 0], torch.from_numpy((levels >> 8).astype(np.uint8)))
+RAMP = np.tile(np.linspace(0, 255, 32).round(), (32, 1))
+NEGATIVE = np.where(RAMP < 20, -np.inf, np.where(RAMP > 240, np.inf, RAMP * 0.3 - 20))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "pixels", "wanted"),
+    [
+        ("png", (257 * RAMP).astype(np.uint16), RAMP),
+        ("tif", (257 * RAMP).astype(">u2"), RAMP),
+        ("pgm", (257 * RAMP).astype(np.int32), RAMP),
+        ("png", (40 * RAMP).astype(np.uint16), 40 * RAMP / 257),
+        ("pgm", (40 * RAMP).astype(np.int32), 40 * RAMP / 257),
+        ("tif", RAMP.astype(np.uint16), RAMP),
+        ("tif", RAMP.astype(np.int32), RAMP),
+        ("tif", (100_000 * RAMP - 7).astype(np.int32), RAMP),
+        ("tif", RAMP.astype(np.float32), RAMP),
+        ("tif", (RAMP / 255).astype(np.float32), RAMP),
+        ("tif", (RAMP / 510).astype(np.float32), RAMP / 2),
+        ("tif", (RAMP / 100 - 1).astype(np.float32), RAMP),
+        ("tif", NEGATIVE.astype(np.float32), ((RAMP - 25) / (239 - 25) * 255).clip(0, 255)),
+        ("tif", np.where(RAMP < 100, np.nan, RAMP / 255).astype(np.float32), np.where(RAMP < 100, 0, RAMP)),
+        ("tif", np.zeros((32, 32), np.float32), np.zeros((32, 32))),
+        ("pfm", (RAMP / 255).astype(np.float32), RAMP),
+    ],
+)
+def test_deep_gray_is_scaled(tmp_path, suffix, pixels, wanted):
+    got = read(tmp_path / f"x.{suffix}", Image.fromarray(pixels))
+    assert np.abs(got.numpy() - wanted).max() <= 1.2
+
+
+def test_picture_without_a_finite_pixel_is_refused(tmp_path):
+    with pytest.raises(UserError, match="finite"):
+        read(tmp_path / "x.tif", Image.fromarray(np.full((9, 9), np.nan, np.float32)))
 
 
 def test_transparent_is_white(tmp_path):
@@ -66,11 +98,78 @@ def test_transparent_is_white(tmp_path):
     assert bool((pixels[:, 16:] == 255).all())
 
 
-def test_exif_orientation(tmp_path):
-    turned = Image.fromarray(gradient(32, 32)).transpose(Image.Transpose.ROTATE_90)
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_premultiplied_alpha(tmp_path, mode):
+    """TIFF, the only format that has it, says so in a tag."""
+    half = Image.new(mode, (32, 32), (*(60 for _ in mode[:-1]), 128))  # 60 of at most 128
+    half.save(path := tmp_path / "x.tif")
+    separate, multiplied = (struct.pack("<HHII", 338, 3, 1, kind) for kind in (2, 1))
+    path.write_bytes(path.read_bytes().replace(separate, multiplied))
+    pixels = read_image(path)
+    assert pixels.unique().tolist() == [pytest.approx(60 + 127, abs=1)]
+
+
+def test_transparent_level_of_deep_gray_is_white(tmp_path):
+    levels = np.full((32, 32), 20_000, np.uint16)
+    levels[16:] = 5_000
+    pixels = read(tmp_path / "x.png", Image.fromarray(levels), transparency=5_000)
+    assert (pixels[:, :15] == 78).all()
+    assert (pixels[:, 17:] == 255).all()
+
+
+TRANSPOSED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("orientation", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
+def test_exif_orientation(tmp_path, orientation, suffix):
+    upright = Image.fromarray(gradient(32, 32))
+    stored = upright.transpose(TRANSPOSED[orientation]) if orientation in TRANSPOSED else upright
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees clockwise
-    assert torch.equal(read(tmp_path / "x.png", turned, exif=exif), tensor(gradient(32, 32)))
+    exif[0x0112] = orientation
+    assert torch.equal(read(tmp_path / f"x.{suffix}", stored, exif=exif), tensor(gradient(32, 32)))
+
+
+def entry(tag, kind, count, value):
+    return struct.pack(">HHI4s", tag, kind, count, value)
+
+
+TURNED = entry(0x0112, 3, 1, b"\0\6")
+
+
+@pytest.mark.parametrize(
+    ("entries", "turned"),
+    [
+        (None, False),
+        ([entry(0x0112, 2, 2, b"6\0")], False),
+        ([entry(0x0112, 99, 1, b"\0\6")], False),
+        ([entry(0x0112, 11, 1, struct.pack(">f", math.nan))], False),
+        ([entry(0x0112, 3, 2**32 - 1, b"\0\6")], False),
+        ([TURNED, entry(0x011A, 2, 4, b"abc")], True),
+        ([TURNED, entry(0x8769, 4, 1, b"\xff" * 4)], True),
+        ([TURNED, entry(0x010E, 2, 5000, b"\0\0\0\x26")], True),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_damaged_exif_is_ignored(tmp_path, suffix, entries, turned):
+    """`turned`: the orientation is whole, and counts."""
+    exif = b"garbage"
+    if entries is not None:
+        exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, len(entries)) + b"".join(entries) + bytes(4)
+    image = Image.fromarray(gradient(32, 32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain = read(tmp_path / f"plain.{suffix}", image)
+        got = read(tmp_path / f"x.{suffix}", image, exif=exif)
+    assert torch.equal(got, plain.rot90(-1, (1, 2)) if turned else plain)
 
 
 def test_first_frame_of_an_animation(tmp_path):
@@ -102,10 +201,18 @@ def test_large_picture_is_read_and_bomb_refused(tmp_path, monkeypatch):
 def test_unreadable_file_is_one_line(tmp_path):
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file, "png")
-    text, cut = tmp_path / "text.png", tmp_path / "cut.png"
+    text, cut, pipe, empty = (tmp_path / f"{name}.png" for name in ("text", "cut", "pipe", "empty"))
+    os.mkfifo(pipe)
+    empty.touch()
     text.write_bytes(b"no picture")
     cut.write_bytes(file.getvalue()[:4000])
-    for path, reason in ((text, "not a pic"), (cut, "trunc"), (tmp_path / "x.png", "No such"), (tmp_path, "directory")):
+    nowhere, looped = tmp_path / "x.png", tmp_path / "loop.png"
+    looped.symlink_to(looped)
+    reasons = {
+        text: "not a picture", cut: "truncated", empty: "not a picture", nowhere: "No such", looped: "symbolic links",
+        tmp_path: "a directory", pipe: "a pipe", tmp_path / ("x" * 300): "too long",
+    }  # fmt: skip
+    for path, reason in reasons.items():
         with pytest.raises(UserError, match=reason) as caught:
             read_image(path)
         assert str(path) in str(caught.value)
@@ -126,6 +233,21 @@ def test_three_most_probable_classes_of_each_picture(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert out.splitlines() == wanted
     assert err == ""
+
+
+def test_unreadable_pictures_leave_the_others(tmp_path, capsys):
+    Image.fromarray(gradient()).save(tmp_path / "a.png")
+    good, bad = str(tmp_path / "a.png"), str(tmp_path)
+    checkpoint = save(tmp_path / "c.pt", build_model("net", 10))
+    with pytest.raises(SystemExit) as exited:
+        main([checkpoint, bad, good, bad, good])
+    assert exited.value.code == 2
+    out, err = capsys.readouterr()
+    assert [line.split(": ")[0] for line in out.splitlines()] == [good, good]
+    assert (
+        err.splitlines()
+        == [f"cifar.predict: error: {bad} cannot be read as a picture: it is a directory, a pipe or a device"] * 2
+    )
 
 
 def test_dropout_is_off():

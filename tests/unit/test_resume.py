@@ -142,6 +142,31 @@ def test_killed_between_checkpoints(undisturbed, run_dir, capsys):
     assert_same_run(run_dir, undisturbed)
 
 
+def test_damaged_metrics_cost_one_warning(undisturbed, run_dir, capsys):
+    path = killed(run_dir, after=12) / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    later = next(i for i, line in enumerate(lines) if json.loads(line)["step"] > 12)
+    damaged = [b'{"step": 6, "x": "\xff"}\n', b"3\n", bytes(512) + b"\n"]
+    path.write_bytes(b"".join([*damaged, *lines[: later + 1]])[:-9])
+    resume(run_dir)
+    text = capsys.readouterr().out
+    assert [line for line in text.splitlines() if "damaged lines" in line] == [
+        f"WARNING: damaged lines left out of {path}: 4 of {later + 4}"
+    ]
+    assert_same_run(run_dir, undisturbed)
+
+
+def test_metrics_that_cannot_be_read_cost_one_warning(undisturbed, run_dir, capsys):
+    path = killed(run_dir, after=12) / "metrics.jsonl"
+    path.unlink()
+    path.mkdir()
+    resume(run_dir)
+    assert sum("metrics.jsonl" in line for line in capsys.readouterr().out.splitlines()) == 1
+    path.rmdir()
+    shutil.copy(undisturbed / "metrics.jsonl", path)
+    assert_same_run(run_dir, undisturbed)
+
+
 def test_killed_before_the_result(undisturbed, run_dir):
     (run_dir / "result.json").unlink()
     resume(run_dir)

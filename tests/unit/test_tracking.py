@@ -198,3 +198,19 @@ def test_failing_wandb_costs_one_warning(runtime, tmp_path, monkeypatch, capsys)
     ]
     assert series(read_metrics(tmp_path), "train/loss") == [(1, 1.0), (2, 0.5)]
     assert tracked.describe() == "no record"
+
+
+def test_failing_pictures_leave_a_finished_record(runtime, tmp_path, wandb, monkeypatch, capsys):
+    def fail(*_):
+        raise ValueError("a picture\nsecond line")
+
+    monkeypatch.setattr("cifar.tracking.pictures", fail)
+    with tracking(runtime, tmp_path) as tracked:
+        tracked.log_train(point(1))
+        tracked.finish(1, {"test_accuracy": 0.5}, evaluation(0.5))
+        tracked.close()
+    assert capsys.readouterr().out.count("WARNING") == 1
+    (offline,) = offline_runs(tmp_path)
+    records = read_back(offline)
+    assert merged(records["summary"])["test_accuracy"] == 0.5
+    assert [record["exit_code"] for record in records["exit"]] == [0]
