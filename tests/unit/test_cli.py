@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +41,18 @@ def test_data_dir_flag_wins_over_the_variable(monkeypatch):
     assert str(parse_args(["--data-dir", "else"]).data_dir) == "else"
     monkeypatch.delenv("CIFAR_DATA_DIR")
     assert str(parse_args([]).data_dir) == "data"
+
+
+def test_tilde_is_the_home_directory(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CIFAR_DATA_DIR", "~/data")
+    config = parse_args(["--run-dir=~/run", "--evaluate", "~/x.pt"])
+    assert (config.run_dir, config.evaluate, config.data_dir) == (
+        tmp_path / "run",
+        tmp_path / "x.pt",
+        tmp_path / "data",
+    )
+    assert parse_args(["--run-dir", "~nobody-of-this-name/run"]).run_dir == Path("~nobody-of-this-name/run")
 
 
 @pytest.mark.parametrize(
@@ -136,6 +149,15 @@ def test_resume_takes_the_recorded_configuration(recorded, tmp_path):
     assert parse_args(["--resume", str(tmp_path)]) == dataclasses.replace(recorded, resume=tmp_path)
     config = parse_args(["--resume", str(tmp_path), "--epochs", "12", "--wandb", "disabled", "--device", "cpu"])
     assert (config.epochs, config.wandb, config.device, config.lr) == (12, "disabled", "cpu", 0.3)
+
+
+@pytest.mark.usefixtures("recorded")
+def test_resume_reads_the_data_where_they_are_now(tmp_path, monkeypatch):
+    monkeypatch.setenv("CIFAR_DATA_DIR", "moved")
+    assert parse_args(["--resume", str(tmp_path)]).data_dir == Path("moved")
+    assert parse_args(["--resume", str(tmp_path), "--data-dir", "flag"]).data_dir == Path("flag")
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    assert parse_args(["--resume", f"~/{tmp_path.name}"]).resume == tmp_path
 
 
 @pytest.mark.parametrize(
