@@ -8,10 +8,9 @@ from typing import Annotated
 import tyro
 
 from cifar.cli import exit_on_error, parse_flags
-from cifar.errors import UserError
+from cifar.errors import UserError, first_line
 from cifar.files import read_json
 from cifar.metrics import Series, read_metrics, seconds_of_training, series
-from cifar.wandb_logger import first_line
 
 _COLUMNS = ("accuracy", "with TTA", "seconds", "images/s", "steps", "processes", "batch", "lr", "seed", "run")
 

@@ -17,9 +17,8 @@ from cifar.checkpoint import load_model, read_checkpoint
 from cifar.cli import exit_on_error, parse_flags
 from cifar.console import SYNTHETIC_WARNING
 from cifar.data import normalize
-from cifar.errors import UserError
+from cifar.errors import UserError, first_line
 from cifar.models import MODELS, build_model
-from cifar.wandb_logger import first_line
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,13 @@ from cifar.console import Console, print_test
 from cifar.data import Data
 from cifar.distributed.preemption import StopAgreement, StopRequest
 from cifar.distributed.runtime import Runtime, unwrap
-from cifar.errors import StoppedError, TrainingDivergedError, UserError
+from cifar.errors import StoppedError, TrainingDivergedError, UserError, first_line
 from cifar.evaluation import Evaluation, evaluate
 from cifar.files import write_json
 from cifar.resume import Resumed, restore
 from cifar.run_dir import RunLock, check_unused, check_writable, create_run_dir
 from cifar.tracking import Tracking
 from cifar.train_state import LogPoint, TrainState
-from cifar.wandb_logger import first_line
 
 
 class Run:

@@ -8,10 +8,11 @@ from typing import Any
 from cifar.config import TrainConfig
 from cifar.data import Data
 from cifar.distributed.runtime import Runtime
+from cifar.errors import first_line
 from cifar.evaluation import Evaluation
 from cifar.metrics import MetricsFile
 from cifar.train_state import LogPoint
-from cifar.wandb_logger import STEP_AXIS, define_metrics, finish, first_line, pictures, replay, start_wandb, stop_wandb
+from cifar.wandb_logger import STEP_AXIS, define_metrics, finish, pictures, replay, start_wandb, stop_wandb
 
 
 class Tracking:
@@ -40,7 +41,7 @@ class Tracking:
             with self._survive_wandb():
                 self._wandb.store_init_configuration(config.to_json() | facts)
                 define_metrics(self._wandb.tracker)
-                replay(self._wandb.tracker, recorded, run_dir)
+                replay(self._wandb.tracker, recorded)
 
     def describe(self) -> str:
         """Return where the W&B run is, for the banner: a URL, the command that uploads it, or "no record"."""

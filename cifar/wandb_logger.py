@@ -14,6 +14,7 @@ from accelerate.tracking import WandBTracker
 from cifar.config import TrainConfig
 from cifar.data import Data
 from cifar.distributed.runtime import Runtime
+from cifar.errors import first_line
 from cifar.evaluation import Evaluation
 from cifar.files import write_atomically
 
@@ -40,8 +41,6 @@ def start_wandb(config: TrainConfig, runtime: Runtime, run_dir: Path) -> WandBTr
     # home directory. Error reports to a silent server would delay the exit by 12 seconds.
     os.environ.setdefault("WANDB_DATA_DIR", str(run_dir.resolve() / "wandb"))
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    if "WANDB_DIR" in os.environ:
-        runtime.print0("WANDB_DIR is not used: W&B's files are in the run directory")
     try:
         import wandb
     except ImportError as error:
@@ -55,19 +54,26 @@ def start_wandb(config: TrainConfig, runtime: Runtime, run_dir: Path) -> WandBTr
             if config.wandb == "online":
                 runtime.print0("WARNING: W&B has no key (wandb login): recording offline")
             mode = "offline"
-        settings = wandb.Settings(
-            silent=True, console="off", init_timeout=_INIT_SECONDS, finish_timeout=_FINISH_SECONDS,
-            finish_timeout_raises=True,
-        )  # fmt: skip
+        ours: dict[str, Any] = {
+            "silent": True, "console": "off", "init_timeout": _INIT_SECONDS, "finish_timeout": _FINISH_SECONDS,
+            "finish_timeout_raises": True,
+        }  # fmt: skip
+        # wandb.init prefers settings to variables: leave those to the user that a variable sets.
+        settings = wandb.Settings(**{k: v for k, v in ours.items() if f"WANDB_{k.upper()}" not in os.environ})
         if hasattr(settings, "x_transaction_log_flush_interval"):  # no public setting
             settings.x_transaction_log_flush_interval = _FLUSH_SECONDS
         # Offline, "allow" would make `wandb sync` shift the steps that an earlier record has, too (seen with 0.31).
-        resume = {"resume": "allow"} if mode == "online" else {}
+        resume = {"resume": setup.resume or "allow"} if mode == "online" else {}
         tracker = WandBTracker(
-            setup.project or PROJECT, dir=str(run_dir), name=setup.run_name or run_dir.name, id=run_id, mode=mode,
-            settings=settings, **resume,
+            setup.project or PROJECT, dir=os.environ.get("WANDB_DIR") or str(run_dir),
+            name=setup.run_name or run_dir.name, id=run_id, mode=mode, settings=settings, **resume,
         )  # fmt: skip
         tracker.start()
+        if new and tracker.tracker.starting_step > 0:
+            runtime.print0(
+                f"WARNING: W&B's run {run_id} already holds another run, up to step "
+                f"{tracker.tracker.starting_step - 1:,}: for a record of its own, unset WANDB_RUN_ID"
+            )
         return tracker
 
     try:
@@ -76,6 +82,7 @@ def start_wandb(config: TrainConfig, runtime: Runtime, run_dir: Path) -> WandBTr
             wanted.mode = config.wandb  # else WANDB_MODE, by default online
         setup = wandb.setup(wanted).settings
         mode = setup.mode
+        new = not _id_file(run_dir).exists()
         run_id = None if mode == "disabled" else _run_id(run_dir, setup.run_id or uuid.uuid4().hex[:8])
         try:
             return start(mode)
@@ -93,7 +100,7 @@ def start_wandb(config: TrainConfig, runtime: Runtime, run_dir: Path) -> WandBTr
 
 def _run_id(run_dir: Path, default: str) -> str:
     """Return the ID of the run directory's W&B run, the same after every restart; `default` for a new run."""
-    path = run_dir / "wandb" / "id.txt"
+    path = _id_file(run_dir)
     with contextlib.suppress(OSError):
         if recorded := path.read_text().strip():
             return recorded
@@ -102,7 +109,11 @@ def _run_id(run_dir: Path, default: str) -> str:
     return default
 
 
-def replay(run: Any, records: list[dict[str, Any]], run_dir: Path) -> None:
+def _id_file(run_dir: Path) -> Path:
+    return run_dir / "wandb" / "id.txt"
+
+
+def replay(run: Any, records: list[dict[str, Any]]) -> None:
     """Log the steps of earlier starts that W&B lacks.
 
     Online, the server says at which step its record ends. An offline record cannot be continued, so each one is
@@ -112,12 +123,13 @@ def replay(run: Any, records: list[dict[str, Any]], run_dir: Path) -> None:
         records: the lines of metrics.jsonl before the step at which the run continues, in order.
     """
     for record in records:
-        if record["step"] >= run.step:
+        if record["step"] >= run.starting_step:
             numbers = {name: value for name, value in record.items() if name != "step"}
             run.log({STEP_AXIS: record["step"], **numbers}, step=record["step"])
     if run.offline and not run.disabled:
-        for old in run_dir.glob("wandb/offline-run-*"):
-            if old.name != Path(run.dir).parent.name:
+        own = Path(run.dir).parent
+        for old in own.parent.glob(f"offline-run-*-{run.id}"):
+            if old.name != own.name:
                 old.rename(old.with_name(f"superseded-{old.name}"))
 
 
@@ -126,7 +138,8 @@ def finish(run: Any, exit_code: int, preempting: bool) -> None:
 
     Args:
         exit_code: of the program; if it is not 0, the upload may take `_STOP_SECONDS` only.
-        preempting: the run was told to stop and will be resumed.
+        preempting: the run was told to stop and can be resumed. In a sweep, that is the end of its trial: W&B would
+            start a preempted one again, from step 0 in another directory.
 
     Raises:
         TimeoutError: the server did not answer in time. The file on disk is complete.
@@ -144,7 +157,7 @@ def finish(run: Any, exit_code: int, preempting: bool) -> None:
     if exit_code:
         timer.start()
     try:
-        if preempting:
+        if preempting and run.sweep_id is None:
             run.mark_preempting()
         run.finish(exit_code=exit_code)
     except Exception as error:
@@ -200,8 +213,3 @@ def pictures(data: Data, test: Evaluation) -> dict[str, Any]:
         "test/most_confidently_wrong": table,
         "test/confusion_matrix": matrix,
     }
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type if it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -72,6 +72,26 @@ def test_resumed_run_is_one_run(runtime, server, tmp_path):
     assert own.exit_code == 0
 
 
+def test_a_stop_in_a_sweep_ends_the_trial(runtime, server, tmp_path, monkeypatch):
+    """W&B would start a preempted trial again under its ID, from step 0 in another directory."""
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep123")
+    monkeypatch.setenv("WANDB_RUN_ID", "trial")  # by its agent
+    train_steps(runtime, tmp_path, 1, 2, exit_code=1, preempting=True)
+    own = server.runs[run_id(tmp_path)]
+    assert (own.preempting, own.exit_code) == (False, 1)
+
+
+def test_steps_of_another_run_under_the_same_id_are_no_secret(runtime, server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        train_steps(runtime, tmp_path / name, 1, 2)
+    (warning,) = capsys.readouterr().out.splitlines()
+    assert "W&B's run mine already holds another run, up to step 2" in warning
+    train_steps(runtime, tmp_path / "b", 3)  # resumed: its own steps
+    assert capsys.readouterr().out == ""
+
+
 def test_lost_steps_are_sent_after_a_resume(runtime, server, tmp_path, monkeypatch):
     train_steps(runtime, tmp_path, 1, 2, exit_code=1)
     train_steps(runtime, tmp_path, 3, 4, meanwhile=server.close, exit_code=1, preempting=True)

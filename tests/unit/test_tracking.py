@@ -143,7 +143,6 @@ def test_every_offline_record_is_complete(runtime, tmp_path, wandb, capfd):
         ("online", {"WANDB_MODE": "offline"}, "W&B has no key (wandb login): recording offline", 1),
         ("auto", {"WANDB_API_KEY": "short"}, "W&B cannot be reached, recording offline: WANDB_API_KEY invalid", 1),
         ("auto", {"WANDB_API_KEY": KEY}, "W&B cannot be reached, recording offline: ", 1),
-        ("offline", {"WANDB_DIR": "elsewhere", "WANDB_API_KEY": KEY}, "WANDB_DIR is not used", 1),
         ("disabled", {"WANDB_API_KEY": KEY}, None, 0),
     ],
 )
@@ -170,6 +169,35 @@ def test_environment_names_the_run(runtime, tmp_path, wandb, monkeypatch):
     (offline,) = offline_runs(tmp_path)
     (run,) = read_back(offline)["run"]
     assert (run["project"], run["display_name"], run["run_id"]) == ("project", "name", "run_id")
+
+
+def test_environment_moves_the_files(runtime, tmp_path, wandb, monkeypatch):
+    run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    run_dir.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.setenv("WANDB_DIR", str(elsewhere))
+    other = elsewhere / "wandb" / "offline-run-20200101_000000-another"
+    other.mkdir(parents=True)
+    for step in (0, 2):
+        with tracking(runtime, run_dir, step=step) as tracked:
+            tracked.log_train(point(step + 1))
+            assert str(elsewhere) in tracked.describe()
+            tracked.close()
+    newest, _ = offline_runs(elsewhere)[::-1]
+    assert read_back(newest)["run"]
+    assert len(list(elsewhere.glob("wandb/superseded-*"))) == 1
+    assert other.exists(), "another run's record is not ours to rename"
+
+
+@pytest.mark.parametrize(("variable", "value"), [("WANDB_INIT_TIMEOUT", "33"), ("WANDB_CONSOLE", "wrap")])
+def test_environment_wins_over_our_settings(runtime, tmp_path, wandb, monkeypatch, variable, value):
+    seen = []
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(wandb_logger, "WandBTracker", lambda *_, settings, **__: seen.append(settings) or 1 / 0)
+    wandb_logger.start_wandb(TrainConfig(device="cpu", wandb="offline"), runtime, tmp_path)
+    name = variable.removeprefix("WANDB_").lower()
+    assert name not in seen[0].model_fields_set
+    assert "finish_timeout" in seen[0].model_fields_set
 
 
 def test_missing_package_costs_one_warning(runtime, tmp_path, monkeypatch, capsys):
