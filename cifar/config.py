@@ -1,7 +1,6 @@
 """The configuration of a run: its fields, their checks and their JSON form."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from cifar.errors import UserError
+from cifar.files import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +185,7 @@ def read_config(run_dir: Path) -> TrainConfig:
     """
     path = run_dir / "config.json"
     try:
-        return TrainConfig.from_json(json.loads(path.read_text())["config"] | {"resume": str(run_dir)})
+        return TrainConfig.from_json(read_json(path)["config"] | {"resume": str(run_dir)})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--resume {run_dir}: there is no run to continue ({path}: {error})") from error
     except UserError as error:

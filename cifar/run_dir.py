@@ -1,7 +1,6 @@
 """The run directory: create it, check that it is writable, lock it for one process."""
 
 import contextlib
-import json
 import os
 import socket
 from datetime import datetime
@@ -11,7 +10,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cifar.errors import UserError
-from cifar.files import write_json
+from cifar.files import read_json, write_json
 
 # A restarted process may find its predecessor still exiting.
 _PATIENCE_SECONDS = 5.0
@@ -62,15 +61,15 @@ class RunLock:
 
 def owners(run_dir: Path) -> list[str]:
     """Return the torchrun agents that last owned the run; none if it was started without torchrun."""
-    return _read_launch(run_dir).get("launchers", [])
+    launchers = _read_launch(run_dir).get("launchers")
+    return launchers if isinstance(launchers, list) else []
 
 
 def _read_launch(run_dir: Path) -> dict[str, Any]:
     try:
-        content = json.loads((run_dir / "launch.json").read_text())
+        return read_json(run_dir / "launch.json")
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def create_run_dir(wanted: Path | None, recipe: str) -> Path:

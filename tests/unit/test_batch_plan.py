@@ -1,9 +1,12 @@
 """The batch arithmetic: local batch x world size x accumulation = global batch."""
 
+from pathlib import Path
+
 import pytest
 
 from cifar.batch_plan import BatchPlan
 from cifar.cli import parse_args
+from cifar.config import TrainConfig
 from cifar.console import describe
 from cifar.errors import UserError
 from cifar.optim import base_learning_rate
@@ -43,6 +46,17 @@ def test_size_that_does_not_divide_names_the_numbers(flags, world_size, words):
     with pytest.raises(UserError) as mistake:
         plan_of(flags, world_size)
     assert all(word in str(mistake.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("size", "world_size", "fits"), [(4, 3, "2 or 4"), (4, 5, "4"), (1, 2, "1"), (2000, 7, "5 or 8"), (6, 4, "3 or 6")]
+)
+def test_resumed_run_names_the_numbers_of_processes_that_fit(size, world_size, fits):
+    config = TrainConfig(global_batch_size=size, resume=Path("run"))
+    with pytest.raises(UserError, match=rf"^--resume run: .* {world_size} processes: continue it on {fits}$"):
+        BatchPlan.make(config, world_size, 50_000)
+    for number in map(int, fits.split(" or ")):
+        assert BatchPlan.make(config, number, 50_000).global_batch_size == size
 
 
 def test_lr_scales_with_the_global_batch():

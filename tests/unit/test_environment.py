@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from cifar.distributed.cpu import available_cores
 from cifar.distributed.environment import Launch, is_rank_zero, quiet_nccl_watchdog, threads_per_process
 from cifar.errors import UserError
 from tests.helpers.processes import clean_environment
@@ -68,6 +69,30 @@ def test_accelerate_that_started_one_process_of_several_is_refused(environment):
     environment(MASTER_ADDR="127.0.0.1")
     with pytest.raises(UserError, match=r"started only this one.*torchrun"):
         Launch.from_environment().check()
+
+
+@pytest.mark.parametrize(
+    ("group", "files", "cores"),
+    [
+        ("0::/", {"cpu.max": "max 100000"}, 8),
+        ("0::/", {"cpu.max": "200000 100000"}, 2),
+        ("0::/", {"cpu.max": "150000 100000"}, 1),  # two threads would get three quarters of a core each
+        ("0::/a/b", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000"}, 3),  # a limit of the parent
+        ("0::/not/mounted/here", {"cpu.max": "50000 100000"}, 1),
+        ("2:cpuset:/\n1:cpu,cpuacct:/x", {"cpu/x/cpu.cfs_quota_us": "400000", "cpu/x/cpu.cfs_period_us": "100000"}, 4),
+        ("1:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        ("1:memory:/", {"cpu.max": "100000 100000"}, 8),  # no CPU controller
+        (None, {}, 8),
+    ],
+)
+def test_cores_of_a_container(monkeypatch, tmp_path, group, files, cores):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    for name, content in files.items():
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / name).write_text(content + "\n")
+    if group is not None:
+        (tmp_path / "cgroup").write_text(group + "\n")
+    assert available_cores(tmp_path / "cgroup", tmp_path / "root") == cores
 
 
 def test_threads_per_process(environment, monkeypatch):

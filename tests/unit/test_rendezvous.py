@@ -8,6 +8,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
+from cifar.distributed import rendezvous
 from cifar.distributed.rendezvous import agree_on_prefix
 
 TIMEOUT = timedelta(seconds=20)
@@ -44,6 +45,21 @@ def test_start_that_died_halfway_is_ignored(last_key):
     prefixes = set(start(store, 3, random.Random(1)))
     assert len(prefixes) == 1
     assert "dead" not in prefixes
+
+
+def test_rank_zero_says_who_is_missing_and_then_says_no_more(monkeypatch, capsys):
+    monkeypatch.setattr(rendezvous, "_NOTICE_SECONDS", (0.2, 0.3))
+    store = dist.HashStore()
+    with ThreadPoolExecutor(4) as pool:
+        early = [pool.submit(agree_on_prefix, store, rank, 4, TIMEOUT) for rank in (0, 2)]
+        time.sleep(0.7)
+        late = [pool.submit(agree_on_prefix, store, rank, 4, TIMEOUT) for rank in (1, 3)]
+        assert len({start.result() for start in early + late}) == 1
+    first, *more = capsys.readouterr().err.splitlines()
+    assert first.startswith("waiting for 2 of 4 processes to start: ranks 1, 3 (")
+    time.sleep(0.5)
+    assert 1 <= len(more) <= 3
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -13,7 +13,7 @@ import pytest
 import train_ddp
 from cifar import run_dir
 from cifar.errors import UserError
-from cifar.run_dir import RunLock, check_writable, create_run_dir, owners
+from cifar.run_dir import RunLock, check_unused, check_writable, create_run_dir, owners
 from tests.helpers.comparing import traces, use_tiny_dataset
 from tests.helpers.forking import fork, wait
 
@@ -56,10 +56,35 @@ def test_named_directory_is_created_with_its_parents(tmp_path):
     assert create_run_dir(tmp_path / "a" / "b", "tutorial").is_dir()  # exists, and is still empty
 
 
-def test_directory_that_is_not_empty_is_refused(tmp_path):
-    (tmp_path / ".hidden").touch()
-    with pytest.raises(UserError, match=r"is not empty: name a new directory, or continue that run with --resume"):
-        create_run_dir(tmp_path, "tutorial")
+def test_directory_that_holds_a_run_is_refused(tmp_path):
+    (tmp_path / "config.json").touch()
+    with pytest.raises(UserError, match=r"holds a run: name a new directory, or continue it with --resume"):
+        check_unused(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints/step-00000001.pt", "wandb", "report.png"])
+def test_directory_that_holds_part_of_a_run_is_refused(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"already holds .*, but no config.json: name a new directory$"):
+        check_unused(tmp_path)
+
+
+def test_other_files_and_the_leftovers_of_a_killed_start_are_no_run(tmp_path):
+    for name in ("train.log", ".hidden", ".lock", "launch.json", ".space-probe"):
+        (tmp_path / name).touch()
+    (tmp_path / "checkpoints").mkdir()
+    assert create_run_dir(tmp_path, "tutorial") == tmp_path
+    check_unused(tmp_path)
+
+
+@pytest.mark.parametrize("content", ['{"launchers": 5}', "[]", "\0", '{"launchers": null}'])
+def test_damaged_owner_is_no_owner(tmp_path, content):
+    (tmp_path / "launch.json").write_text(content)
+    assert owners(tmp_path) == []
+    lock = RunLock(tmp_path)
+    assert not lock.owned_by(["agent"])
+    lock.release()
 
 
 @pytest.mark.parametrize("name", ["file", "file/below"])

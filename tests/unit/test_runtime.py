@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from cifar.config import TrainConfig
 from cifar.distributed.environment import Launch
-from cifar.distributed.runtime import choose_device
+from cifar.distributed.runtime import Runtime, choose_device
 from cifar.errors import UserError
 
 
@@ -47,3 +48,12 @@ def test_one_process_has_no_process_group(runtime):
     assert (runtime.gather("x"), runtime.from_main(3), runtime.mean(torch.tensor(2.0))) == (["x"], 3, 2)
     with pytest.raises(UserError, match=r"^oh$"), runtime.fail_together():
         raise UserError("oh")
+
+
+def test_compiler_that_does_not_work_is_one_line(monkeypatch):
+    def fail(_):
+        raise RuntimeError("backend='inductor' raised:\nNo working C++ compiler found\nhint")
+
+    monkeypatch.setattr(torch, "compile", lambda function: fail)
+    with pytest.raises(UserError, match=r"^--compile does not work here \(No working C\+\+ compiler found\)"):
+        Runtime(TrainConfig(device="cpu", compile=True))
