@@ -1,13 +1,14 @@
 """The launcher's environment."""
 
 import os
+import sys
 
 import pytest
 
 from cifar.distributed.cpu import available_cores
 from cifar.distributed.environment import Launch, is_rank_zero, quiet_nccl_watchdog, threads_per_process
 from cifar.errors import UserError
-from tests.helpers.processes import clean_environment
+from tests.helpers.processes import ROOT, clean_environment, run
 
 
 @pytest.fixture
@@ -102,3 +103,11 @@ def test_threads_per_process(environment, monkeypatch):
     assert threads_per_process(2) == 4
     environment(OMP_NUM_THREADS=3)  # the user's
     assert threads_per_process(2) == 3
+
+
+def test_windows_is_refused_by_name():
+    code = "import sys; sys.platform = 'win32'; import cifar"
+    done = run([sys.executable, "-c", code], ROOT)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("cifar-ddp runs on Linux and macOS: on Windows, use it in WSL")
+    assert len(done.stderr.splitlines()) == 1
