@@ -129,6 +129,29 @@ def test_check_writable_leaves_no_trace_if_it_fails(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_new_run_beside_a_log_but_not_over_another_run(tmp_path, monkeypatch):
+    use_tiny_dataset(monkeypatch)
+    flags = [
+        "--device",
+        "cpu",
+        "--dataset",
+        "synthetic",
+        "--wandb",
+        "disabled",
+        "--local-batch-size",
+        "20",
+        "--max-steps",
+        "2",
+    ]
+    (tmp_path / "train.log").write_text("tee")
+    train_ddp.main([*flags, "--run-dir", str(tmp_path)])
+    before = traces(tmp_path)
+    with pytest.raises(UserError, match="holds a run"):
+        train_ddp.main([*flags, "--run-dir", str(tmp_path)])
+    assert traces(tmp_path) == before
+    train_ddp.main(["--resume", str(tmp_path), "--max-steps", "3"])  # the advice
+
+
 def test_locked_run_is_refused_in_one_line_and_not_changed(tmp_path, lock_elsewhere, monkeypatch):
     use_tiny_dataset(monkeypatch)
     run = tmp_path / "run"

@@ -57,3 +57,15 @@ def test_compiler_that_does_not_work_is_one_line(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: fail)
     with pytest.raises(UserError, match=r"^--compile does not work here \(No working C\+\+ compiler found\)"):
         Runtime(TrainConfig(device="cpu", compile=True))
+
+
+@pytest.mark.parametrize(("own", "cores", "expected"), [(2, 1, 1), (1, 2, 1), (2, 2, 2)])
+def test_one_process_has_torchs_threads_within_the_quota(monkeypatch, own, cores, expected):
+    before = torch.get_num_threads()
+    monkeypatch.setattr("cifar.distributed.runtime.available_cores", lambda: cores)
+    torch.set_num_threads(own)
+    try:
+        Runtime(TrainConfig(device="cpu"))
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
