@@ -40,7 +40,7 @@ class StopRequest:
     def __init__(self, launch: Launch) -> None:
         self.name: str | None = None
         self._is_main = launch.rank == 0
-        self._agent_pid = launch.agent_pid
+        self._launch, self._agent_pid = launch, launch.agent_pid
         self._grace = _GRACE_SECONDS if launch.elastic else float("inf")
         self._since = 0.0
 
@@ -74,9 +74,9 @@ class StopRequest:
                 for number in numbers:
                     if number in STOP_SIGNALS:
                         self._request(signal.Signals(number).name, 128 + number)
-            if self._agent_pid is not None and os.getppid() != self._agent_pid:
+            if self._agent_pid != self._launch.agent_pid:
                 # torchrun died, by SIGKILL or a signal that it does not handle: nothing else will stop this process.
-                self._agent_pid = None
+                self._agent_pid = self._launch.agent_pid
                 self._request("the end of torchrun", 1)
             if self.name is not None and time.monotonic() - self._since > self._grace:
                 self._quit(f"{self.name}, but the step did not end within {self._grace:g} s: quitting", 1)

@@ -78,6 +78,7 @@ def test_death_of_torchrun_is_a_stop_request():
     names, write = os.pipe()
 
     def rank():
+        os.setsid()
         with StopRequest(Launch(elastic=True)) as request:
             os.write(write, b".")
             wait_until(lambda: request.name is not None)
