@@ -14,7 +14,7 @@ import torch
 from cifar.distributed.environment import Launch
 from cifar.distributed.runtime import Runtime
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 # A terminal or scheduler signals the ranks directly, and torchrun forwards it again: that copy is not a second signal.
 _ECHO_SECONDS = 1.0
 # torchrun kills its workers 30 seconds after it passed a signal on; exit before that, with a message.
@@ -25,8 +25,9 @@ _VOTE_STEPS = 100
 
 
 class StopRequest:
-    """A context manager that notices SIGTERM, SIGINT, SIGUSR1 and the death of torchrun; for the main thread.
+    """A context manager that notices stop signals and the death of torchrun; for the main thread.
 
+    Stop signals are SIGTERM, SIGINT, SIGUSR1 and, unless nohup had it ignored, SIGHUP of a terminal that closes.
     The first signal is remembered. Within a second of it, another one counts as its echo; after that, it quits at once.
 
     Python runs signal handlers in the main thread, between two bytecodes; but that thread may wait in C for a rank that
@@ -48,8 +49,13 @@ class StopRequest:
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         # Only signals with a Python handler are written to the pipe.
-        self._handlers = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
+        self._handlers = {
+            number: signal.signal(number, lambda *_: None)
+            for number in STOP_SIGNALS
+            if not (nohup and number == signal.SIGHUP)
+        }
         self._thread = threading.Thread(target=self._watch, name="stop-request", daemon=True)
         self._thread.start()
         return self
