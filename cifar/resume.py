@@ -1,6 +1,5 @@
 """Continue a run: find it, check that it may continue, restore its newest valid checkpoint."""
 
-import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,17 +39,17 @@ def find_own_run(config: TrainConfig, runtime: Runtime) -> TrainConfig:
     torchrun starts the same command line again after a rank has failed or a host has come or gone. A run is recognized
     by the ID of torchrun's agent, which outlives its workers. (TORCHELASTIC_RUN_ID is not unique before torch 2.14, and
     the restart count of a returning host begins at zero.)
+
+    Raises:
+        UserError: the configuration of that run is damaged.
     """
     agent = runtime.launch.agent()
     own = None  # read where it is found: the other hosts may not share the directory
-    if agent is not None and runtime.local_rank == 0:
-        named = config.resume or config.run_dir
-        candidates = [named] if named is not None else Path("runs").glob("*")
-        began = float(agent.rsplit(":", 1)[1])
-        for run_dir in candidates:
-            with contextlib.suppress(OSError):
-                # A directory that has not changed since the agent started is not this launch's.
-                if run_dir.stat().st_mtime >= began - 1 and agent in owners(run_dir):
+    with runtime.fail_together():
+        if agent is not None and runtime.local_rank == 0:
+            named = config.resume or config.run_dir
+            for run_dir in [named] if named is not None else Path("runs").glob("*"):
+                if agent in owners(run_dir):
                     own = read_config(run_dir)
     found = [own for own in runtime.gather(own) if own is not None]
     return found[0] if found else config

@@ -24,6 +24,8 @@ fi
 if [[ "$nproc" == 1 ]]; then
     exec "$python" "$root/train_ddp.py" "$@"
 fi
-# torchrun does not handle SIGUSR1 by default, and would die of it.
-exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$nproc" \
-    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 "$root/train_ddp.py" "$@"
+# By default torchrun dies of SIGUSR1, and of SIGHUP even under nohup.
+signals=SIGTERM,SIGINT,SIGQUIT,SIGUSR1
+[[ -n "$(trap -p HUP)" ]] || signals+=,SIGHUP
+exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$nproc" --signals-to-handle="$signals" \
+    "$root/train_ddp.py" "$@"

@@ -71,10 +71,13 @@ if [[ "$nodes" != 1 ]]; then
     ) & )
 fi
 
+# By default torchrun dies of SIGUSR1, and of SIGHUP even under nohup.
+signals=SIGTERM,SIGINT,SIGQUIT,SIGUSR1
+[[ -n "$(trap -p HUP)" ]] || signals+=,SIGHUP
 # With the store shared by torchrun and its workers, the default, a host that returns hangs (seen with torch 2.14).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec "$python" -m torch.distributed.run --nnodes="$nodes" --nproc_per_node="$nproc" \
     --rdzv-backend=c10d --rdzv-endpoint="$host:$port" --rdzv-id="${RUN_ID:-cifar-ddp}" \
     --rdzv-conf="is_host=$is_host,last_call_timeout=5" --local-addr="$address" \
-    --max-restarts="${MAX_RESTARTS:-3}" --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
+    --max-restarts="${MAX_RESTARTS:-3}" --signals-to-handle="$signals" \
     "$root/train_ddp.py" "$@"

@@ -1,8 +1,8 @@
 """The environment that the launcher set: plain `python`, torchrun, accelerate launch or mpirun."""
 
 import os
-import socket
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -69,21 +69,42 @@ class Launch:
 
     @property
     def agent_pid(self) -> int | None:
-        """Return the process ID of torchrun's agent, the parent of this process; None without torchrun."""
-        return os.getppid() if self.elastic else None
+        """Return the process ID of torchrun's agent; None without torchrun, or once the agent has died and been reaped.
+
+        torchrun makes each worker the leader of a session. That may be a script which runs this process.
+        """
+        try:
+            return psutil.Process(os.getsid(0)).ppid() if self.elastic else None
+        except psutil.NoSuchProcess:
+            return None
 
     def agent(self) -> str | None:
         """Return a unique ID for this host's torchrun agent, stable for its lifetime; None without torchrun."""
-        if self.agent_pid is None:
-            return None
-        started = psutil.Process(self.agent_pid).create_time()  # process IDs are reused
-        return f"{socket.gethostname()}:{self.agent_pid}:{started:.2f}"
+        pid = self.agent_pid
+        return process_id(pid) if pid is not None else None
 
     @staticmethod
     def store() -> tuple[tuple[str, int], bool]:
         """Return (host, port) of the rendezvous store, and whether rank zero's process serves it, not the launcher."""
         by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         return (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), not by_agent
+
+
+def process_id(pid: int) -> str:
+    """Return an ID of the process `pid` that no other process has, on this host or another, before or after.
+
+    On Linux it is made of what no clock, host name or disk can change: the boot, the namespace of process IDs (the
+    container), the process ID and the ticks from the boot to the start of the process. psutil's create_time moves when
+    the clock is set, but not on other systems, which record the time itself.
+
+    Raises:
+        OSError, psutil.Error: there is no such process.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    if not boot.exists():
+        return f"{pid}:{psutil.Process(pid).create_time()}"
+    start = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]  # the name before ")" may hold spaces
+    return f"{boot.read_text().strip()}:{os.readlink('/proc/self/ns/pid')}:{pid}:{start}"
 
 
 def is_rank_zero() -> bool:

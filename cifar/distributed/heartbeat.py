@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -13,6 +14,8 @@ from typing import Any
 
 import psutil
 from torch.distributed import PrefixStore, Store, TCPStore
+
+from cifar.distributed.environment import process_id
 
 _INTERVAL_SECONDS = 1.0
 _LIMIT = 0.75  # of the timeout: the rest is for ending the run within it
@@ -54,8 +57,7 @@ class Heartbeat:
         prefix = f"heartbeat/{gather(uuid.uuid4().hex)[0]}"
         self._store: Store = PrefixStore(prefix, TCPStore(*address, is_master=False, wait_for_workers=False))
         self._store.set(f"{rank}", "0")
-        me = psutil.Process()
-        self._processes = gather((socket.gethostname(), me.pid, me.create_time()))
+        self._processes = gather((socket.gethostname(), os.getpid(), process_id(os.getpid())))
         self._stop = threading.Event()
         threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
 
@@ -108,9 +110,9 @@ class Heartbeat:
                 file=sys.stderr,
                 flush=True,
             )
-        for host, pid, started in (self._processes[rank] for rank in silent):
-            with contextlib.suppress(psutil.Error):
-                if host == socket.gethostname() and psutil.Process(pid).create_time() == started:
-                    psutil.Process(pid).kill()
+        for _, pid, started in (self._processes[rank] for rank in silent):
+            with contextlib.suppress(OSError, psutil.Error):
+                if process_id(pid) == started:  # and so it is on this host
+                    os.kill(pid, signal.SIGKILL)
         sys.stdout.flush()
         os._exit(1)

@@ -14,7 +14,7 @@ import torch
 from cifar.distributed.environment import Launch
 from cifar.distributed.runtime import Runtime
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 # A terminal or scheduler signals the ranks directly, and torchrun forwards it again: that copy is not a second signal.
 _ECHO_SECONDS = 1.0
 # torchrun kills its workers 30 seconds after it passed a signal on; exit before that, with a message.
@@ -25,8 +25,9 @@ _VOTE_STEPS = 100
 
 
 class StopRequest:
-    """A context manager that notices SIGTERM, SIGINT, SIGUSR1 and the death of torchrun; for the main thread.
+    """A context manager that notices stop signals and the death of torchrun; for the main thread.
 
+    Stop signals are SIGTERM, SIGINT, SIGUSR1 and, unless nohup had it ignored, SIGHUP of a terminal that closes.
     The first signal is remembered. Within a second of it, another one counts as its echo; after that, it quits at once.
 
     Python runs signal handlers in the main thread, between two bytecodes; but that thread may wait in C for a rank that
@@ -40,7 +41,7 @@ class StopRequest:
     def __init__(self, launch: Launch) -> None:
         self.name: str | None = None
         self._is_main = launch.rank == 0
-        self._agent_pid = launch.agent_pid
+        self._launch, self._agent_pid = launch, launch.agent_pid
         self._grace = _GRACE_SECONDS if launch.elastic else float("inf")
         self._since = 0.0
 
@@ -48,8 +49,13 @@ class StopRequest:
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         # Only signals with a Python handler are written to the pipe.
-        self._handlers = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
+        self._handlers = {
+            number: signal.signal(number, lambda *_: None)
+            for number in STOP_SIGNALS
+            if not (nohup and number == signal.SIGHUP)
+        }
         self._thread = threading.Thread(target=self._watch, name="stop-request", daemon=True)
         self._thread.start()
         return self
@@ -74,9 +80,9 @@ class StopRequest:
                 for number in numbers:
                     if number in STOP_SIGNALS:
                         self._request(signal.Signals(number).name, 128 + number)
-            if self._agent_pid is not None and os.getppid() != self._agent_pid:
+            if self._agent_pid != self._launch.agent_pid:
                 # torchrun died, by SIGKILL or a signal that it does not handle: nothing else will stop this process.
-                self._agent_pid = None
+                self._agent_pid = self._launch.agent_pid
                 self._request("the end of torchrun", 1)
             if self.name is not None and time.monotonic() - self._since > self._grace:
                 self._quit(f"{self.name}, but the step did not end within {self._grace:g} s: quitting", 1)

@@ -66,6 +66,12 @@ class Terminal:
         """Press these keys."""
         os.write(self._screen, keys.encode())
 
+    def hang_up(self, timeout: float = 120) -> int:
+        """Close the terminal, wait until the command exits, and return its status."""
+        with open(os.devnull) as nowhere:
+            os.dup2(nowhere.fileno(), self._screen)
+        return self._process.wait(timeout)
+
     def end(self, timeout: float = 120) -> int:
         """Wait until the command exits, and return its status."""
         end = time.monotonic() + timeout

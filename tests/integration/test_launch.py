@@ -2,11 +2,16 @@
 
 import os
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.processes import ROOT, run
+from cifar.checkpoint import checkpoints
+from tests.helpers.disturb import FLAGS
+from tests.helpers.processes import ROOT, records, run
+from tests.helpers.terminal import Terminal
 
 pytestmark = pytest.mark.slow
 
@@ -36,3 +41,30 @@ def test_accelerate_launch_cpu_is_refused(tmp_path):
     assert "accelerate launch was asked for several processes and started only this one" in output.stderr
     assert "loss" not in output.stdout
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "trains_on"),
+    [
+        ([sys.executable, ROOT / "train_ddp.py"], False),
+        (["nohup", sys.executable, ROOT / "train_ddp.py"], True),
+        ([LOCAL], False),
+        (["nohup", LOCAL], True),
+        (["nohup", ROOT / "launch" / "multi_node.sh", "127.0.0.1", "1"], True),
+    ],
+    ids=["python", "nohup python", "local.sh", "nohup local.sh", "nohup multi_node.sh"],
+)
+def test_terminal_closes(command, trains_on, tmp_path):
+    flags = [*FLAGS, "--checkpoint-steps", "5000", "--max-steps", "2000", "--run-dir", "run"]
+    with Terminal([*command, *flags], tmp_path, NPROC="2", **ENVIRONMENT) as terminal:
+        end = time.monotonic() + 60
+        steps = []
+        while not steps:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+            with suppress(OSError):
+                steps = records(tmp_path / "run", "train/loss")
+        terminal.hang_up()
+    (last,) = checkpoints(tmp_path / "run")
+    assert last == 2000 if trains_on else steps[-1][0] <= last < 2000
+    assert (tmp_path / "run" / "result.json").exists() == trains_on

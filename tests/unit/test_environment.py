@@ -1,13 +1,17 @@
 """The launcher's environment."""
 
 import os
+import signal
 import sys
+from pathlib import Path
 
+import psutil
 import pytest
 
 from cifar.distributed.cpu import available_cores
-from cifar.distributed.environment import Launch, is_rank_zero, quiet_nccl_watchdog, threads_per_process
+from cifar.distributed.environment import Launch, is_rank_zero, process_id, quiet_nccl_watchdog, threads_per_process
 from cifar.errors import UserError
+from tests.helpers.forking import fork, wait
 from tests.helpers.processes import ROOT, clean_environment, run
 
 
@@ -36,9 +40,55 @@ def test_torchrun(environment):
     launch = Launch.from_environment()
     assert launch == Launch(5, 1, 8, 4, host=2, hosts=3, elastic=True, restarts_left=2)
     assert not is_rank_zero()
-    assert launch.agent_pid == os.getppid()
-    assert f":{os.getppid()}:" in str(launch.agent())
-    assert launch.agent() == launch.agent()
+
+
+def in_session(wrapped):
+    """Return the agent that a worker of this process sees, as the leader of its session or under a script."""
+    results, write = os.pipe()
+
+    def worker():
+        os.setsid()
+        return see() if not wrapped else wait(fork(see))
+
+    def see():
+        launch = Launch(elastic=True)
+        os.write(write, f"{launch.agent_pid} {launch.agent()}".encode())
+
+    assert wait(fork(worker)) == 0
+    os.close(write)
+    with os.fdopen(results) as file:
+        return file.read()
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["worker", "worker under a script"])
+def test_agent_is_the_parent_of_the_session(wrapped):
+    assert in_session(wrapped) == f"{os.getpid()} {process_id(os.getpid())}"
+
+
+def test_process_id_depends_on_no_clock_and_no_host_name(monkeypatch):
+    child = fork(signal.pause)
+    try:
+        mine, other = process_id(os.getpid()), process_id(child)
+        assert mine != other
+        monkeypatch.setattr(psutil.Process, "create_time", lambda _: 0.0)  # as after a change of the clock
+        monkeypatch.setattr("socket.gethostname", lambda: "renamed")
+        assert (process_id(os.getpid()), process_id(child)) == (mine, other)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        wait(child)
+    with pytest.raises((OSError, psutil.Error)):
+        process_id(child)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has /proc")
+@pytest.mark.parametrize("path", ["/proc/sys/kernel/random/boot_id", f"/proc/{os.getpid()}/stat", "/proc/self/ns/pid"])
+def test_process_id_tells_boots_starts_and_containers_apart(monkeypatch, path):
+    before = process_id(os.getpid())
+    read_text, readlink = Path.read_text, os.readlink
+    earlier = "1 (a (b) c) " + " ".join(["0"] * 50)  # the name of a process may hold anything
+    monkeypatch.setattr(Path, "read_text", lambda self: earlier if str(self) == path else read_text(self))
+    monkeypatch.setattr(os, "readlink", lambda name: "pid:[1]" if name == path else readlink(name))
+    assert process_id(os.getpid()) != before
 
 
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"])

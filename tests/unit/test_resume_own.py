@@ -1,13 +1,15 @@
 """After a restart by torchrun, a launch finds the run that it began."""
 
+import contextlib
+import os
 import shutil
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from cifar.config import TrainConfig, read_config
+from cifar.errors import UserError
 from cifar.files import write_json
 from cifar.resume import find_own_run
 
@@ -15,14 +17,17 @@ from cifar.resume import find_own_run
 def launched(agent, local_rank=0, others=()):
     """Return the parts of a runtime that `find_own_run` uses."""
     return SimpleNamespace(
-        launch=SimpleNamespace(agent=lambda: agent), local_rank=local_rank, gather=lambda own: [*others, own]
+        launch=SimpleNamespace(agent=lambda: agent),
+        local_rank=local_rank,
+        gather=lambda own: [*others, own],
+        fail_together=contextlib.nullcontext,
     )
 
 
 @pytest.fixture
 def agent():
-    """The ID of a torchrun agent that has just started."""
-    return f"host:1234:{time.time():.2f}"
+    """The ID of a torchrun agent."""
+    return "boot:pid:[4026531836]:1234:56789"
 
 
 def begin(run_dir, *launchers, **config):
@@ -35,10 +40,14 @@ def begin(run_dir, *launchers, **config):
 
 def test_restart_finds_the_run_of_its_agent(tmp_path, monkeypatch, agent):
     monkeypatch.chdir(tmp_path)
-    begin(Path("runs/a"), "other:1234:5.00")
+    begin(Path("runs/a"), "other")
     Path("runs/b").mkdir()  # no run at all
     Path("runs/file").touch()
-    own = begin(Path("runs/c"), "other:1:5.00", agent, epochs=7)
+    Path("runs/unreadable").mkdir()
+    Path("runs/unreadable/launch.json").mkdir()  # root may read any file, but no directory
+    own = begin(Path("runs/c"), "other", agent, epochs=7)
+    for path in (own, *own.iterdir()):
+        os.utime(path, (0, 0))  # a file server's clock, or a copy, may give any time
     found = find_own_run(TrainConfig(epochs=1), launched(agent))
     assert found == read_config(own)
     assert (found.resume, found.epochs) == (own, 7)
@@ -51,7 +60,7 @@ def test_restart_looks_only_into_a_named_directory(tmp_path, monkeypatch, agent,
     own = begin(tmp_path / "elsewhere", agent, epochs=7)
     named = TrainConfig(**{flag: own})
     assert find_own_run(named, launched(agent)) == read_config(own)
-    another = begin(tmp_path / "another", "host:99:5.00")
+    another = begin(tmp_path / "another", "other")
     named = TrainConfig(**{flag: another})
     assert find_own_run(named, launched(agent)) is named
     named = TrainConfig(**{flag: tmp_path / "new"})
@@ -62,10 +71,7 @@ def test_runs_of_other_agents_are_not_continued(tmp_path, monkeypatch, agent):
     monkeypatch.chdir(tmp_path)
     config = TrainConfig()
     assert find_own_run(config, launched(agent)) is config  # there isn't even a runs/
-    host, pid, started = agent.split(":")
-    same_pid_earlier = f"{host}:{pid}:{float(started) - 60:.2f}"
-    for number, other in enumerate((same_pid_earlier, f"other:{pid}:{started}", f"{host}:99:{started}")):
-        begin(Path(f"runs/{number}"), other)
+    begin(Path("runs/other"), f"{agent}0", agent[:-1])
     begin(Path("runs/no launcher"))
     assert find_own_run(config, launched(agent)) is config
     assert find_own_run(config, launched(None)) is config  # not started by torchrun
@@ -80,3 +86,10 @@ def test_all_ranks_continue_the_run_that_any_host_found(tmp_path, monkeypatch, a
     theirs = read_config(own)
     shutil.rmtree("runs")
     assert find_own_run(config, launched(agent, others=[None, theirs])) is theirs
+
+
+def test_damaged_own_run_is_an_error_and_not_a_new_run(tmp_path, monkeypatch, agent):
+    monkeypatch.chdir(tmp_path)
+    (begin(Path("runs/a"), agent) / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"--resume runs/a: there is no run to continue"):
+        find_own_run(TrainConfig(), launched(agent))

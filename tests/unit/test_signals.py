@@ -38,6 +38,19 @@ def test_first_signal_and_its_echo_are_only_noted(number):
     assert signal.set_wakeup_fd(-1) == -1
 
 
+def test_terminal_that_closes_does_not_stop_a_run_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest(Launch()) as request:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait_until(lambda: request.name is not None)
+            assert request.name == "SIGTERM"
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def hang(launch):
     """Return the process ID of a copy that waits in C, where no Python handler runs."""
     ready, write = os.pipe()
@@ -78,6 +91,7 @@ def test_death_of_torchrun_is_a_stop_request():
     names, write = os.pipe()
 
     def rank():
+        os.setsid()
         with StopRequest(Launch(elastic=True)) as request:
             os.write(write, b".")
             wait_until(lambda: request.name is not None)
