@@ -1,6 +1,5 @@
 """Continue a run: find it, check that it may continue, restore its newest valid checkpoint."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from cifar.config import MAY_CHANGE, TrainConfig, differences, flag, read_config
 from cifar.data import Data
 from cifar.distributed.runtime import Runtime
 from cifar.errors import StoppedError, UserError
+from cifar.files import read_json
 from cifar.run_dir import owners
 from cifar.train_state import TrainState
 
@@ -49,7 +49,8 @@ def find_own_run(config: TrainConfig, runtime: Runtime) -> TrainConfig:
         if agent is not None and runtime.local_rank == 0:
             named = config.resume or config.run_dir
             for run_dir in [named] if named is not None else Path("runs").glob("*"):
-                if agent in owners(run_dir):
+                # Without a configuration, it was killed before it began.
+                if agent in owners(run_dir) and (run_dir / "config.json").exists():
                     own = read_config(run_dir)
     found = [own for own in runtime.gather(own) if own is not None]
     return found[0] if found else config
@@ -88,7 +89,7 @@ def _find(config: TrainConfig, runtime: Runtime, data: Data, own: bool) -> Resum
     run_dir, plan = config.resume, data.plan
     assert run_dir is not None
     found, corrupt = newest_checkpoint(run_dir)
-    before, facts = read_config(run_dir), json.loads((run_dir / "config.json").read_text())
+    before, facts = read_config(run_dir), read_json(run_dir / "config.json")
     for fact in ("dataset", "world_size"):
         if fact not in facts:
             raise UserError(f"--resume {run_dir}: its config.json lacks {fact!r}, so the run cannot continue")
@@ -128,6 +129,6 @@ def _find(config: TrainConfig, runtime: Runtime, data: Data, own: bool) -> Resum
 def _recorded_steps(run_dir: Path) -> int:
     # A run can be killed between its last checkpoint and its result.json: then only the result is left to do.
     try:
-        return json.loads((run_dir / "result.json").read_text())["steps"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return int(read_json(run_dir / "result.json")["steps"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return 0

@@ -25,7 +25,7 @@ _VOTE_STEPS = 100
 
 
 class StopRequest:
-    """A context manager that notices stop signals and the death of torchrun; for the main thread.
+    """A context manager that notices stop signals and the death of torchrun.
 
     Stop signals are SIGTERM, SIGINT, SIGUSR1 and, unless nohup had it ignored, SIGHUP of a terminal that closes.
     The first signal is remembered. Within a second of it, another one counts as its echo; after that, it quits at once.
@@ -48,14 +48,15 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        # Only signals with a Python handler are written to the pipe.
-        self._handlers = {
-            number: signal.signal(number, lambda *_: None)
-            for number in STOP_SIGNALS
-            if not (nohup and number == signal.SIGHUP)
-        }
+        self._handlers: dict[int, Any] = {}
+        # Python lets only the main thread handle signals: a program that trains in another handles them itself.
+        if threading.current_thread() is threading.main_thread():
+            self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+            nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            # Only signals with a Python handler are written to the pipe.
+            for number in STOP_SIGNALS:
+                if not (nohup and number == signal.SIGHUP):
+                    self._handlers[number] = signal.signal(number, lambda *_: None)
         self._thread = threading.Thread(target=self._watch, name="stop-request", daemon=True)
         self._thread.start()
         return self
@@ -63,7 +64,8 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        signal.set_wakeup_fd(self._wakeup)
+        if self._handlers:
+            signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         os.close(self._write)  # ends the thread

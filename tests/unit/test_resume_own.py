@@ -12,6 +12,7 @@ from cifar.config import TrainConfig, read_config
 from cifar.errors import UserError
 from cifar.files import write_json
 from cifar.resume import find_own_run
+from cifar.run_dir import check_unused
 
 
 def launched(agent, local_rank=0, others=()):
@@ -86,6 +87,13 @@ def test_all_ranks_continue_the_run_that_any_host_found(tmp_path, monkeypatch, a
     theirs = read_config(own)
     shutil.rmtree("runs")
     assert find_own_run(config, launched(agent, others=[None, theirs])) is theirs
+
+
+def test_own_run_that_was_killed_before_it_began_is_begun_again(tmp_path, agent):
+    (begin(tmp_path / "run", agent) / "config.json").unlink()
+    named = TrainConfig(run_dir=tmp_path / "run")
+    assert find_own_run(named, launched(agent)) is named
+    check_unused(tmp_path / "run")
 
 
 def test_damaged_own_run_is_an_error_and_not_a_new_run(tmp_path, monkeypatch, agent):

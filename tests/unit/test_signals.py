@@ -51,6 +51,18 @@ def test_terminal_that_closes_does_not_stop_a_run_under_nohup():
         signal.signal(signal.SIGHUP, before)
 
 
+def test_training_in_another_thread_leaves_signals_to_the_program():
+    before = [signal.getsignal(stop) for stop in STOP_SIGNALS]
+
+    def train():
+        with StopRequest(Launch()) as request:
+            assert [signal.getsignal(stop) for stop in STOP_SIGNALS] == before
+            return request.name
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train).result() is None
+
+
 def hang(launch):
     """Return the process ID of a copy that waits in C, where no Python handler runs."""
     ready, write = os.pipe()
