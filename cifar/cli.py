@@ -81,6 +81,8 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") ->
     parsed = parse_flags(flags, argv, prog, flags(**vars(own) | _from_environment()))
     config = TrainConfig(**vars(parsed))
     config.check()
+    if config.evaluate is not None and not config.evaluate.is_file():  # known before a download
+        raise UserError(f"--evaluate {config.evaluate}: there is no such file")
     if config.resume is not None:
         for name, given, recorded in differences(config, own):
             if name not in MAY_CHANGE:

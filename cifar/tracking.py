@@ -28,7 +28,7 @@ class Tracking:
             step: the step at which the run continues; records after it are dropped.
         """
         self._accelerator = runtime.accelerator
-        self._runtime, self._data = runtime, data
+        self._runtime, self._data, self._run_dir = runtime, data, run_dir
         self._metrics = MetricsFile(run_dir / "metrics.jsonl")
         # accelerate logs to a list of trackers; append to it for TensorBoard, MLflow and others.
         self._accelerator.trackers = []
@@ -84,7 +84,7 @@ class Tracking:
             if self._wandb is not None:
                 finish(self._wandb.tracker, exit_code, preempting)
         if self._started:
-            stop_wandb()
+            stop_wandb(self._run_dir)
 
     def _log(self, step: int, values: dict[str, Any], complete: bool = True) -> None:
         if not self._runtime.is_main:

@@ -39,7 +39,7 @@ def start_wandb(config: TrainConfig, runtime: Runtime, run_dir: Path) -> WandBTr
         return None
     # W&B reads both from the environment only. Images in tables are staged in the data directory, by default in the
     # home directory. Error reports to a silent server would delay the exit by 12 seconds.
-    os.environ.setdefault("WANDB_DATA_DIR", str(run_dir.resolve() / "wandb"))
+    os.environ.setdefault("WANDB_DATA_DIR", _data_dir(run_dir))
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     try:
         import wandb
@@ -109,6 +109,10 @@ def _run_id(run_dir: Path, default: str) -> str:
     return default
 
 
+def _data_dir(run_dir: Path) -> str:
+    return str(run_dir.resolve() / "wandb")
+
+
 def _id_file(run_dir: Path) -> Path:
     return run_dir / "wandb" / "id.txt"
 
@@ -168,10 +172,16 @@ def finish(run: Any, exit_code: int, preempting: bool) -> None:
         timer.cancel()
 
 
-def stop_wandb() -> None:
-    """Stop W&B's service. Python's exit would do the same, but with a traceback if the service was killed."""
+def stop_wandb(run_dir: Path | None = None) -> None:
+    """Stop W&B's service. Python's exit would do the same, but with a traceback if the service was killed.
+
+    Args:
+        run_dir: of the run that is over; the next one in this process has its own data directory.
+    """
     import wandb
 
+    if run_dir is not None and os.environ.get("WANDB_DATA_DIR") == _data_dir(run_dir):
+        del os.environ["WANDB_DATA_DIR"]
     with contextlib.suppress(Exception, SystemExit):  # W&B exits with the status of its service
         wandb.teardown()
 

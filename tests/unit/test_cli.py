@@ -43,9 +43,15 @@ def test_data_dir_flag_wins_over_the_variable(monkeypatch):
     assert str(parse_args([]).data_dir) == "data"
 
 
+def test_checkpoint_to_evaluate_is_missed_at_once(tmp_path):
+    with pytest.raises(UserError, match=r"^--evaluate .*: there is no such file$"):
+        parse_args(["--evaluate", str(tmp_path)])
+
+
 def test_tilde_is_the_home_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("CIFAR_DATA_DIR", "~/data")
+    (tmp_path / "x.pt").touch()
     config = parse_args(["--run-dir=~/run", "--evaluate", "~/x.pt"])
     assert (config.run_dir, config.evaluate, config.data_dir) == (
         tmp_path / "run",

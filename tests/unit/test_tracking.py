@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -169,6 +170,16 @@ def test_environment_names_the_run(runtime, tmp_path, wandb, monkeypatch):
     (offline,) = offline_runs(tmp_path)
     (run,) = read_back(offline)["run"]
     assert (run["project"], run["display_name"], run["run_id"]) == ("project", "name", "run_id")
+
+
+def test_runs_of_one_process_have_their_own_data_directories(runtime, tmp_path, wandb, monkeypatch):
+    monkeypatch.delenv("WANDB_DATA_DIR", raising=False)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        with tracking(runtime, tmp_path / name) as tracked:
+            assert os.environ["WANDB_DATA_DIR"] == str(tmp_path / name / "wandb")
+            tracked.close()
+    assert "WANDB_DATA_DIR" not in os.environ
 
 
 def test_environment_moves_the_files(runtime, tmp_path, wandb, monkeypatch):
