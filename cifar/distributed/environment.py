@@ -1,4 +1,4 @@
-"""The environment that the launcher set: plain `python`, torchrun, accelerate launch or mpirun."""
+"""The environment that the launcher set: plain `python`, torchrun or accelerate launch; others are refused."""
 
 import os
 from dataclasses import dataclass
@@ -8,6 +8,30 @@ import psutil
 
 from cifar.distributed.cpu import available_cores
 from cifar.errors import UserError
+
+# Set by torchrun, and by accelerate launch, for each process.
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_ADVICE = "unset all of them to train in one process, or start several with `torchrun --nproc_per_node=N train_ddp.py`"
+
+# Launchers whose processes torchrun's variables do not connect: how many they started, and the index of this one. In a
+# SLURM allocation or batch script SLURM_NTASKS is set, but not SLURM_STEP_NUM_TASKS (SLURM 22.05).
+_OTHERS = (
+    ("mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("mpirun", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
+    ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+    ("mpirun", "PMI_SIZE", "PMI_RANK"),
+)
+
+# What `accelerate launch` can be configured for, but this program does not do: the default, and what to do instead.
+_DDP = "this program trains with DistributedDataParallel: use launch/accelerate.yaml"
+_ACCELERATE = {
+    "ACCELERATE_USE_FSDP": ("false", _DDP),
+    "ACCELERATE_USE_DEEPSPEED": ("false", _DDP),
+    "ACCELERATE_USE_MEGATRON_LM": ("false", _DDP),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("false", _DDP),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "only --compile compiles the model: set it to no"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "only --global-batch-size decides the accumulation: set it to 1"),
+}
 
 
 @dataclass(frozen=True)
@@ -36,14 +60,35 @@ class Launch:
 
     @classmethod
     def from_environment(cls) -> "Launch":
-        """Read the launcher's variables; without any, describe a single process."""
-        sizes = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-        world_size = next((int(os.environ[name]) for name in sizes if name in os.environ), 1)
+        """Read the launcher's variables; without any, describe a single process.
+
+        Raises:
+            UserError: some are missing, or they make no sense together.
+        """
+        if missing := _missing():
+            _, world_size, rank = _other_launcher()
+            if world_size > 1 or len(missing) == len(_TORCHRUN):
+                return cls(rank=rank, world_size=world_size, local_world_size=world_size)
+            if "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" in missing:
+                # `accelerate launch --cpu --num_processes 2` sets only the address (accelerate 1.15).
+                raise UserError(
+                    "accelerate launch was asked for several processes and started only this one: "
+                    "use `accelerate launch --config_file launch/accelerate.yaml --num_processes N train_ddp.py`, "
+                    "or `torchrun --nproc_per_node=N train_ddp.py`"
+                )
+            given = ", ".join(name for name in _TORCHRUN if name in os.environ)
+            raise UserError(f"the environment has {given}, but not {', '.join(missing)}: {_ADVICE}")
+        rank, world_size, local_rank, local_world_size = map(_integer, _TORCHRUN[:4])
+        if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
+            values = ", ".join(f"{name}={os.environ[name]}" for name in _TORCHRUN[:4])
+            raise UserError(f"these variables contradict each other: {values}: {_ADVICE}")
+        if not 0 <= _integer("MASTER_PORT") < 1 << 16:
+            raise UserError(f"MASTER_PORT={os.environ['MASTER_PORT']} is not a port: {_ADVICE}")
         return cls(
-            rank=_integer("RANK", 0),
-            local_rank=_integer("LOCAL_RANK", 0),
+            rank=rank,
+            local_rank=local_rank,
             world_size=world_size,
-            local_world_size=_integer("LOCAL_WORLD_SIZE", world_size),
+            local_world_size=local_world_size,
             host=_integer("GROUP_RANK", 0),
             hosts=_integer("GROUP_WORLD_SIZE", 1),
             elastic="TORCHELASTIC_RUN_ID" in os.environ,
@@ -51,21 +96,28 @@ class Launch:
         )
 
     def check(self) -> None:
-        """Refuse a launch that requested several processes but started one.
-
-        `accelerate launch --cpu --num_processes 2` starts a single process without WORLD_SIZE. Only the rendezvous
-        address shows that two were requested (accelerate 1.15).
+        """Refuse what would train otherwise than its launcher was asked to.
 
         Raises:
-            UserError: this is such a launch.
+            UserError: several processes would train separately, or accelerate was configured for what is not done here.
         """
-        by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
-        if by_accelerate and "WORLD_SIZE" not in os.environ and self.world_size == 1:
+        launcher, copies, _ = _other_launcher()
+        if copies > 1 and _missing():
             raise UserError(
-                "accelerate launch was asked for several processes and started only this one: "
-                "use `accelerate launch --config_file launch/accelerate.yaml --num_processes N train_ddp.py`, "
-                "or `torchrun --nproc_per_node=N train_ddp.py`"
+                f"{launcher} started {copies} processes, which would train separately: use `torchrun "
+                f"--nproc_per_node=N train_ddp.py` on one host, launch/multi_node.sh on several, "
+                f"`sbatch launch/slurm.sbatch` under SLURM, or `{launcher} -n 1` for one process"
             )
+        # A torchrun that may restart can be the first or the last of 1 to N hosts.
+        if copies > 1 and self.elastic and self.hosts == 1 and _integer("TORCHELASTIC_MAX_RESTARTS", 0) == 0:
+            raise UserError(
+                f"{launcher} started torchrun {copies} times, which would train separately: tell torchrun of the other "
+                f"hosts, as launch/slurm.sbatch and launch/multi_node.sh do, or use `{launcher} -n 1`"
+            )
+        for name, (default, reason) in _ACCELERATE.items():
+            value = os.environ.get(name, default)
+            if value.lower() not in (default, "0", "no", ""):
+                raise UserError(f"accelerate's configuration sets {name}={value}, but {reason}")
 
     @property
     def agent_pid(self) -> int | None:
@@ -108,8 +160,27 @@ def process_id(pid: int) -> str:
 
 
 def is_rank_zero() -> bool:
-    """Return whether this process is rank zero, the one that prints and writes."""
-    return os.environ.get("RANK", "0") == "0"
+    """Return whether this process is rank zero, the one that prints and writes.
+
+    A process whose place is unknown, because of a broken environment, speaks for itself.
+    """
+    try:
+        return Launch.from_environment().rank == 0
+    except UserError:
+        return True
+
+
+def accelerate_fields() -> dict[str, str]:
+    """Return the fields of a TrainConfig, `precision` and `device`, that accelerate's configuration decides.
+
+    Raises:
+        UserError: the precision is fp8, or unknown.
+    """
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision not in ("no", "bf16", "fp16"):
+        raise UserError(f"ACCELERATE_MIXED_PRECISION={precision} is not supported: use no, bf16 or fp16")
+    fields = {} if precision == "no" else {"precision": precision}
+    return fields | ({"device": "cpu"} if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1") else {})
 
 
 def quiet_nccl_watchdog() -> None:
@@ -131,5 +202,25 @@ def threads_per_process(local_world_size: int) -> int:
     return wanted if wanted > 1 else max(1, available_cores() // local_world_size)
 
 
-def _integer(name: str, default: int) -> int:
-    return int(os.environ.get(name, default))
+def _missing() -> list[str]:
+    return [name for name in _TORCHRUN if name not in os.environ]
+
+
+def _other_launcher() -> tuple[str, int, int]:
+    """Return the launcher other than torchrun that started several processes, their number, and this one's index."""
+    for name, size, rank in _OTHERS:
+        count = os.environ.get(size, "")
+        # In the shell of `srun --pty`, the user starts the processes.
+        if count.isdecimal() and int(count) > 1 and "SLURM_PTY_PORT" not in os.environ:
+            return name, int(count), _integer(rank, 0)
+    return "python", 1, 0
+
+
+def _integer(name: str, default: int | None = None) -> int:
+    value = os.environ.get(name, default)
+    try:
+        return int(value)  # type: ignore[arg-type]
+    except ValueError:
+        raise UserError(
+            f"{name} is {value!r} in the environment, which is not an integer: correct or unset it"
+        ) from None

@@ -1,6 +1,7 @@
 """launch/slurm.sbatch on a real SLURM with two nodes: time limit, requeue, mistakes."""
 
 import os
+import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -83,3 +84,18 @@ def test_mistake_is_not_requeued(cluster, project):
     wait(lambda: cluster.state(job) == "FAILED", project, job)
     assert "train_ddp.py: error: --epochs is 0: it must be at least 1" in output(project, job)
     assert "slurm.sbatch: requeued" not in output(project, job)
+
+
+def test_srun_of_several_tasks_is_refused_once(cluster, tmp_path):
+    """Each task would train alone. One task, or a command in an allocation for several, is a single process."""
+    flags = ("--device", "cpu", "--dataset", "synthetic", "--max-steps", "1", "--wandb", "disabled")
+    alone = (sys.executable, ROOT / "train_ddp.py", *flags)
+    with pytest.raises(subprocess.SubprocessError) as refused:
+        cluster.run("srun", "--ntasks=2", *alone, cwd=tmp_path)
+    assert str(refused.value).count("train_ddp.py: error: srun started 2 processes, which would train separately") == 1
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", *alone[1:])
+    with pytest.raises(subprocess.SubprocessError, match="srun started torchrun 2 times"):
+        cluster.run("srun", "--ntasks=2", *torchrun, cwd=tmp_path)
+    assert not (tmp_path / "runs").exists()
+    for command in (["srun", "--ntasks=1"], ["salloc", "--ntasks=2"], ["salloc", "--ntasks=2", "srun", "--ntasks=1"]):
+        assert "1 process on CPU" in cluster.run(*command, *alone, cwd=tmp_path)

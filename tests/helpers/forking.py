@@ -6,6 +6,8 @@ import socket
 import warnings
 from collections.abc import Callable
 
+from tests.helpers.processes import rank_variables
+
 
 def fork(work: Callable[[], object], seconds: int = 60) -> int:
     """Return the process ID of a copy that does `work` and exits, with status 0 unless `work` raises.
@@ -47,13 +49,11 @@ def fork_ranks(world_size: int, work: Callable[[], object]) -> None:
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+        port = free.getsockname()[1]
 
     def start(rank: int) -> None:
         if world_size > 1:
-            sizes = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "RANK": rank, "LOCAL_RANK": rank}
-            os.environ.update({name: str(value) for name, value in sizes.items()})
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            os.environ.update(rank_variables(rank, world_size, port))
         work()
 
     running = {fork(lambda rank=rank: start(rank), seconds=240) for rank in range(world_size)}  # type: ignore[misc]

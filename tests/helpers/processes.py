@@ -16,9 +16,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def clean_environment(**extra: str) -> dict[str, str]:
     """Return this environment without the variables of a launcher or of a W&B account."""
-    ours = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "ACCELERATE_", "TORCHELASTIC_", "WANDB_", "OMP_NUM_THREADS")
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ACCELERATE_", "TORCHELASTIC_", "SLURM_", "OMPI_",
+            "PMI_", "PMIX_", "MV2_", "WANDB_", "OMP_NUM_THREADS")  # fmt: skip
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return kept | {"NETRC": os.devnull, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | extra
+
+
+def rank_variables(rank: int, world_size: int, port: int = 29500) -> dict[str, str]:
+    """Return the variables with which a launcher starts rank `rank` of `world_size` on one host."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    return {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def run(

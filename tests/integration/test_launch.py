@@ -34,11 +34,20 @@ def test_local_without_a_gpu_returns_the_status_of_one_process(tmp_path):
     assert output.stderr == "train_ddp.py: error: --epochs is 0: it must be at least 1\n"
 
 
-def test_accelerate_launch_cpu_is_refused(tmp_path):
-    """For `--cpu --num_processes 2` accelerate starts one process and does not say so."""
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        # accelerate starts one process and does not say so.
+        ("--cpu --num_processes 2", "accelerate launch was asked for several processes and started only this one"),
+        ("--use_fsdp --num_processes 1", "ACCELERATE_USE_FSDP=true, but this program trains with Distributed"),
+        ("--cpu --num_processes 1 --dynamo_backend inductor", "ACCELERATE_DYNAMO_BACKEND=INDUCTOR, but only --compile"),
+    ],
+    ids=["separate copies", "FSDP", "dynamo"],
+)
+def test_accelerate_launch_that_would_be_ignored_is_refused(options, complaint, tmp_path):
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", *options.split()]
     output = run([*accelerate, ROOT / "train_ddp.py", "--max-steps", "1"], tmp_path)
-    assert "accelerate launch was asked for several processes and started only this one" in output.stderr
+    assert output.stderr.count(complaint) == 1
     assert "loss" not in output.stdout
     assert not (tmp_path / "runs").exists()
 

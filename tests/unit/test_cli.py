@@ -10,15 +10,29 @@ import pytest
 from cifar.cli import exit_on_error, parse_args
 from cifar.config import Recipe, TrainConfig
 from cifar.datasets import DATASETS
+from cifar.distributed.environment import Launch
 from cifar.errors import StoppedError, TrainingDivergedError, UserError
 from cifar.models import MODELS
 from cifar.recipes import RECIPES
+from tests.helpers.processes import rank_variables
 
 
 @pytest.fixture(autouse=True)
 def _wide_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")  # on which no word of a message is broken
-    monkeypatch.delenv("RANK", raising=False)
+    for name in rank_variables(0, 1):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def be_rank(monkeypatch):
+    """Take the place of a rank among two."""
+
+    def set_variables(rank):
+        for name, value in rank_variables(rank, 2).items():
+            monkeypatch.setenv(name, value)
+
+    return set_variables
 
 
 def test_default_is_the_tutorial():
@@ -75,13 +89,13 @@ def test_tilde_is_the_home_directory(monkeypatch, tmp_path):
         ("--lr-batch-size 8", ["--lr-batch-size"]),  # a field that is not a flag
     ],
 )
-def test_unknown_flags_and_values(flags, named, capsys, monkeypatch):
+def test_unknown_flags_and_values(flags, named, capsys, be_rank):
     with pytest.raises(SystemExit) as exit_:
         parse_args(flags.split())
     assert exit_.value.code == 2
     out, err = capsys.readouterr()
     assert all(word in out + err for word in named)
-    monkeypatch.setenv("RANK", "1")
+    be_rank(1)
     with pytest.raises(SystemExit):
         parse_args(flags.split())
     assert capsys.readouterr() == ("", "")
@@ -125,6 +139,16 @@ def test_help_lists_each_flag_with_one_default(help_text):
 def test_help_lists_the_registries(help_text):
     for flag, names in {"recipe": RECIPES, "model": MODELS, "dataset": ("auto", *DATASETS)}.items():
         assert f"--{flag} {{{','.join(names)}}}" in help_text
+
+
+def test_leftover_rank_silences_nothing(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    assert "--recipe" in capsys.readouterr().out
+    with pytest.raises(SystemExit), exit_on_error("prog"):
+        Launch.from_environment()
+    assert capsys.readouterr().err.startswith("prog: error: the environment has RANK, but not WORLD_SIZE, ")
 
 
 def test_new_registry_entries_are_choices(monkeypatch):
@@ -197,9 +221,9 @@ def test_expected_failure_is_one_line_and_a_status(error, status, capsys):
 
 
 @pytest.mark.parametrize("error", [UserError("oh"), SystemExit(2)])
-def test_other_ranks_wait_for_rank_zero_to_print(error, capsys, monkeypatch):
+def test_other_ranks_wait_for_rank_zero_to_print(error, capsys, monkeypatch, be_rank):
     waits = []
-    monkeypatch.setenv("RANK", "1")
+    be_rank(1)
     monkeypatch.setattr("time.sleep", waits.append)
     with pytest.raises(SystemExit) as exit_, exit_on_error("prog"):
         raise error
@@ -233,20 +257,20 @@ GLOO = "[../gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1
 @pytest.mark.parametrize(
     ("error", "rank", "lines"),
     [
-        (RuntimeError(GLOO), "0", ["Connection closed by peer"]),
-        (RuntimeError("[gloo/pair.cc:78] Timed out waiting 5000ms for"), "0", ["Timed out waiting 5000ms"]),
-        (RuntimeError("NCCL error in: NCCLUtils.hpp:77, remote process exited"), "0", ["NCCL error"]),
-        (RuntimeError("[Rank 0] Watchdog caught collective operation timeout"), "0", ["collective operation timeout"]),
-        (RuntimeError(GLOO), "1", []),
-        (RuntimeError("shapes differ"), "0", None),
+        (RuntimeError(GLOO), 0, ["Connection closed by peer"]),
+        (RuntimeError("[gloo/pair.cc:78] Timed out waiting 5000ms for"), 0, ["Timed out waiting 5000ms"]),
+        (RuntimeError("NCCL error in: NCCLUtils.hpp:77, remote process exited"), 0, ["NCCL error"]),
+        (RuntimeError("[Rank 0] Watchdog caught collective operation timeout"), 0, ["collective operation timeout"]),
+        (RuntimeError(GLOO), 1, []),
+        (RuntimeError("shapes differ"), 0, None),
         (RuntimeError(GLOO), None, None),
     ],
 )  # fmt: skip
-def test_lost_peer_is_one_line_of_rank_zero(error, rank, lines, capsys, monkeypatch):
+def test_lost_peer_is_one_line_of_rank_zero(error, rank, lines, capsys, monkeypatch, be_rank):
     statuses = []
     monkeypatch.setattr("os._exit", statuses.append)
     if rank is not None:
-        monkeypatch.setenv("RANK", rank)
+        be_rank(rank)
     if lines is None:
         with pytest.raises(RuntimeError), exit_on_error("prog"):
             raise error

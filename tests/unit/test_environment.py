@@ -9,10 +9,17 @@ import psutil
 import pytest
 
 from cifar.distributed.cpu import available_cores
-from cifar.distributed.environment import Launch, is_rank_zero, process_id, quiet_nccl_watchdog, threads_per_process
+from cifar.distributed.environment import (
+    Launch,
+    accelerate_fields,
+    is_rank_zero,
+    process_id,
+    quiet_nccl_watchdog,
+    threads_per_process,
+)
 from cifar.errors import UserError
 from tests.helpers.forking import fork, wait
-from tests.helpers.processes import ROOT, clean_environment, run
+from tests.helpers.processes import ROOT, clean_environment, rank_variables, run
 
 
 @pytest.fixture
@@ -36,10 +43,53 @@ def test_plain_python_is_one_process(environment):
 
 def test_torchrun(environment):
     environment(RANK=5, LOCAL_RANK=1, WORLD_SIZE=8, LOCAL_WORLD_SIZE=4, GROUP_RANK=2, GROUP_WORLD_SIZE=3)
+    environment(MASTER_ADDR="10.0.0.1", MASTER_PORT=29400)
     environment(TORCHELASTIC_RUN_ID="none", TORCHELASTIC_MAX_RESTARTS=3, TORCHELASTIC_RESTART_COUNT=1)
     launch = Launch.from_environment()
     assert launch == Launch(5, 1, 8, 4, host=2, hosts=3, elastic=True, restarts_left=2)
+    launch.check()
     assert not is_rank_zero()
+
+
+@pytest.mark.parametrize("missing", rank_variables(1, 2))
+def test_incomplete_environment_is_an_error_that_is_printed(environment, monkeypatch, missing):
+    environment(**rank_variables(1, 2))
+    monkeypatch.delenv(missing)
+    with pytest.raises(UserError, match=f", but not {missing}: unset all of them .*torchrun"):
+        Launch.from_environment()
+    assert is_rank_zero()
+
+
+@pytest.mark.parametrize("alone", rank_variables(1, 2))
+def test_leftover_variable_is_an_error_that_is_printed(environment, alone):
+    environment(**{alone: 1})
+    with pytest.raises(UserError, match=f"the environment has {alone}, but not "):
+        Launch.from_environment()
+    assert is_rank_zero()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        ({"RANK": "2"}, "contradict each other: RANK=2, WORLD_SIZE=2"),
+        ({"RANK": "-1"}, "contradict each other"),
+        ({"LOCAL_RANK": "-1"}, "contradict each other"),
+        ({"LOCAL_WORLD_SIZE": "1"}, "contradict each other"),
+        ({"LOCAL_WORLD_SIZE": "3"}, "contradict each other"),
+        ({"WORLD_SIZE": "0"}, "contradict each other"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is '' in the environment, which is not an integer"),
+        ({"RANK": "one"}, "RANK is 'one' in the environment, which is not an integer"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http' in the environment, which is not an integer"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536 is not a port"),
+        ({"GROUP_RANK": "x"}, "GROUP_RANK is 'x'"),
+    ],
+    ids=str,
+)
+def test_impossible_environment_is_an_error_that_is_printed(environment, wrong, complaint):
+    environment(**rank_variables(1, 2) | wrong)
+    with pytest.raises(UserError, match=complaint):
+        Launch.from_environment()
+    assert is_rank_zero()
 
 
 def in_session(wrapped):
@@ -91,10 +141,59 @@ def test_process_id_tells_boots_starts_and_containers_apart(monkeypatch, path):
     assert process_id(os.getpid()) != before
 
 
-@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"])
-def test_mpi_world_size(environment, name):
-    environment(**{name: 3})
-    assert Launch.from_environment() == Launch(world_size=3, local_world_size=3)
+# What the launchers set, as seen with SLURM 22.05, Open MPI 4.1 and, for PMI_, srun --mpi=pmi2; see also tests/cluster.
+SRUN = {"SLURM_NTASKS": 2, "SLURM_PROCID": 1, "SLURM_STEP_ID": 0, "SLURM_STEP_NUM_TASKS": 2}
+OTHERS = {
+    "srun": SRUN,
+    "srun with PMI": SRUN | {"PMI_RANK": 1, "PMI_SIZE": 2},
+    "mpirun of Open MPI": {"OMPI_COMM_WORLD_SIZE": 2, "OMPI_COMM_WORLD_RANK": 1, "PMIX_RANK": 1},
+    "mpirun of MPICH": {"PMI_SIZE": 2, "PMI_RANK": 1},
+    "mpirun of MVAPICH": {"MV2_COMM_WORLD_SIZE": 2, "MV2_COMM_WORLD_RANK": 1},
+}
+
+
+@pytest.mark.parametrize("leftover", [{}, {"RANK": 1, "MASTER_ADDR": "10.0.0.1"}], ids=["", "half of torchrun's"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_separate_processes_of_another_launcher_are_refused_once(environment, name, leftover):
+    environment(**OTHERS[name], **leftover)
+    launcher = name.split()[0]
+    with pytest.raises(UserError, match=f"{launcher} started 2 processes, .*torchrun .*`{launcher} -n 1`"):
+        Launch.from_environment().check()
+    assert not is_rank_zero()  # the other one is
+    environment(**{variable: 0 for variable in OTHERS[name] if variable.endswith(("RANK", "PROCID"))})
+    assert is_rank_zero()
+
+
+ALONE = {
+    "salloc": {"SLURM_NTASKS": 2, "SLURM_NPROCS": 2},
+    "sbatch": {"SLURM_NTASKS": 2, "SLURM_NPROCS": 2, "SLURM_PROCID": 0, "SLURM_LOCALID": 0},
+    "srun -n 1": SRUN | {"SLURM_NTASKS": 1, "SLURM_PROCID": 0, "SLURM_STEP_NUM_TASKS": 1},
+    "srun -n 2 --pty": SRUN | {"SLURM_PROCID": 0, "SLURM_PTY_PORT": 44047, "PMI_RANK": 0, "PMI_SIZE": 2},
+    "mpirun -n 1": {"OMPI_COMM_WORLD_SIZE": 1, "OMPI_COMM_WORLD_RANK": 0, "PMI_SIZE": 1, "PMI_RANK": 0},
+    "a leftover rank": {"OMPI_COMM_WORLD_RANK": 1, "PMI_RANK": 1, "SLURM_PROCID": 1},
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_single_process_under_another_launcher(environment, name):
+    environment(**ALONE[name])
+    launch = Launch.from_environment()
+    launch.check()
+    assert launch == Launch()
+    assert is_rank_zero()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_torchrun_under_another_launcher_knows_the_other_hosts(environment, name):
+    environment(**OTHERS[name], **rank_variables(1, 4), TORCHELASTIC_RUN_ID="none", GROUP_WORLD_SIZE=2)
+    launch = Launch.from_environment()
+    launch.check()
+    assert (launch.rank, launch.world_size) == (1, 4)
+    environment(GROUP_WORLD_SIZE=1)  # each torchrun for itself
+    with pytest.raises(UserError, match="started torchrun 2 times, which would train separately"):
+        Launch.from_environment().check()
+    environment(TORCHELASTIC_MAX_RESTARTS=3)  # for example the first of --nnodes=1:2
+    Launch.from_environment().check()
 
 
 def test_nccl_makes_no_dumps_unless_asked(environment):
@@ -120,6 +219,36 @@ def test_accelerate_that_started_one_process_of_several_is_refused(environment):
     environment(MASTER_ADDR="127.0.0.1")
     with pytest.raises(UserError, match=r"started only this one.*torchrun"):
         Launch.from_environment().check()
+
+
+@pytest.mark.parametrize(
+    ("name", "on", "off", "advice"),
+    [
+        ("USE_FSDP", "true", "false", "launch/accelerate.yaml"),
+        ("USE_DEEPSPEED", "true", "false", "launch/accelerate.yaml"),
+        ("USE_MEGATRON_LM", "true", "false", "launch/accelerate.yaml"),
+        ("USE_PARALLELISM_CONFIG", "true", "false", "launch/accelerate.yaml"),
+        ("DYNAMO_BACKEND", "INDUCTOR", "NO", "--compile"),
+        ("GRADIENT_ACCUMULATION_STEPS", "4", "1", "--global-batch-size"),
+    ],
+)
+def test_accelerate_configuration_that_would_be_ignored_is_refused(environment, name, on, off, advice):
+    environment(**{f"ACCELERATE_{name}": off})
+    Launch.from_environment().check()
+    environment(**{f"ACCELERATE_{name}": on})
+    with pytest.raises(UserError, match=f"ACCELERATE_{name}={on}, but .*{advice}"):
+        Launch.from_environment().check()
+
+
+def test_precision_and_device_of_accelerate_launch(environment):
+    assert accelerate_fields() == {}
+    environment(ACCELERATE_MIXED_PRECISION="no", ACCELERATE_USE_CPU="False")
+    assert accelerate_fields() == {}
+    environment(ACCELERATE_MIXED_PRECISION="bf16", ACCELERATE_USE_CPU="True")
+    assert accelerate_fields() == {"precision": "bf16", "device": "cpu"}
+    environment(ACCELERATE_MIXED_PRECISION="fp8")
+    with pytest.raises(UserError, match="ACCELERATE_MIXED_PRECISION=fp8 is not supported: use no, bf16 or fp16"):
+        accelerate_fields()
 
 
 @pytest.mark.parametrize(
