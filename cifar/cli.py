@@ -17,7 +17,7 @@ import tyro
 
 from cifar.config import MAY_CHANGE, TrainConfig, differences, flag, read_config
 from cifar.datasets import DATASETS
-from cifar.distributed.environment import is_rank_zero
+from cifar.distributed.environment import accelerate_fields, is_rank_zero
 from cifar.distributed.runtime import Runtime
 from cifar.errors import StoppedError, TrainingDivergedError, UserError
 from cifar.models import MODELS
@@ -78,7 +78,7 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") ->
                 raise UserError(f"--resume {early.resume}: this version has no {name} {getattr(own, name)!r}")
 
     flags = _flags_class()
-    parsed = parse_flags(flags, argv, prog, flags(**vars(own) | _from_environment()))
+    parsed = parse_flags(flags, argv, prog, flags(**vars(own) | _from_environment(early.resume is not None)))
     config = TrainConfig(**vars(parsed))
     config.check()
     if config.evaluate is not None and not config.evaluate.is_file():  # known before a download
@@ -93,10 +93,12 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") ->
     return config
 
 
-def _from_environment() -> dict[str, Any]:
-    """Return the fields that variables decide, unless a flag does: also where a run's data was when it began."""
-    data_dir = os.environ.get("CIFAR_DATA_DIR")
-    return {"data_dir": Path(data_dir)} if data_dir else {}
+def _from_environment(resuming: bool) -> dict[str, Any]:
+    """Return the fields that variables decide, unless a flag does; if `resuming`, only those that may change."""
+    fields: dict[str, Any] = accelerate_fields()
+    if data_dir := os.environ.get("CIFAR_DATA_DIR"):
+        fields["data_dir"] = Path(data_dir)
+    return {name: value for name, value in fields.items() if not resuming or name in MAY_CHANGE}
 
 
 def _choices() -> dict[str, tuple[str, ...]]:

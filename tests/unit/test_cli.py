@@ -57,6 +57,22 @@ def test_data_dir_flag_wins_over_the_variable(monkeypatch):
     assert str(parse_args([]).data_dir) == "data"
 
 
+def test_accelerates_configuration_counts(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    config = parse_args([])
+    assert (config.precision, config.device) == ("bf16", "cpu")
+    config = parse_args(["--precision", "fp32", "--device", "cuda"])
+    assert (config.precision, config.device) == ("fp32", "cuda")
+    own = dataclasses.replace(config, run_dir=tmp_path, global_batch_size=8)
+    (tmp_path / "config.json").write_text(json.dumps({"config": own.to_json()}))
+    config = parse_args(["--resume", str(tmp_path)])
+    assert (config.precision, config.device) == ("fp32", "cpu"), "the precision defines a run, its device does not"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(UserError, match="fp8"):
+        parse_args([])
+
+
 def test_checkpoint_to_evaluate_is_missed_at_once(tmp_path):
     with pytest.raises(UserError, match=r"^--evaluate .*: there is no such file$"):
         parse_args(["--evaluate", str(tmp_path)])
