@@ -9,7 +9,6 @@ from PIL import Image
 
 from cifar.compare import main, read_run, table
 from cifar.errors import UserError
-from tests.helpers.processes import run
 
 
 def make(folder, name, accuracies, batch=100, rate=50.0, **result):
@@ -63,25 +62,6 @@ def test_picture_and_table_of_a_directory_of_runs(tmp_path, capsys):
     pixels = np.array(Image.open(out).convert("RGB"))
     for color in ((31, 119, 180), (255, 127, 14), (44, 160, 44)):
         assert (pixels == color).all(2).any(), "each run has a line"
-
-
-@pytest.mark.parametrize(
-    ("environment", "matplotlibrc"),
-    [
-        ({"MPLBACKEND": "module://matplotlib_inline.backend_inline"}, "figure.facecolor: black\ntext.usetex: True\n"),
-        ({"MPLBACKEND": "nonsense", "MATPLOTLIBRC": "broken"}, None),
-    ],
-)
-def test_settings_that_break_matplotlib_do_not_matter(tmp_path, environment, matplotlibrc):
-    """In a new process, as matplotlib reads them when it is imported."""
-    make(tmp_path, "a", [0.5])
-    (tmp_path / "broken").write_bytes(b"\xff")
-    if matplotlibrc is not None:
-        (tmp_path / "matplotlibrc").write_text(matplotlibrc)
-    code = "import cifar.report, cifar.compare; cifar.compare.main(['a'])"
-    done = run([sys.executable, "-c", code], tmp_path, **environment)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert Image.open(tmp_path / "compare.png").convert("RGB").getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_damaged_lines_cost_one_warning(tmp_path, capsys):
