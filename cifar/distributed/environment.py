@@ -11,7 +11,7 @@ from cifar.errors import UserError
 
 # Set by torchrun, and by accelerate launch, for each process.
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_ADVICE = "unset all of them to train in one process, or start several with `torchrun --nproc_per_node=N train_ddp.py`"
+_ADVICE = "to train in one process, or start several with `torchrun --nproc_per_node=N train_ddp.py`"
 
 # Launchers whose processes torchrun's variables do not connect: how many they started, and the index of this one. In a
 # SLURM allocation or batch script SLURM_NTASKS is set, but not SLURM_STEP_NUM_TASKS (SLURM 22.05).
@@ -77,13 +77,13 @@ class Launch:
                     "or `torchrun --nproc_per_node=N train_ddp.py`"
                 )
             given = ", ".join(name for name in _TORCHRUN if name in os.environ)
-            raise UserError(f"the environment has {given}, but not {', '.join(missing)}: {_ADVICE}")
+            raise UserError(f"the environment has {given}, but not {', '.join(missing)}: unset {given} {_ADVICE}")
         rank, world_size, local_rank, local_world_size = map(_integer, _TORCHRUN[:4])
         if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
             values = ", ".join(f"{name}={os.environ[name]}" for name in _TORCHRUN[:4])
-            raise UserError(f"these variables contradict each other: {values}: {_ADVICE}")
+            raise UserError(f"these variables contradict each other: {values}: unset them {_ADVICE}")
         if not 0 <= _integer("MASTER_PORT") < 1 << 16:
-            raise UserError(f"MASTER_PORT={os.environ['MASTER_PORT']} is not a port: {_ADVICE}")
+            raise UserError(f"MASTER_PORT={os.environ['MASTER_PORT']} is not a port: correct it")
         return cls(
             rank=rank,
             local_rank=local_rank,
