@@ -82,7 +82,7 @@ class Run:
     def _open(self, config: TrainConfig) -> Resumed | None:
         """Create or find the run directory, lock it, restore the state, and record the configuration."""
         runtime, state = self.runtime, self.state
-        agents = [agent for agent in runtime.gather(runtime.launch.agent()) if agent is not None]
+        agents = [agent for agent in dict.fromkeys(runtime.gather(runtime.launch.agent())) if agent is not None]
         run_dir: Path | None = None
         with runtime.fail_together():
             if runtime.is_main:

@@ -198,7 +198,8 @@ def threads_per_process(local_world_size: int) -> int:
 
     An OMP_NUM_THREADS of 1 does not count: torchrun sets it when the user did not set any.
     """
-    wanted = _integer("OMP_NUM_THREADS", 1)
+    outermost = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list has a number for each level
+    wanted = int(outermost) if outermost.isdecimal() else 1
     return wanted if wanted > 1 else max(1, available_cores() // local_world_size)
 
 

@@ -280,8 +280,11 @@ def test_threads_per_process(environment, monkeypatch):
     assert [threads_per_process(n) for n in (1, 2, 3, 16)] == [8, 4, 2, 1]
     environment(OMP_NUM_THREADS=1)  # torchrun's default
     assert threads_per_process(2) == 4
-    environment(OMP_NUM_THREADS=3)  # the user's
-    assert threads_per_process(2) == 3
+    for users in ("3", "3,2", " 3 "):
+        environment(OMP_NUM_THREADS=users)
+        assert threads_per_process(2) == 3
+    environment(OMP_NUM_THREADS="many")
+    assert threads_per_process(2) == 4
 
 
 def test_windows_is_refused_by_name():
