@@ -30,7 +30,8 @@ class Run:
     """The records of a run.
 
     Attributes:
-        dataset: its name; None if the run has not finished.
+        dataset: its name.
+        finished: whether the run has a result.
         seconds: of training, so far; None before the first log point.
         accuracy: the test accuracy of the last evaluation, 0 to 1; None before the first.
         tta_accuracy: that with test-time augmentation, if the run has finished and used it.
@@ -38,7 +39,8 @@ class Run:
     """
 
     name: str
-    dataset: str | None
+    dataset: str
+    finished: bool
     world_size: int
     global_batch_size: int
     lr: float
@@ -77,7 +79,8 @@ def read_run(run_dir: Path) -> Run:
         tta, seconds = result.get("test_accuracy_tta"), result.get("train_seconds", max(clock.values()) or None)
         return Run(
             name=run_dir.resolve().name,
-            dataset=str(result["dataset"]) if result else None,
+            dataset=str((result or facts)["dataset"]),
+            finished=bool(result),
             world_size=world_size,
             global_batch_size=batch,
             lr=lr,
@@ -110,7 +113,7 @@ def table(runs: Sequence[Run]) -> list[str]:
                 f"{run.global_batch_size:,}",
                 f"{run.lr:g}",
                 f"{run.seed}",
-                run.name + ("" if run.dataset else " (not finished)"),
+                run.name + ("" if run.finished else " (not finished)"),
             )
         )
     widths = [max(len(row[k]) for row in rows) for k in range(len(_COLUMNS))]

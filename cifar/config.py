@@ -86,7 +86,7 @@ class TrainConfig(Recipe):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: CUDA if there is a GPU, else MPS for a single process, else the CPU."""
     run_dir: Path | None = None
-    """Directory of this run, new or empty."""
+    """Directory of this run; it must not hold another run."""
     resume: Path | None = None
     """Continue the run in this directory from its newest valid checkpoint, with its own configuration."""
     checkpoint_steps: int | None = None

@@ -11,12 +11,12 @@ from cifar.compare import main, read_run, table
 from cifar.errors import UserError
 
 
-def make(folder, name, accuracies, batch=100, rate=50.0, **result):
+def make(folder, name, accuracies, batch=100, rate=50.0, dataset="cifar10", **result):
     """A run of 10 steps an epoch, at `rate` images/s; finished if there is a `result`."""
     run_dir = folder / name
     run_dir.mkdir()
     config = {"global_batch_size": batch, "lr": 0.1, "seed": 3}
-    (run_dir / "config.json").write_text(json.dumps({"config": config, "world_size": 2}))
+    (run_dir / "config.json").write_text(json.dumps({"config": config, "world_size": 2, "dataset": dataset}))
     lines = []
     for epoch, accuracy in enumerate(accuracies, 1):
         lines.append({"step": 10 * epoch - 5, "train/images_per_second": rate})
@@ -24,7 +24,7 @@ def make(folder, name, accuracies, batch=100, rate=50.0, **result):
         lines.append({"step": 10 * epoch, "test/accuracy": accuracy})
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if result:
-        (run_dir / "result.json").write_text(json.dumps({"dataset": "cifar10", **result}))
+        (run_dir / "result.json").write_text(json.dumps({"dataset": dataset, **result}))
     return run_dir
 
 
@@ -33,7 +33,7 @@ def test_reads_accuracy_over_seconds_and_images(tmp_path):
     # 500 images at 50/s and 500 at 100/s in each epoch.
     assert run.by_seconds == [(15.0, 0.5), (30.0, 0.75)]
     assert run.by_images == [(1000, 0.5), (2000, 0.75)]
-    assert (run.accuracy, run.steps, run.seconds, run.dataset) == (0.75, 20, 30.0, None)
+    assert (run.accuracy, run.steps, run.seconds, run.finished) == (0.75, 20, 30.0, False)
 
 
 def test_table_is_sorted_by_accuracy(tmp_path):
@@ -52,13 +52,13 @@ def test_table_is_sorted_by_accuracy(tmp_path):
 
 def test_picture_and_table_of_a_directory_of_runs(tmp_path, capsys):
     (tmp_path / "sweep").mkdir()
-    make(tmp_path / "sweep", r"$\b$", [0.3])  # no TeX
+    make(tmp_path / "sweep", r"$\b$", [0.3], dataset="synthetic")  # no TeX; not finished
     make(tmp_path / "sweep", "c", [0.4, 0.8], dataset="synthetic", train_seconds=1.0)
     out = tmp_path / "out.png"
     main([str(make(tmp_path, "a", [0.5])), str(tmp_path / "sweep"), "--out", str(out)])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[10] for line in lines[1:4]] == ["c", "a", r"$\b$"]
-    assert lines[4:] == ["on the synthetic dataset, not on CIFAR-10: c", f"picture: {out}"]
+    assert lines[4:] == ["on the synthetic dataset, not on CIFAR-10: $\\b$, c", f"picture: {out}"]
     pixels = np.array(Image.open(out).convert("RGB"))
     for color in ((31, 119, 180), (255, 127, 14), (44, 160, 44)):
         assert (pixels == color).all(2).any(), "each run has a line"
