@@ -58,15 +58,15 @@ if command -v ip >/dev/null; then
     export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$device} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$device}
 fi
 
-# torchrun waits without a word until all hosts are there; then it has children.
-if [[ "$nodes" != 1 ]]; then
+# torchrun waits without a word until all hosts are there; then it has children. The notice ends within a second of
+# either, for a pipe that it inherits stays open as long as it does.
+if [[ "$nodes" != 1 ]] && command -v pgrep >/dev/null; then
     ( (
-        sleep 5
-        for ((waited = 5; ; waited += 30)); do
+        for ((waited = 1; ; waited++)); do
+            sleep 1
             kill -0 $$ 2>/dev/null || exit 0
             ! pgrep -P $$ >/dev/null || exit 0
-            echo "multi_node.sh: waiting at $host:$port for $nodes hosts in all (${waited} s)" >&2
-            sleep 30
+            ((waited % 30 != 5)) || echo "multi_node.sh: waiting at $host:$port for $nodes hosts in all ($waited s)" >&2
         done
     ) & )
 fi
