@@ -1,11 +1,12 @@
 """SGD, Muon and the learning-rate schedule."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.sgd import sgd
 
 from cifar.batch_plan import BatchPlan
 from cifar.config import TrainConfig
@@ -107,42 +108,106 @@ class Muon(torch.optim.Optimizer):
         defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"orthogonal": False})
 
+    _step_supports_amp_scaling = True  # fp16: the loss scaler passes found_inf instead of reading it on the host
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
+        """Update every parameter that has a gradient, a group at a time: on a GPU, in few kernels.
+
+        Under fp16, `grad_scale` and `found_inf` are the loss scaler's, float32 scalars on the device: if a gradient has
+        overflowed, parameters and momentum stay as they are.
+        """
         assert closure is None
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
+            gradients = [parameter.grad for parameter in parameters]
+            buffers = [self._momentum_buffer(parameter) for parameter in parameters]
+            if (found_inf := getattr(self, "found_inf", None)) is None:
+                self._update(parameters, gradients, buffers, group)
+                continue
+            before = [tensor.clone() for tensor in parameters + buffers]
+            if self.grad_scale is not None:
+                torch._foreach_mul_(gradients, self.grad_scale.reciprocal())
+            self._update(parameters, gradients, buffers, group)
+            for tensor, old in zip(parameters + buffers, before, strict=True):
+                torch.where(found_inf > 0, old, tensor, out=tensor)  # a product with zero would keep NaN
 
-    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        if group["weight_decay"]:
-            gradient = gradient.add(parameter, alpha=group["weight_decay"])
+    def _momentum_buffer(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(gradient)
-        buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
-        update = gradient.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        return state["momentum_buffer"]
+
+    @staticmethod
+    def _update(
+        parameters: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], group: dict[str, Any]
+    ) -> None:
+        if parameters[0].is_cuda and not group["orthogonal"]:
+            settings = {name: group[name] for name in ("lr", "momentum", "nesterov", "weight_decay")}
+            sgd(parameters, gradients, [*buffers], fused=True, dampening=0.0, maximize=False, **settings)
+            return
+        if group["weight_decay"]:
+            gradients = [*torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])]
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, gradients)
+        updates = buffers
+        if group["nesterov"]:
+            updates = [*torch._foreach_add(gradients, buffers, alpha=group["momentum"])]
         if group["orthogonal"]:
             # BatchNorm makes the output independent of the filter's scale: fix it, so that lr means the same for all.
-            parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
-            update = orthogonalize(update.flatten(1)).view_as(update)
-        parameter.sub_(update * group["lr"])
+            scales = torch._foreach_reciprocal(torch._foreach_norm(parameters))
+            torch._foreach_mul_(scales, [len(parameter) ** 0.5 for parameter in parameters])
+            torch._foreach_mul_(parameters, scales)
+            if parameters[0].is_cuda:
+                updates = orthogonalize_filters(updates)
+            else:
+                updates = [orthogonalize(update.flatten(1)).view_as(update) for update in updates]
+        torch._foreach_sub_(parameters, torch._foreach_mul(updates, group["lr"]))
+
+
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's; they trade accuracy for speed
 
 
 def orthogonalize(matrix: Tensor, steps: int = 3) -> Tensor:
     """Return `matrix`, [rows, columns], with singular values moved towards 1: after 3 steps, most are in 0.5 to 1.5.
 
-    Uses fifth-order Newton-Schulz iterations with Jordan's coefficients, which trade accuracy for speed; on a GPU in
-    bfloat16, which is accurate enough.
+    Uses fifth-order Newton-Schulz iterations with Jordan's coefficients.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.bfloat16() if matrix.is_cuda else matrix
-    x = x / (x.norm() + 1e-7)
+    a, b, c = _COEFFICIENTS
+    x = matrix / (matrix.norm() + 1e-7)
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
     for _ in range(steps):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.T if tall else x).to(matrix.dtype)
+    return x.T if tall else x
+
+
+def orthogonalize_filters(filters: Sequence[Tensor], steps: int = 3) -> list[Tensor]:
+    """Return each of `filters`, [out, in, height, width], orthogonalized as [out, in * height * width], channels-last.
+
+    Computed in bfloat16, which is accurate enough. Padded with zeros, which stay zeros, to one size, all matrices go
+    through the iterations as one batch: on a GPU, launching small products would take longer than the products.
+    """
+    a, b, c = _COEFFICIENTS
+    # The order of the columns does not matter; in that of channels-last memory, nothing is copied.
+    matrices = [filter.permute(0, 2, 3, 1).flatten(1) for filter in filters]
+    tall = [matrix.shape[0] > matrix.shape[1] for matrix in matrices]
+    wide = [matrix.T if turn else matrix for matrix, turn in zip(matrices, tall, strict=True)]
+    rows, columns = (max(matrix.shape[k] for matrix in wide) for k in (0, 1))
+    x = wide[0].new_zeros((len(wide), rows, columns), dtype=torch.bfloat16)
+    for padded, matrix in zip(x, wide, strict=True):
+        padded[: matrix.shape[0], : matrix.shape[1]] = matrix
+    x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    results = []
+    for padded, matrix, turn, filter in zip(x, wide, tall, filters, strict=True):
+        own = padded[: matrix.shape[0], : matrix.shape[1]]
+        out, channels, height, width = filter.shape
+        own = (own.T if turn else own).to(filter.dtype, memory_format=torch.contiguous_format)
+        results.append(own.view(out, height, width, channels).permute(0, 3, 1, 2))
+    return results

@@ -10,7 +10,7 @@ from cifar.batch_plan import BatchPlan
 from cifar.cli import parse_args
 from cifar.config import TrainConfig
 from cifar.models import build_model
-from cifar.optim import Muon, build_optimizer, learning_rate, orthogonalize, set_learning_rate
+from cifar.optim import Muon, build_optimizer, learning_rate, orthogonalize, orthogonalize_filters, set_learning_rate
 from cifar.recipes import config_from_recipe
 
 
@@ -42,6 +42,19 @@ def test_orthogonalize(shape):
     rotated = before.U.T @ orthogonalize(matrix) @ before.Vh.T  # diagonal: the singular vectors stay
     assert (rotated - torch.diag(rotated.diagonal())).abs().max() < 1e-3
     assert torch.allclose(orthogonalize(matrix), orthogonalize(1000 * matrix), atol=1e-4)
+
+
+def test_orthogonalize_filters():
+    """All filters in one bfloat16 batch, as on a GPU, against each alone in float32: wide, tall, of one channel."""
+    torch.manual_seed(0)
+    filters = [torch.randn(shape) for shape in [(16, 3, 5, 5), (64, 8, 1, 1), (32, 16, 3, 3), (8, 1, 3, 3)]]
+    filters = [filter.to(memory_format=torch.channels_last) for filter in filters]
+    for filter, batched in zip(filters, orthogonalize_filters(filters), strict=True):
+        alone = orthogonalize(filter.flatten(1)).view_as(filter)
+        assert (batched.dtype, batched.shape) == (torch.float32, filter.shape)
+        assert (batched - alone).norm() < 0.05 * alone.norm()
+        if filter.shape[1] > 1:
+            assert batched.stride() == filter.stride()
 
 
 def trained(optimizer, net, steps=4):
@@ -85,23 +98,27 @@ def test_groups_of_a_speed_recipe():
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([670, 53.6, 0.12])
 
 
-def test_skipped_update_leaves_no_trace():
+@pytest.mark.parametrize("recipe", ["tutorial", "net-fast"])
+def test_skipped_update_leaves_no_trace(recipe):
     """fp16's first updates usually overflow; torch's fused SGD then leaves its new momentum uninitialized."""
 
-    def weights(skip):
+    def weights(scale, skip):
         torch.manual_seed(0)
-        net = nn.Linear(50, 20)
-        optimizer = build_optimizer(net, TrainConfig(lr=0.1, momentum=0.9))
-        optimizer.grad_scale = torch.tensor(1.0)
+        net = build_model("net", 10)
+        optimizer = build_optimizer(net, config_from_recipe(recipe, lr=0.1))
         for found in [1.0] * skip + [0.0] * 3:
             [torch.full((50, 20), float("nan")) for _ in range(20)].clear()  # the memory that is allocated next
             for parameter in net.parameters():
-                parameter.grad = torch.full_like(parameter, float("inf") if found else 0.5)
-            optimizer.found_inf = torch.tensor(found)
+                gradient = scale * torch.sin(torch.arange(parameter.numel())).view_as(parameter)
+                parameter.grad = torch.full_like(parameter, float("inf")) if found else gradient
+            if scale != 1 or skip:  # what GradScaler does
+                optimizer.grad_scale, optimizer.found_inf = torch.tensor(float(scale)), torch.tensor(found)
             optimizer.step()
-        return net.weight.detach()
+        return torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
 
-    assert torch.equal(weights(skip=2), weights(skip=0))
+    assert torch.equal(weights(scale=1, skip=2), weights(scale=1, skip=0))
+    assert torch.equal(weights(scale=1024, skip=2), weights(scale=1, skip=0))
+    assert weights(scale=1, skip=0).isfinite().all()
 
 
 def test_momentum_from_zeros_equals_torchs_first_update():
