@@ -89,7 +89,9 @@ def test_infinite_loss_is_nan(synthetic, runtime, broken):
 
 
 def made(labels, predicted, confidence, classes=("a", "b", "c", "d")):
-    return Evaluation(0.0, torch.tensor(labels), torch.tensor(predicted), torch.tensor(confidence), classes)
+    return Evaluation(
+        torch.zeros(len(labels)), torch.tensor(labels), torch.tensor(predicted), torch.tensor(confidence), classes
+    )
 
 
 def test_confusion_and_class_accuracies():
