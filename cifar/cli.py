@@ -50,7 +50,12 @@ def launch(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") -> Ite
     """
     config = parse_args(argv, prog)
     runtime = Runtime(config)
-    yield find_own_run(config, runtime), runtime
+    config = find_own_run(dataclasses.replace(config, precision=runtime.precision), runtime)
+    if config.precision != runtime.precision:
+        raise UserError(
+            f"the run in {config.resume} trains in {config.precision}, not {runtime.precision}: --resume it"
+        )
+    yield config, runtime
     runtime.close()
 
 

@@ -53,8 +53,14 @@ class Recipe:
     """Pixels by which a random crop may shift an image."""
     cutout: int = 0
     """Side in pixels of the gray square cut out of each training image; 0 for none (DeVries & Taylor 2017)."""
+    small_epochs: int = 0
+    """First epochs, which train on images reduced to small_size pixels: cheaper, for models that take any size."""
+    small_size: int = 24
+    """Side in pixels of the images of the first small_epochs epochs."""
     tta: Literal["none", "flip", "crop"] = "none"
     """Test-time augmentation at the end of the run: average over mirrored, and over shifted and mirrored images."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the forward and backward pass; the weights stay fp32. auto: bf16 if the device computes in it."""
     log_steps: int = 2000
     """Optimizer steps between two lines of running loss."""
 
@@ -75,8 +81,6 @@ class TrainConfig(Recipe):
     """End training after this many optimizer steps; evaluation and records follow as usual."""
     seed: int = 0
     """Seed of the weights, the shuffling and the augmentation."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of the forward and backward pass; the weights stay fp32."""
     compile: bool = False
     """Compile the model with torch.compile."""
     cuda_graph: bool = False
@@ -156,6 +160,8 @@ _ALLOWED: dict[str, _Allowed] = {
     **dict.fromkeys(("momentum", "muon_momentum", "label_smoothing"), _FRACTION),
     "weight_decay": (lambda x: 0 <= x < math.inf, "at least 0"),
     "crop_padding": (lambda x: 0 <= x <= 31, "from 0 to 31"),
+    "small_epochs": (lambda x: x >= 0, "at least 0"),
+    "small_size": (lambda x: 8 <= x <= 32, "from 8 to 32"),
     "cutout": (lambda x: 0 <= x <= 32, "from 0 to 32"),
     "seed": (lambda x: 0 <= x < 2**63, "at least 0 and below 2**63"),
     "timeout": (lambda x: 5 <= x <= 86_400, "from 5 seconds to a day"),

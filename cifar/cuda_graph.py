@@ -13,14 +13,15 @@ _EAGER_STEPS = 3  # in which the libraries choose their kernels and the optimize
 class CudaGraph:
     """A training step that runs eagerly a few times, is captured once, and is replayed from then on.
 
-    Every step is one of the run's: none is spent on warming up. Inputs that change between steps (images, labels,
-    learning rates) are tensors at fixed addresses.
+    When the size of the images changes, it begins again. Every step is one of the run's: none is spent on warming up.
+    Inputs that change between steps (images, labels, learning rates) are tensors at fixed addresses.
     """
 
     def __init__(self, train_step: Callable[..., Tensor]) -> None:
         self._train_step = train_step
         self._stream = torch.cuda.Stream()
         self._eager_steps = 0
+        self._shape: torch.Size | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._batches: list[tuple[Tensor, Tensor]] = []
         self._loss: Tensor
@@ -34,6 +35,8 @@ class CudaGraph:
         label_smoothing: float,
     ) -> Tensor:
         """Run one training step, with the arguments and the result of `train_step`."""
+        if self._shape != batches[0][0].shape:
+            self._shape, self._graph, self._eager_steps = batches[0][0].shape, None, 0
         if self._eager_steps < _EAGER_STEPS:
             # On the stream that will capture, so that no memory is shared with the default stream.
             self._stream.wait_stream(torch.cuda.current_stream())
@@ -45,7 +48,7 @@ class CudaGraph:
         if self._graph is None:
             self._batches = [(images.clone(), labels.clone()) for images, labels in batches]
             for group in optimizer.param_groups:
-                group["lr"] = torch.tensor(float(group["lr"]), device=runtime.device)
+                group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=runtime.device)
             optimizer.zero_grad()  # so that the gradients, too, are allocated in the graph's memory pool
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, stream=self._stream):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -28,6 +29,7 @@ class DeviceImages(Dataset[tuple[Tensor, Tensor]]):
         labels: int64 [n].
         classes: the class names, in the order of the labels.
         augment: applied to every batch before normalization, or None.
+        size: side in pixels to which images are reduced after augmentation, or None.
     """
 
     def __init__(
@@ -42,18 +44,25 @@ class DeviceImages(Dataset[tuple[Tensor, Tensor]]):
         self.labels = labels.to(device)
         self.classes = classes
         self.augment: CropFlip | None = None
+        self.size: int | None = None
         self._memory_format = memory_format
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return images, float32 [batch, 3, 32, 32] in [-1, 1], and labels, int64 [batch], of int64 [batch] indices."""
+        """Return images, float32 [batch, 3, 32, 32] in [-1, 1], and labels, int64 [batch], of int64 [batch] indices.
+
+        With `size`, the images are [batch, 3, size, size].
+        """
         # index_select copies whole images where [indices] would gather single bytes, but it ignores memory formats.
         images = self.images.permute(0, 2, 3, 1).index_select(0, indices).permute(0, 3, 1, 2)
         if self.augment is not None:
             images = self.augment(images, indices)
-        return normalize(images.contiguous(memory_format=self._memory_format)), self.labels[indices]
+        images = normalize(images.contiguous(memory_format=self._memory_format))
+        if self.size is not None:
+            images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
+        return images, self.labels[indices]
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -91,12 +100,15 @@ class BatchedDistributedSampler(DistributedSampler[Tensor]):
 
 
 class TrainLoader(DataLoader[Any]):
-    """The micro-batches of this rank, reshuffled every epoch."""
+    """The micro-batches of this rank, reshuffled every epoch; in the first `small_epochs`, of small images."""
 
     sampler: BatchedDistributedSampler
     dataset: DeviceImages
 
-    def __init__(self, dataset: DeviceImages, plan: BatchPlan, rank: int, seed: int) -> None:
+    def __init__(
+        self, dataset: DeviceImages, plan: BatchPlan, rank: int, seed: int, small_epochs: int = 0, small_size: int = 32
+    ) -> None:
+        self._small_epochs, self._small_size = small_epochs, small_size
         sampler = BatchedDistributedSampler(dataset, rank, plan.world_size, plan.local_batch_size, seed)
         super().__init__(dataset, batch_size=None, sampler=sampler)
         sampler.chunk = max(1, CHUNK // plan.local_batch_size)
@@ -107,15 +119,16 @@ class TrainLoader(DataLoader[Any]):
             yield from zip(images.split(size), labels.split(size), strict=True)
 
     def set_epoch(self, epoch: int, first: int = 0) -> None:
-        """Select the permutation and augmentation of `epoch`, and begin at its micro-batch `first`."""
+        """Select the permutation, augmentation and image size of `epoch`, and begin at its micro-batch `first`."""
         self.sampler.set_epoch(epoch)
         self.sampler.first = first
+        self.dataset.size = self._small_size if epoch < self._small_epochs else None
         if self.dataset.augment is not None:
             self.dataset.augment.set_epoch(epoch)
 
 
 class EvalLoader(DataLoader[Any]):
-    """Batches of this rank's shard of the test set, unpadded: each image is in exactly one shard.
+    """Batches of this rank's shard of the test set, or of some of it, unpadded: each image is in exactly one shard.
 
     (DistributedSampler repeats images to make the shards even, which falsifies distributed accuracies:
     pytorch/pytorch#25162.)
@@ -124,9 +137,11 @@ class EvalLoader(DataLoader[Any]):
     sampler: Iterable[Tensor]
     dataset: DeviceImages
 
-    def __init__(self, dataset: DeviceImages, rank: int, world_size: int) -> None:
-        shard = torch.arange(rank, len(dataset), world_size, device=dataset.labels.device)
-        super().__init__(dataset, batch_size=None, sampler=shard.split(EVAL_BATCH_SIZE))
+    def __init__(self, dataset: DeviceImages, rank: int, world_size: int, indices: Tensor | None = None) -> None:
+        """Divide the images `indices`, int64 [n], or all of them, between the ranks."""
+        indices = torch.arange(len(dataset)) if indices is None else indices
+        shard = indices[rank::world_size].to(dataset.labels.device)
+        super().__init__(dataset, batch_size=None, sampler=shard.split(EVAL_BATCH_SIZE) if len(shard) else ())
 
 
 @dataclass(frozen=True)
@@ -183,5 +198,5 @@ def load_data(config: TrainConfig, runtime: Runtime) -> Data:
         alternate = config.augment == "crop-altflip"
         train.augment = CropFlip(len(train), config.seed, runtime.device, config.crop_padding, alternate, config.cutout)
     plan = BatchPlan.make(config, runtime.world_size, len(train))
-    train_loader = TrainLoader(train, plan, runtime.rank, config.seed)
+    train_loader = TrainLoader(train, plan, runtime.rank, config.seed, config.small_epochs, config.small_size)
     return Data(name, dataset.classes, plan, train_loader, EvalLoader(test, runtime.rank, runtime.world_size))

@@ -108,7 +108,10 @@ class Muon(torch.optim.Optimizer):
         defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"orthogonal": False})
 
-    _step_supports_amp_scaling = True  # fp16: the loss scaler passes found_inf instead of reading it on the host
+    # fp16's loss scaler sets these before a step, instead of reading found_inf on the host.
+    _step_supports_amp_scaling = True
+    grad_scale: Tensor | None
+    found_inf: Tensor
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]

@@ -28,6 +28,7 @@ _SPEED94 = Recipe(
     augment="crop-altflip",
     crop_padding=2,
     tta="crop",
+    precision="auto",
     log_steps=5,
 )
 
@@ -74,6 +75,7 @@ RECIPES: dict[str, Recipe] = {
         schedule="cosine",
         warmup_epochs=2.0,
         augment="crop-flip",
+        precision="auto",
         log_steps=50,
     ),
     "speed94": _SPEED94,

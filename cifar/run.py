@@ -58,6 +58,9 @@ class Run:
             StoppedError: torchrun has restarted a run that had finished.
         """
         self.runtime, self.data, self.plan = runtime, data, data.plan
+        if config.small_epochs:
+            with runtime.fail_together():
+                _check_image_size(config, unwrap(model), runtime.device)
         self.state = TrainState(unwrap(model), optimizer, runtime.scaler)
         self._last_step = self.plan.last_step(config)
         self._facts = self._environment()
@@ -215,7 +218,7 @@ class Run:
             self._test = evaluate(state.model, self.data.test, runtime)
         test, tta_test = self._test, None
         if self.config.tta != "none":
-            tta_test = evaluate(state.model, self.data.test, runtime, self.config.tta)
+            tta_test = evaluate(state.model, self.data.test, runtime, self.config.tta, test)
         self._console.close()
         runtime.print0("Finished Training")
         print_test(runtime, self.data.name, test, tta_test)
@@ -275,6 +278,25 @@ class Run:
         }
 
 
+def _check_image_size(config: TrainConfig, model: nn.Module, device: torch.device) -> None:
+    """Check that the model takes the small images.
+
+    Raises:
+        UserError: it does not.
+    """
+    was_training = model.training
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            model.eval()(torch.zeros(1, 3, config.small_size, config.small_size, device=device))
+    except Exception as error:  # what it raises is up to the model
+        raise UserError(
+            f"--small-epochs {config.small_epochs}: model {config.model} does not take images of {config.small_size} x "
+            f"{config.small_size} pixels ({first_line(error)}): leave it out, or use another --model"
+        ) from error
+    finally:
+        model.train(was_training)
+
+
 def evaluate_checkpoint(config: TrainConfig, model: nn.Module, data: Data, runtime: Runtime) -> None:
     """Print the test accuracy of the checkpoint `config.evaluate`. Collective.
 
@@ -286,8 +308,9 @@ def evaluate_checkpoint(config: TrainConfig, model: nn.Module, data: Data, runti
     if tuple(content["classes"]) != data.classes:
         raise UserError(f"{config.evaluate} was trained on the classes of {content['dataset']}, not of {data.name}")
     load_model(unwrap(model), content, config.model, config.evaluate)
-    tta_test = evaluate(model, data.test, runtime, config.tta) if config.tta != "none" else None
-    print_test(runtime, data.name, evaluate(model, data.test, runtime), tta_test)
+    test = evaluate(model, data.test, runtime)
+    tta_test = evaluate(model, data.test, runtime, config.tta, test) if config.tta != "none" else None
+    print_test(runtime, data.name, test, tta_test)
 
 
 def _git_commit() -> str | None:

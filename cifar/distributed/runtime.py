@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,12 +17,19 @@ from torch import Tensor, nn
 
 from cifar.config import TrainConfig
 from cifar.distributed import rendezvous
-from cifar.distributed.cpu import SMALL_BATCH, available_cores, keep_freed_memory, native_convolutions
+from cifar.distributed.cpu import (
+    SMALL_BATCH,
+    available_cores,
+    computes_in_bf16,
+    keep_freed_memory,
+    native_convolutions,
+)
 from cifar.distributed.environment import Launch, quiet_nccl_watchdog, threads_per_process
 from cifar.distributed.heartbeat import Heartbeat
 from cifar.errors import UserError
 
 T = TypeVar("T")
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 # Ranks wait on the host for a download that local rank zero makes; the slowest known source needs an hour.
 _HOST_TIMEOUT = timedelta(hours=3)
@@ -36,6 +43,7 @@ class Runtime:
         accelerator: accelerate's.
         device: device of the images, the model and the loss.
         rank, local_rank, world_size: of this process; local ranks count the processes of one host.
+        precision: "fp32", "bf16" or "fp16"; the same on all ranks.
         scaler: loss scaler for fp16; disabled for other precisions.
         memory_format: of images and filters.
     """
@@ -55,6 +63,7 @@ class Runtime:
         if config.cuda_graph and (device_type != "cuda" or launch.world_size > 1):
             raise UserError("--cuda-graph needs a GPU and a single process")
 
+        self.precision = choose_precision(config.precision, device_type)
         quiet_nccl_watchdog()
         if not dist.is_initialized():  # accelerate keeps the device and precision of the last run in this process
             AcceleratorState._reset_state(reset_partial_state=True)
@@ -63,7 +72,7 @@ class Runtime:
         # Without cpu=True, accelerate on a host without GPUs ignores the launcher and trains separate copies.
         self.accelerator = Accelerator(
             cpu=device_type == "cpu",
-            mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
+            mixed_precision={"fp32": "no"}.get(self.precision, self.precision),
             kwargs_handlers=[
                 _ddp_kwargs(config.comm_hook),
                 InitProcessGroupKwargs(init_method=rendezvous.METHOD, timeout=timedelta(seconds=config.timeout)),
@@ -87,7 +96,7 @@ class Runtime:
             )
             keep_freed_memory()
         # oneDNN, and cuDNN with tensor cores, are faster with channels-last; torch's kernels for tiny batches are not.
-        small = config.local_batch_size <= SMALL_BATCH and config.precision == "fp32"
+        small = config.local_batch_size <= SMALL_BATCH and self.precision == "fp32"
         self._native_convolutions = self.device.type == "cpu" and small
         self.memory_format = torch.contiguous_format if self._native_convolutions else torch.channels_last
         # Host-side messages use gloo, so that they never wait for a GPU's stream, nor a stream for them.
@@ -98,6 +107,11 @@ class Runtime:
             self._host_group = dist.new_group(backend="gloo", timeout=_HOST_TIMEOUT)
             self._vote_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout))
             self._heartbeat = Heartbeat(self.rank, self.world_size, config.timeout, *launch.store(), self.gather)
+        others = {f"{precision} on {host}" for precision, host in self.gather((self.precision, socket.gethostname()))}
+        if config.precision == "auto" and len({text.split()[0] for text in others}) > 1:
+            raise UserError(f"--precision auto means {' and '.join(sorted(others))}: use --precision fp32 or bf16")
+        if self.precision == "bf16" and self.device.type == "cpu" and not computes_in_bf16():
+            self.print0("WARNING: this CPU has no bfloat16 instructions: bf16 is far slower than --precision fp32 here")
         if config.compile:
             with self.fail_together():
                 _check_compiler(self.device)
@@ -255,6 +269,16 @@ def choose_device(wanted: str, launch: Launch) -> str:
     if wanted == "mps" and launch.world_size > 1:
         raise UserError(f"--device mps trains in one process, not {launch.world_size}; use --device cpu")
     return wanted
+
+
+def choose_precision(wanted: Precision, device_type: str) -> Precision:
+    """Return the precision to train in: "fp32", "bf16" or "fp16"; for "auto", bf16 if the device computes in it."""
+    if wanted != "auto":
+        return wanted
+    native = device_type == "cpu" and computes_in_bf16()
+    if device_type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if native else "fp32"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
