@@ -34,13 +34,13 @@ def train_epoch(
         StoppedError: some rank was asked to stop; raised on all ranks after the same step.
     """
     config, plan, runtime, state = run.config, run.plan, run.runtime, run.state
+    began, images = time.perf_counter(), 0  # before the epoch's random numbers are drawn, which is part of training
     epoch, done = divmod(state.step, plan.steps_per_epoch)
     loader.set_epoch(epoch, first=done * plan.accumulation)
     micro_batches = iter(loader)
     last = min(plan.steps_per_epoch, plan.last_step(config) - epoch * plan.steps_per_epoch)
     model.train()
 
-    began, images = time.perf_counter(), 0
     for epoch_step in range(done + 1, last + 1):
         lr = learning_rate(config, plan, state.step)
         set_learning_rate(optimizer, lr)
@@ -50,6 +50,9 @@ def train_epoch(
         state.running_steps += 1
         state.step += 1
         images += plan.global_batch_size
+        if state.step == run.first_step:
+            state.running_loss.item()  # wait for the device, once in a process
+            state.first_step_seconds += time.perf_counter() - began
 
         # After the last step of an epoch, the checkpoint follows the evaluation: resuming never skips an evaluation.
         at_end = epoch_step == last
