@@ -13,13 +13,16 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
-from cifar.distributed.environment import Launch
+from cifar.distributed.environment import Launch, is_rank_zero
 
 METHOD = "restartable://"
 # The first import of torch on a cold host takes minutes.
 _STARTUP_TIMEOUT = timedelta(minutes=10)
 _POLL_SECONDS = 0.05
 _NOTICE_SECONDS = (5, 25, 60)  # between two words about who is missing
+_CLAIM_SECONDS = 2.0
+
+_store: dist.Store | None = None  # of this start, without the keys of earlier ones
 
 
 def _rendezvous(url: str, timeout: timedelta, **kwargs: Any) -> Iterator[tuple[dist.Store, int, int]]:
@@ -36,7 +39,9 @@ def _rendezvous(url: str, timeout: timedelta, **kwargs: Any) -> Iterator[tuple[d
     awaited = "the other processes" if by_rank_zero and launch.rank == 0 else "the store of rank zero"
     with _say_what_is_awaited(lambda: f"{awaited} at {host}:{port}", quiet=launch.local_rank != 0):
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    yield dist.PrefixStore(agree_on_prefix(store, rank, world_size, timeout), store), rank, world_size
+    global _store
+    _store = dist.PrefixStore(agree_on_prefix(store, rank, world_size, timeout), store)
+    yield _store, rank, world_size
 
 
 register_rendezvous_handler("restartable", _rendezvous)
@@ -72,6 +77,24 @@ def agree_on_prefix(store: dist.Store, rank: int, world_size: int, timeout: time
                 return token
             time.sleep(_POLL_SECONDS)
     raise dist.DistStoreError(f"wait timeout after {timeout}: not all {world_size} processes have started")
+
+
+def claim_report() -> bool:
+    """Return True on the first rank of this start that calls this: the one to report a failure that others may share.
+
+    If the store does not answer, because the process that serves it is gone or frozen, that is rank zero.
+    """
+    answers: list[bool] = []
+
+    def ask(store: dist.Store) -> None:
+        with contextlib.suppress(RuntimeError):
+            answers.append(store.add("reports", 1) == 1)
+
+    if _store is not None:
+        thread = threading.Thread(target=ask, args=(_store,), name="claim-report", daemon=True)
+        thread.start()
+        thread.join(_CLAIM_SECONDS)
+    return answers[0] if answers else is_rank_zero()
 
 
 @contextlib.contextmanager

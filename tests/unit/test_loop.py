@@ -13,7 +13,7 @@ import train_ddp
 from cifar.checkpoint import checkpoint_path, checkpoints, load_checkpoint
 from cifar.config import TrainConfig
 from cifar.data import TrainLoader
-from cifar.errors import TrainingDivergedError
+from cifar.errors import LocalError, TrainingDivergedError
 from cifar.models import build_model
 from cifar.optim import build_optimizer
 from cifar.train_state import TrainState
@@ -125,6 +125,38 @@ def test_older_checkpoint_has_no_seconds_of_the_first_step():
     state = TrainState(model, build_optimizer(model, TrainConfig()), torch.amp.GradScaler("cpu", enabled=False))
     state.load_state_dict(content()["state"] | {"running_loss": 0.0})
     assert (state.train_seconds, state.first_step_seconds) == (4.5, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("local", "remedy"),
+    [
+        (
+            "10",
+            "use --local-batch-size 5 --global-batch-size 20, which accumulates gradients over the same global batch",
+        ),
+        ("1", "use a smaller model"),
+    ],
+)
+def test_out_of_memory_names_a_smaller_batch(tmp_path, monkeypatch, local, remedy):
+    run_dir, step, batches = tmp_path / "run", train_ddp.train_step, []
+
+    def train_step(model, micro_batches, *args):
+        batches.append(len(micro_batches))
+        if len(batches) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return step(model, micro_batches, *args)
+
+    monkeypatch.setattr(train_ddp, "train_step", train_step)
+    flags = ["--epochs", "1", "--checkpoint-steps", "2", "--run-dir", str(run_dir)]
+    with pytest.raises(LocalError) as lack:
+        train_ddp.main([*FLAGS, *flags, "--local-batch-size", local])
+    assert str(lack.value) == (
+        f"the GPU is out of memory (2.00 GiB wanted) at a local batch of {local}: {remedy}, or end the other "
+        "programs that use it"
+    )
+    if local != "1":
+        train_ddp.main(["--resume", str(run_dir), *remedy.removeprefix("use ").split(",")[0].split()])
+        assert batches == [2, 2, 2, *[4] * 8]
 
 
 def test_max_steps_ends_with_records_as_usual(tmp_path, capsys):

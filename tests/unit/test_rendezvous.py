@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from cifar.distributed import rendezvous
 from cifar.distributed.rendezvous import agree_on_prefix
+from tests.helpers.processes import rank_variables
 
 TIMEOUT = timedelta(seconds=20)
 
@@ -60,6 +61,30 @@ def test_rank_zero_says_who_is_missing_and_then_says_no_more(monkeypatch, capsys
     time.sleep(0.5)
     assert 1 <= len(more) <= 3
     assert capsys.readouterr().err == ""
+
+
+def test_first_rank_that_fails_reports(monkeypatch):
+    store = dist.HashStore()
+    for prefix in ("first start", "second start"):
+        monkeypatch.setattr(rendezvous, "_store", dist.PrefixStore(prefix, store))
+        with ThreadPoolExecutor(8) as pool:
+            assert sorted(pool.map(lambda _: rendezvous.claim_report(), range(8))) == [False] * 7 + [True]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("store", ["gone", "frozen", None])
+def test_without_a_store_rank_zero_reports(monkeypatch, store, rank):
+    class Store:
+        def add(self, key, amount):
+            if store == "gone":
+                raise dist.DistNetworkError("Connection reset by peer")
+            time.sleep(60)
+
+    for name, value in rank_variables(rank, 2).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(rendezvous, "_CLAIM_SECONDS", 0.1)
+    monkeypatch.setattr(rendezvous, "_store", Store() if store else None)
+    assert rendezvous.claim_report() == (rank == 0)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
