@@ -44,8 +44,9 @@ class Runtime:
         """Join the other processes.
 
         Raises:
-            UserError: the device or precision is not available, there are more processes than GPUs, or accelerate
-                would train with another number of processes than the launcher started.
+            UserError: the device or precision is not available, there are more processes than GPUs, some hosts have
+                GPUs and others none, or accelerate would train with another number of processes than the launcher
+                started.
             LocalError: this rank's device does not support bf16.
         """
         self.launch = launch = Launch.from_environment()
@@ -68,7 +69,9 @@ class Runtime:
                 mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
                 kwargs_handlers=[
                     _ddp_kwargs(config.comm_hook),
-                    InitProcessGroupKwargs(init_method=rendezvous.METHOD, timeout=timedelta(seconds=config.timeout)),
+                    InitProcessGroupKwargs(
+                        init_method=rendezvous.init_method(device_type), timeout=timedelta(seconds=config.timeout)
+                    ),
                 ],
             )
         except ValueError as error:
