@@ -68,6 +68,11 @@ class BatchPlan:
             raise UserError(f"a global batch of {size} images is more than the {train_size} training images")
         return cls(world_size, local, size, train_size // size)
 
+    def smaller_local_batch(self) -> int | None:
+        """Return the largest local batch of at most half the size with the same global batch; None if there is none."""
+        share, half = self.global_batch_size // self.world_size, self.local_batch_size // 2
+        return next((size for size in range(half, 0, -1) if share % size == 0), None)
+
     def total_steps(self, config: TrainConfig) -> int:
         """Return the optimizer steps of the whole run, regardless of `--max-steps`."""
         return config.epochs * self.steps_per_epoch

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import os
 import re
+import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -17,9 +18,10 @@ import tyro
 
 from cifar.config import MAY_CHANGE, TrainConfig, differences, flag, read_config
 from cifar.datasets import DATASETS
-from cifar.distributed.environment import accelerate_fields, is_rank_zero
+from cifar.distributed.environment import Launch, accelerate_fields, is_rank_zero
+from cifar.distributed.rendezvous import claim_report
 from cifar.distributed.runtime import Runtime
-from cifar.errors import StoppedError, TrainingDivergedError, UserError
+from cifar.errors import LocalError, StoppedError, TrainingDivergedError, UserError, out_of_memory
 from cifar.models import MODELS
 from cifar.output import safe_output
 from cifar.recipes import RECIPES, config_from_recipe
@@ -27,8 +29,8 @@ from cifar.resume import find_own_run
 
 C = TypeVar("C")
 
-# torchrun ends all ranks as soon as one has left: the others wait for rank zero to print its line first.
-_RANK_ZERO_FIRST_SECONDS = 5
+# torchrun ends all ranks as soon as one has left: the others wait for the one that prints the line.
+_REPORT_FIRST_SECONDS = 5
 
 # Error messages of gloo, NCCL and torch's store for a peer that is gone; most are plain RuntimeErrors.
 _PEER_LOST = re.compile(
@@ -47,15 +49,21 @@ def launch(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") -> Ite
 
     Raises:
         UserError: the command line or the environment is wrong.
+        LocalError: the memory of this rank's device or host does not suffice.
     """
     config = parse_args(argv, prog)
-    runtime = Runtime(config)
-    config = find_own_run(dataclasses.replace(config, precision=runtime.precision), runtime)
-    if config.precision != runtime.precision:
-        raise UserError(
-            f"the run in {config.resume} trains in {config.precision}, not {runtime.precision}: --resume it"
-        )
-    yield config, runtime
+    try:
+        runtime = Runtime(config)
+        config = find_own_run(dataclasses.replace(config, precision=runtime.precision), runtime)
+        if config.precision != runtime.precision:
+            raise UserError(f"{config.resume} trains in {config.precision}, not in {runtime.precision}: --resume it")
+        yield config, runtime
+    except RuntimeError as error:
+        if (lack := out_of_memory(error)) is None:
+            raise
+        # In a training step, train_epoch names a better remedy.
+        reason = f"{lack} outside of a training step, where no batch size matters: end the other programs that use it"
+        raise LocalError(reason) from error
     runtime.close()
 
 
@@ -152,13 +160,24 @@ def _expand(value: Any) -> Any:
 
 @contextlib.contextmanager
 def exit_on_error(prog: str) -> Iterator[None]:
-    """Report an expected failure as one line on stderr, from rank zero, and set the exit status."""
+    """Report an expected failure as one line on stderr, and set the exit status.
+
+    Rank zero reports what all ranks know, and of a LocalError the first rank that has it.
+    """
     with safe_output():
         try:
             yield
         except StoppedError as stop:
             _print0(str(stop), sys.stdout)
             raise SystemExit(stop.status) from None
+        except LocalError as error:
+            if claim_report():
+                print(f"{prog}: error: {error}{_place()}", file=sys.stderr, flush=True)
+            else:
+                time.sleep(_REPORT_FIRST_SECONDS)
+            if dist.is_initialized():
+                _leave_at_once(error.status)
+            raise SystemExit(error.status) from None
         except (UserError, TrainingDivergedError) as error:
             _print0(f"{prog}: error: {error}", sys.stderr)
             _wait_for_rank_zero()
@@ -174,9 +193,9 @@ def exit_on_error(prog: str) -> Iterator[None]:
             if lost is None or "RANK" not in os.environ:
                 raise
             reason = f"another process of this run is gone or does not answer ({lost[0]})"
-            _print0(f"{prog}: error: {reason}; the launcher's report names it", sys.stderr)
-            sys.stdout.flush()
-            os._exit(1)  # no destructors: gloo's threads still wait for that process, and would abort this one
+            if is_rank_zero() and claim_report():  # else that process has said why
+                print(f"{prog}: error: {reason}; the launcher's report names it", file=sys.stderr, flush=True)
+            _leave_at_once(1)
         except KeyboardInterrupt:  # before training began; during training it becomes a StoppedError
             raise SystemExit(130) from None
 
@@ -186,6 +205,18 @@ def _print0(text: str, file: TextIO) -> None:
         print(text, file=file, flush=True)
 
 
+def _place() -> str:
+    """Return the rank and the host of this process, for the end of a line; nothing without other ranks."""
+    launch = Launch.from_environment()
+    return f" [rank {launch.rank} on host {socket.gethostname()}]" if launch.world_size > 1 else ""
+
+
+def _leave_at_once(status: int) -> None:
+    """Exit without destructors: those of gloo and NCCL wait for the other processes, or abort this one."""
+    sys.stdout.flush()
+    os._exit(status)
+
+
 def _wait_for_rank_zero() -> None:
     if not is_rank_zero():
-        time.sleep(_RANK_ZERO_FIRST_SECONDS)
+        time.sleep(_REPORT_FIRST_SECONDS)

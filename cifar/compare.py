@@ -12,7 +12,9 @@ from cifar.errors import UserError, first_line
 from cifar.files import read_json
 from cifar.metrics import Series, read_metrics, seconds_of_training, series
 
-_COLUMNS = ("accuracy", "with TTA", "seconds", "images/s", "steps", "processes", "batch", "lr", "seed", "run")
+_COLUMNS = (
+    "accuracy", "with TTA", "seconds", "first step", "images/s", "steps", "processes", "batch", "lr", "seed", "run"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Run:
         dataset: its name.
         finished: whether the run has a result.
         seconds: of training, so far; None before the first log point.
+        first_step_seconds: those of them until the end of the first step, which a benchmark may leave out; None if the
+            run has not finished, or an older version wrote its result.
         accuracy: the test accuracy of the last evaluation, 0 to 1; None before the first.
         tta_accuracy: that with test-time augmentation, if the run has finished and used it.
         by_seconds, by_images: test accuracy over seconds of training, and over training images seen.
@@ -47,6 +51,7 @@ class Run:
     seed: int
     steps: int
     seconds: float | None
+    first_step_seconds: float | None
     accuracy: float | None
     tta_accuracy: float | None
     by_seconds: Series
@@ -77,6 +82,7 @@ def read_run(run_dir: Path) -> Run:
         path = run_dir / "result.json"
         result = read_json(path) if path.exists() else {}
         tta, seconds = result.get("test_accuracy_tta"), result.get("train_seconds", max(clock.values()) or None)
+        first_step = result.get("first_step_seconds")
         return Run(
             name=run_dir.resolve().name,
             dataset=str((result or facts)["dataset"]),
@@ -87,6 +93,7 @@ def read_run(run_dir: Path) -> Run:
             seed=seed,
             steps=records[-1]["step"] if records else 0,
             seconds=None if seconds is None else float(seconds),
+            first_step_seconds=None if first_step is None else float(first_step),
             accuracy=tests[-1][1] if tests else None,
             tta_accuracy=None if tta is None else float(tta),
             by_seconds=[(clock[step], accuracy) for step, accuracy in tests if step in clock],
@@ -107,6 +114,7 @@ def table(runs: Sequence[Run]) -> list[str]:
                 "-" if run.accuracy is None else f"{100 * run.accuracy:.2f} %",
                 "-" if run.tta_accuracy is None else f"{100 * run.tta_accuracy:.2f} %",
                 "-" if run.seconds is None else f"{run.seconds:,.1f}",
+                "-" if run.first_step_seconds is None else f"{run.first_step_seconds:,.2f}",
                 f"{run.steps * run.global_batch_size / run.seconds:,.0f}" if run.seconds else "-",
                 f"{run.steps:,}",
                 f"{run.world_size}",

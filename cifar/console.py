@@ -74,6 +74,15 @@ class Console:
         """Print the test accuracy after an epoch."""
         self._runtime.print0(f"epoch {epoch}: test accuracy {100 * test.accuracy:.2f} %, loss {test.loss:.3f}")
 
+    def finish(self, state: TrainState) -> None:
+        """Print that training has ended, as the tutorial does, and the seconds that it took."""
+        self.close()
+        total, first = state.train_seconds, state.first_step_seconds
+        self._runtime.print0("Finished Training")
+        self._runtime.print0(
+            f"({total:,.2f} s of training: {first:,.2f} s for the first step, {total - first:,.2f} s for the rest)"
+        )
+
     def close(self) -> None:
         """Remove the progress bar."""
         if self._bar is not None:

@@ -8,8 +8,9 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from cifar.batch_plan import BatchPlan
 from cifar.data import TrainLoader
-from cifar.errors import TrainingDivergedError
+from cifar.errors import LocalError, TrainingDivergedError, out_of_memory
 from cifar.optim import learning_rate, set_learning_rate
 from cifar.run import Run
 from cifar.train_state import LogPoint
@@ -30,26 +31,35 @@ def train_epoch(
         train_step: `train_ddp.train_step`, or a `CudaGraph` of it.
 
     Raises:
+        LocalError: the memory of this rank's device or host does not suffice.
         TrainingDivergedError: the mean loss since the last log point is not finite; raised on all ranks.
         StoppedError: some rank was asked to stop; raised on all ranks after the same step.
     """
     config, plan, runtime, state = run.config, run.plan, run.runtime, run.state
+    began, images = time.perf_counter(), 0  # before the epoch's random numbers are drawn, which is part of training
     epoch, done = divmod(state.step, plan.steps_per_epoch)
     loader.set_epoch(epoch, first=done * plan.accumulation)
     micro_batches = iter(loader)
     last = min(plan.steps_per_epoch, plan.last_step(config) - epoch * plan.steps_per_epoch)
     model.train()
 
-    began, images = time.perf_counter(), 0
     for epoch_step in range(done + 1, last + 1):
         lr = learning_rate(config, plan, state.step)
         set_learning_rate(optimizer, lr)
-        batches = list(islice(micro_batches, plan.accumulation))
-        with runtime.convolutions():
-            state.running_loss += train_step(model, batches, optimizer, runtime, config.label_smoothing)
+        try:
+            batches = list(islice(micro_batches, plan.accumulation))
+            with runtime.convolutions():
+                state.running_loss += train_step(model, batches, optimizer, runtime, config.label_smoothing)
+        except RuntimeError as error:
+            if (lack := out_of_memory(error)) is None:
+                raise
+            raise LocalError(f"{lack} at {_advice(plan)}") from error
         state.running_steps += 1
         state.step += 1
         images += plan.global_batch_size
+        if state.step == run.first_step:
+            state.running_loss.item()  # wait for the device, once in a process
+            state.first_step_seconds += time.perf_counter() - began
 
         # After the last step of an epoch, the checkpoint follows the evaluation: resuming never skips an evaluation.
         at_end = epoch_step == last
@@ -72,3 +82,13 @@ def train_epoch(
         if at_stop:
             run.stop()
         began, images = time.perf_counter(), 0
+
+
+def _advice(plan: BatchPlan) -> str:
+    """Return the local batch that memory does not suffice for, and what to do."""
+    local, smaller = plan.local_batch_size, plan.smaller_local_batch()
+    remedy = "use a smaller model"
+    if smaller is not None:
+        flags = f"--local-batch-size {smaller} --global-batch-size {plan.global_batch_size}"
+        remedy = f"use {flags}, which accumulates gradients over the same global batch"
+    return f"a local batch of {local}: {remedy}, or end the other programs that use it"

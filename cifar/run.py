@@ -40,6 +40,7 @@ class Run:
         runtime, data: as passed.
         plan: the batch arithmetic.
         state: everything that changes during training.
+        first_step: the first step that this process trains.
         dir: the run directory.
     """
 
@@ -73,6 +74,7 @@ class Run:
             if self._lock is not None:
                 self._lock.release(undo=True)
             raise
+        self.first_step = self.state.step + 1
         self._writer = CheckpointWriter(
             self.dir, config.keep_checkpoints, runtime.print0, resumed.checkpoint if resumed else None
         )
@@ -219,8 +221,7 @@ class Run:
         test, tta_test = self._test, None
         if self.config.tta != "none":
             tta_test = evaluate(state.model, self.data.test, runtime, self.config.tta, test)
-        self._console.close()
-        runtime.print0("Finished Training")
+        self._console.finish(state)
         print_test(runtime, self.data.name, test, tta_test)
         if not runtime.is_main:
             return
@@ -266,6 +267,7 @@ class Run:
             "global_batch_size": self.plan.global_batch_size,
             "device": self.runtime.device.type,
             "train_seconds": state.train_seconds,
+            "first_step_seconds": state.first_step_seconds,
             "images_per_second": state.step * self.plan.global_batch_size / state.train_seconds,
             "test_loss": test.loss,
             "test_correct": test.correct,

@@ -18,6 +18,8 @@ class TrainState:
         running_steps: optimizer steps since the last log point.
         step: optimizer steps since the run began; the plan turns it into an epoch and a position in it.
         train_seconds: seconds of training, without start-up, evaluation and checkpoints.
+        first_step_seconds: those of `train_seconds` until the end of the first step, in which kernels are loaded,
+            chosen and compiled; summed over the processes that have continued the run.
         best_accuracy, best_step: highest test accuracy after an epoch, 0 to 1, and the step of that test.
     """
 
@@ -28,6 +30,7 @@ class TrainState:
     running_steps: int = 0
     step: int = 0
     train_seconds: float = 0.0
+    first_step_seconds: float = 0.0
     best_accuracy: float = 0.0
     best_step: int = 0
 
@@ -50,11 +53,12 @@ class TrainState:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.running_loss.fill_(state["running_loss"])
+        state = {"first_step_seconds": 0.0} | state  # older checkpoints lack it
         for name in _NUMBERS:
             setattr(self, name, state[name])
 
 
-_NUMBERS = ("running_steps", "step", "train_seconds", "best_accuracy", "best_step")
+_NUMBERS = ("running_steps", "step", "train_seconds", "first_step_seconds", "best_accuracy", "best_step")
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,8 @@ class LogPoint:
         epoch_step: optimizer steps since the epoch began.
         loss: mean cross-entropy since the last log point, over all ranks.
         lr: learning rate of the last update.
-        images_per_second: training throughput of all ranks together since the last log point or checkpoint.
+        images_per_second: training throughput of all ranks together since the last log point or checkpoint; a
+            process's first includes its first step, and an epoch's first the drawing of its permutation.
     """
 
     step: int

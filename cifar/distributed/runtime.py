@@ -26,7 +26,7 @@ from cifar.distributed.cpu import (
 )
 from cifar.distributed.environment import Launch, quiet_nccl_watchdog, threads_per_process
 from cifar.distributed.heartbeat import Heartbeat
-from cifar.errors import UserError
+from cifar.errors import LocalError, UserError
 
 T = TypeVar("T")
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -52,8 +52,10 @@ class Runtime:
         """Join the other processes.
 
         Raises:
-            UserError: the device or precision is not available, there are more processes than GPUs, or accelerate
-                would train with another number of processes than the launcher started.
+            UserError: the device or precision is not available, there are more processes than GPUs, some hosts have
+                GPUs and others none, or accelerate would train with another number of processes than the launcher
+                started.
+            LocalError: this rank's device does not support bf16.
         """
         self.launch = launch = Launch.from_environment()
         launch.check()
@@ -70,14 +72,22 @@ class Runtime:
         # accelerate warns about the number of threads of a single CPU process, which torch has set well.
         warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")
         # Without cpu=True, accelerate on a host without GPUs ignores the launcher and trains separate copies.
-        self.accelerator = Accelerator(
-            cpu=device_type == "cpu",
-            mixed_precision={"fp32": "no"}.get(self.precision, self.precision),
-            kwargs_handlers=[
-                _ddp_kwargs(config.comm_hook),
-                InitProcessGroupKwargs(init_method=rendezvous.METHOD, timeout=timedelta(seconds=config.timeout)),
-            ],
-        )
+        try:
+            self.accelerator = Accelerator(
+                cpu=device_type == "cpu",
+                mixed_precision={"fp32": "no"}.get(self.precision, self.precision),
+                kwargs_handlers=[
+                    _ddp_kwargs(config.comm_hook),
+                    InitProcessGroupKwargs(
+                        init_method=rendezvous.init_method(device_type), timeout=timedelta(seconds=config.timeout)
+                    ),
+                ],
+            )
+        except ValueError as error:
+            if config.precision != "bf16" or "bf16" not in str(error):
+                raise
+            device = torch.cuda.get_device_name() if device_type == "cuda" else f"this {device_type.upper()} device"
+            raise LocalError(f"--precision bf16: {device} does not support it; use fp16 or fp32") from error
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
         self.local_rank: int = self.accelerator.local_process_index

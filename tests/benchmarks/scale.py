@@ -1,23 +1,30 @@
 """Predict seconds per epoch and efficiency on 1 to 1,024 GPUs from one GPU's step.
 
-    python -m tests.benchmarks.scale                                  # speed94, from its published step on an A100
-    python -m tests.benchmarks.scale --model resnet18 --step-ms 40 --batch 512
+    python -m tests.benchmarks.scale                                                # speed94 in bf16, as on an H100
+    python -m tests.benchmarks.scale --launches 259 --step-ms 8.91                  # with its Muon batched
+    python -m tests.benchmarks.scale --launches 0 --host-ms 0.18 --step-ms 8.91     # and captured as a CUDA graph
+    python -m tests.benchmarks.scale --model resnet18 --launches 404 --step-ms 5.38 --batch 128
 
-A ring all-reduce of n bytes among p processes sends 2 (p - 1) messages of n / p bytes, one after the other
-(Patarasu & Yuan 2009; Thakur, Rabenseifner & Gropp 2005). With `alpha` seconds per message and a link of
-`bandwidth` bytes per second,
+Every number for more than one GPU is a prediction. The kernels of a step take `device` seconds on one GPU. The host
+takes `host` seconds to launch them, one after the other, however few images they are for. The longer of the two counts.
+Then the gradients are summed: a ring all-reduce of n bytes among p processes sends 2 (p - 1) messages of n / p bytes,
+one after the other (Patarasu & Yuan 2009; Thakur, Rabenseifner & Gropp 2005). With `alpha` seconds per message and a
+link of `bandwidth` bytes per second,
 
-    step(p) = compute(p) + 2 (p - 1) (alpha + n / (p * bandwidth))
+    step(p) = max(device(p), host) + 2 (p - 1) (alpha + n / (p * bandwidth))
 
-This is an upper bound: it assumes no overlap, while DDP hides all but the last bucket behind the backward pass. Weak
-scaling keeps the batch of each GPU, strong scaling the global batch. Strong scaling divides the compute by p, as if
-GPUs were as efficient with few images as with many, which they are not.
+Weak scaling keeps the batch of each GPU, and device(p) = device. Strong scaling keeps the global batch, and device(p) =
+device / p. This is too slow where DDP hides all but the last bucket behind the backward pass; here nothing overlaps. It
+is too fast where GPUs are less efficient with few images, in the optimizer's kernels, which every GPU runs in full, and
+in DDP's own launches, which are left out.
 """
 
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from cifar.models import MODELS, build_model
 
@@ -45,26 +52,72 @@ def all_reduce_seconds(processes: int, size: float, link: Link) -> float:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """A step on one H100, without capture or compilation: kernels, their milliseconds, and those of the whole step."""
+
+    kernels: int
+    busy_ms: float
+    step_ms: float
+
+
+# From tests/gpu/README.md: speed94, speed96 and resnet18 in bf16, the others in fp32.
+H100 = {
+    "tutorial": Measured(53, 0.17, 1.640),
+    "net-fast": Measured(193, 0.54, 3.650),
+    "wide": Measured(74, 0.50, 2.200),
+    "resnet18": Measured(404, 5.38, 8.588),
+    "speed94": Measured(490, 9.09, 9.595),
+    "speed96": Measured(700, 12.12, 12.875),
+}
+
+
+def fit(rows: Sequence[tuple[float, float]], measured: Sequence[float]) -> tuple[float, float]:
+    """Return the a and b for which a x + b y is closest to what was measured for the rows (x, y).
+
+    Uses the least squares of relative errors, so that small values count as much as large ones.
+    """
+    seconds = torch.tensor(measured, dtype=torch.float64)[:, None]
+    scaled = torch.tensor(rows, dtype=torch.float64) / seconds
+    a, b = torch.linalg.lstsq(scaled, torch.ones_like(seconds)).solution.flatten().tolist()
+    return a, b
+
+
+def launch_cost() -> tuple[float, float]:
+    """Return the host's milliseconds per step and per launch, fitted to the recipes in which the GPU waits for it."""
+    bound = [recipe for recipe in H100.values() if recipe.step_ms > 1.2 * recipe.busy_ms]
+    return fit([(1, recipe.kernels) for recipe in bound], [recipe.step_ms for recipe in bound])
+
+
+@dataclass(frozen=True)
+class Step:
+    """One GPU's step: seconds of its kernels, seconds in which the host launches them, and images."""
+
+    device: float
+    host: float
+    batch: int
+
+
+@dataclass(frozen=True)
 class Prediction:
-    """The speed of several GPUs; efficiency is relative to as many GPUs that do not communicate."""
+    """The speed of several GPUs; with an efficiency of 1, p of them are p times as fast as one."""
 
     step_seconds: float
     epoch_seconds: float
     efficiency: float
 
 
-def predict(compute: float, batch: int, size: float, link: Link, processes: int, strong: bool) -> Prediction:
+def predict(one: Step, size: float, link: Link, processes: int, strong: bool) -> Prediction:
     """Apply the model above.
 
     Args:
-        compute: seconds of one GPU's step on `batch` images.
         size: bytes of the gradients.
-        strong: divide the batch among the processes, instead of giving each of them `batch` images.
+        strong: divide the images among the processes, instead of giving as many to each of them.
     """
-    compute = compute / processes if strong else compute
-    step = compute + all_reduce_seconds(processes, size, link)
-    global_batch = batch if strong else batch * processes
-    return Prediction(step, step * IMAGES / global_batch, compute / step)
+    device = one.device / processes if strong else one.device
+    step = max(device, one.host) + all_reduce_seconds(processes, size, link)
+    global_batch = one.batch if strong else one.batch * processes
+    speedup = max(one.device, one.host) / one.batch / (step / global_batch)
+    return Prediction(step, step * IMAGES / global_batch, speedup / processes)
 
 
 def gradient_bytes(model: str) -> int:
@@ -72,20 +125,22 @@ def gradient_bytes(model: str) -> int:
     return 4 * sum(parameter.numel() for parameter in build_model(model, 10).parameters() if parameter.requires_grad)
 
 
-def table(compute: float, batch: int, size: float) -> list[str]:
+def table(one: Step, size: float) -> list[str]:
     """Return the predictions as two Markdown tables of seconds per epoch and efficiency."""
     lines = []
     for strong in (False, True):
-        kind = f"strong scaling: {batch:,} images together" if strong else f"weak scaling: {batch:,} images a GPU"
+        kind = (
+            f"strong scaling: {one.batch:,} images together" if strong else f"weak scaling: {one.batch:,} images a GPU"
+        )
         lines += ["", f"| GPUs, {kind} | " + " | ".join(link.name for link in LINKS) + " |", "| --- |" + " --- |" * 3]
         for count in COUNTS:
-            points = [predict(compute, batch, size, link, count, strong) for link in LINKS]
+            points = [predict(one, size, link, count, strong) for link in LINKS]
             cells = [f"{point.epoch_seconds:.3g} s, {100 * point.efficiency:.0f} %" for point in points]
             lines.append(f"| {count:,} | " + " | ".join(cells) + " |")
     return lines[1:]
 
 
-def draw(path: Path, compute: float, batch: int, size: float, title: str) -> None:
+def draw(path: Path, one: Step, size: float, title: str) -> None:
     """Plot efficiency over the number of GPUs, weak scaling on the left, strong scaling on the right."""
     from cifar.plotting import Figure
 
@@ -93,12 +148,12 @@ def draw(path: Path, compute: float, batch: int, size: float, title: str) -> Non
     panels = figure.subplots(1, 2, sharey=True)
     for axes, strong in zip(panels, (False, True), strict=True):
         for link, color in zip(LINKS, ("#1a7f5a", "#1f6fb4", "#d9541e"), strict=True):
-            efficiency = [100 * predict(compute, batch, size, link, n, strong).efficiency for n in COUNTS]
+            efficiency = [100 * predict(one, size, link, n, strong).efficiency for n in COUNTS]
             axes.plot(COUNTS, efficiency, "o-", color=color, label=link.name, markersize=4)
         axes.set_xscale("log", base=2)
         axes.set_xticks(COUNTS, [f"{n:,}" for n in COUNTS])
         axes.set(xlabel="GPUs", ylim=(0, 103))
-        axes.set_title(f"{batch:,} images " + ("together" if strong else "a GPU"), loc="left", fontweight="bold")
+        axes.set_title(f"{one.batch:,} images " + ("together" if strong else "a GPU"), loc="left", fontweight="bold")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("efficiency, %")
@@ -112,20 +167,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="tests.benchmarks.scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    # K. Jordan's airbench94_muon: 8 epochs of 25 steps in 2.59 s on one A100, as its author measured it.
-    parser.add_argument("--step-ms", type=float, default=2590 / 200, help="one GPU's step (default: %(default).4g)")
-    parser.add_argument("--batch", type=int, default=2000, help="images of that step (default: %(default)s)")
-    parser.add_argument("--model", choices=MODELS, default="speed", help="default: %(default)s, the model of speed94")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw efficiency over the number of GPUs")
+    default, (host_ms, launch_ms) = H100["speed94"], launch_cost()
+    add = parser.add_argument
+    add("--step-ms", type=float, default=default.busy_ms, help="one GPU's kernels in a step (default: %(default)g)")
+    add("--batch", type=int, default=2000, help="images of that step (default: %(default)s)")
+    add("--launches", type=int, default=default.kernels, help="kernels of a step (default: %(default)s)")
+    add("--launch-us", type=float, default=1000 * launch_ms, help="the host's time for each (default: %(default).3g)")
+    add(
+        "--host-ms", type=float, default=host_ms, help="the host's time for the rest of a step (default: %(default).2g)"
+    )
+    add("--model", choices=MODELS, default="speed", help="default: %(default)s, the model of speed94")
+    add("--plot", type=Path, metavar="FILE.png", help="draw efficiency over the number of GPUs")
     args = parser.parse_args(argv)
     if not args.step_ms > 0 or args.batch < 1:
         parser.error(f"--step-ms {args.step_ms:g} and --batch {args.batch} must be above 0")
-    compute, size = args.step_ms / 1000, gradient_bytes(args.model)
-    title = f"{args.model}: {args.step_ms:.4g} ms for {args.batch:,} images, {size / 1e6:.2f} MB of gradients"
+    if not min(args.launches, args.launch_us, args.host_ms) >= 0:
+        parser.error("--launches, --launch-us and --host-ms must be at least 0")
+    host = args.host_ms + args.launches * args.launch_us / 1000
+    one, size = Step(args.step_ms / 1000, host / 1000, args.batch), gradient_bytes(args.model)
+    title = (
+        f"{args.model}, {args.batch:,} images: {args.step_ms:.4g} ms of kernels; on the host {args.host_ms:.2f} ms + "
+        f"{args.launches} launches x {args.launch_us:.1f} us = {host:.2f} ms; {size / 1e6:.2f} MB of gradients"
+    )
     print(title + "\n")
-    print("\n".join(table(compute, args.batch, size)))
+    print("\n".join(table(one, size)))
     if args.plot is not None:
-        draw(args.plot, compute, args.batch, size, title)
+        draw(args.plot, one, size, title)
 
 
 if __name__ == "__main__":

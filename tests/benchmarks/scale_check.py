@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from tests.benchmarks.runner import images_per_second, python, train
-from tests.benchmarks.scale import Link, all_reduce_seconds, gradient_bytes
+from tests.benchmarks.scale import Link, all_reduce_seconds, fit, gradient_bytes
 
 SIZES = tuple(4**k * 1024 for k in range(8))  # 1 KiB to 16 MiB
 PROCESSES = (1, 2, 4)
@@ -26,15 +26,13 @@ LOCAL_BATCHES = {"net": 128, "net-wide": 64}
 ROUNDS = 3
 
 
-def fit(measured: Sequence[tuple[int, int, float]]) -> Link:
-    """Return the link that fits all-reduces, (processes, bytes, seconds), with the least squares of relative errors.
+def fit_link(measured: Sequence[tuple[int, int, float]]) -> Link:
+    """Return the link that fits all-reduces, (processes, bytes, seconds).
 
-    Relative, so that short messages, which determine alpha, count as much as long ones, which determine the bandwidth.
+    Short messages determine alpha, long ones the bandwidth.
     """
     messages = [(2 * (p - 1), 2 * (p - 1) * size / p) for p, size, _ in measured]
-    seconds = torch.tensor([t for *_, t in measured], dtype=torch.float64)
-    rows = torch.tensor(messages, dtype=torch.float64) / seconds[:, None]
-    alpha, beta = torch.linalg.lstsq(rows, torch.ones(len(rows), 1, dtype=torch.float64)).solution.flatten().tolist()
+    alpha, beta = fit(messages, [seconds for *_, seconds in measured])
     return Link("gloo", alpha, 1 / beta)
 
 
@@ -77,12 +75,13 @@ def main() -> None:
                 work = ("--max-steps", 120, "--log-steps", 40, "--device", "cpu")
                 _, run_dir = train(directory, data_dir, *flags, *work, processes=p, threads=1)
                 steps[model, p].append(batch * p / images_per_second(run_dir))
-    link = fit(measured)
+    link = fit_link(measured)
     print(f"gloo here: alpha {1e6 * link.alpha:.0f} us, {link.bandwidth / 1e9:.2f} GB/s, from {len(measured)} medians")
     print(f"{'model':10}{'processes':>10}{'predicted ms':>14}{'measured ms':>14}{'error':>8}")
     for (model, p), times in steps.items():
         alone, real = statistics.median(steps[model, 1]), statistics.median(times)
-        # If there are more processes than cores, they take turns.
+        # A CPU launches its kernels by calling them: one process's step holds both. If there are more processes than
+        # cores, they take turns.
         predicted = alone * max(1, p / cores) + all_reduce_seconds(p, gradient_bytes(model), link)
         error = 100 * (predicted / real - 1)
         print(f"{model:10}{p:>10}{1000 * predicted:>14.1f}{1000 * real:>14.1f}{error:>+7.0f} %")

@@ -54,6 +54,30 @@ def test_separate_copies_are_found(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("ranks", ["0", "1", "01"])
+def test_out_of_memory_on_some_rank_is_one_line(tmp_path, ranks):
+    driver = tmp_path / "driver.py"
+    driver.write_text(
+        "import torch, cifar.cli, train_ddp\n"
+        "step, steps = train_ddp.train_step, []\n"
+        "def train_step(model, batches, optimizer, runtime, smoothing):\n"
+        "    steps.append(None)\n"
+        f"    if len(steps) == 5 and str(runtime.rank) in {ranks!r}:\n"
+        "        torch.empty(10**15)\n"
+        "    return step(model, batches, optimizer, runtime, smoothing)\n"
+        "train_ddp.train_step = train_step\n"
+        "with cifar.cli.exit_on_error('driver'):\n"
+        "    train_ddp.main()\n"
+    )
+    output = torchrun(2, "--dataset", "synthetic", "--max-steps", 50, cwd=tmp_path, script=[driver])
+    (line,) = [line for line in output.stderr.splitlines() if "error:" in line]
+    assert line.startswith("driver: error: this host is out of memory (3,725,290.30 GiB wanted) at a local batch of 4")
+    assert "--local-batch-size 2 --global-batch-size 8" in line
+    assert any(f"[rank {rank} on host " in line for rank in ranks)
+    assert "exitcode  : 2" in output.stderr
+    assert "Traceback" not in output.stderr.split(line)[0]
+
+
 def test_infinite_loss_ends_all_ranks(tmp_path):
     flags = ["--dataset", "synthetic", "--local-batch-size", 50, "--lr-scaling", "none", "--lr", 50,
              "--log-steps", 10, "--max-steps", 100, "--run-dir", tmp_path / "run"]  # fmt: skip

@@ -1,5 +1,6 @@
 """The batch arithmetic: local batch x world size x accumulation = global batch."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,25 @@ def test_resumed_run_names_the_numbers_of_processes_that_fit(size, world_size, f
         BatchPlan.make(config, world_size, 50_000)
     for number in map(int, fits.split(" or ")):
         assert BatchPlan.make(config, number, 50_000).global_batch_size == size
+
+
+@pytest.mark.parametrize(
+    ("flags", "world_size", "expected"),
+    [
+        ("--local-batch-size 512", 1, 256),
+        ("--local-batch-size 512", 4, 256),
+        ("--recipe speed94", 3, 333),
+        ("--local-batch-size 7 --global-batch-size 42", 2, 3),
+        ("--local-batch-size 11", 1, 1),
+        ("--local-batch-size 1 --global-batch-size 8", 2, None),
+    ],
+)
+def test_smaller_local_batch_keeps_the_global_batch(flags, world_size, expected):
+    config, plan = plan_of(flags, world_size)
+    assert plan.smaller_local_batch() == expected
+    if expected is not None:
+        more = dataclasses.replace(config, local_batch_size=expected, global_batch_size=plan.global_batch_size)
+        assert BatchPlan.make(more, world_size, 50_000) == dataclasses.replace(plan, local_batch_size=expected)
 
 
 def test_lr_scales_with_the_global_batch():

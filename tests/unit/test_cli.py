@@ -3,15 +3,17 @@
 import dataclasses
 import json
 import re
+import socket
 from pathlib import Path
 
 import pytest
+import torch
 
-from cifar.cli import exit_on_error, parse_args
+from cifar.cli import exit_on_error, launch, parse_args
 from cifar.config import Recipe, TrainConfig
 from cifar.datasets import DATASETS
 from cifar.distributed.environment import Launch
-from cifar.errors import StoppedError, TrainingDivergedError, UserError
+from cifar.errors import LocalError, StoppedError, TrainingDivergedError, UserError
 from cifar.models import MODELS
 from cifar.recipes import RECIPES
 from tests.helpers.processes import rank_variables
@@ -246,6 +248,68 @@ def test_other_ranks_wait_for_rank_zero_to_print(error, capsys, monkeypatch, be_
     assert exit_.value.code == 2
     assert capsys.readouterr() == ("", "")
     assert waits, "torchrun ends rank zero as soon as another rank has exited"
+
+
+GPU = (
+    "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 3.12 GiB is "
+    "free. Including non-PyTorch memory, this process has 75.00 GiB memory in use. Of the allocated memory 70.00 GiB is"
+)
+
+
+def fail(error):
+    """Raise `error` or, for None, what torch raises when the host's memory does not suffice."""
+    if error is None:
+        torch.empty(10**15, dtype=torch.uint8)
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError(GPU), "the GPU is out of memory (20.00 GiB wanted, 3.12 GiB of 79.11 GiB free)"),
+        (torch.AcceleratorError("CUDA error: out of memory\nCompile with"), "the GPU is out of memory"),
+        (RuntimeError("NCCL error in: X.cpp:7\nCuda failure 2 'out of memory'"), "the GPU is out of memory"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"), "the GPU is out of memory"),
+        (None, "this host is out of memory (931,322.57 GiB wanted)"),
+    ],
+    ids=["allocator", "context", "NCCL", "MPS", "CPU"],
+)
+def test_out_of_memory_is_one_line(error, expected, capsys):
+    with pytest.raises(SystemExit) as exit_, exit_on_error("prog"), launch(["--device", "cpu"]):
+        fail(error)
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"prog: error: {expected} outside of a training step, ")
+
+
+@pytest.mark.parametrize("error", ["CUDA error: device-side assert triggered", "CUBLAS_STATUS_ALLOC_FAILED", "sizes"])
+def test_other_errors_of_the_device_keep_their_traceback(error):
+    with pytest.raises(RuntimeError, match=error), exit_on_error("prog"), launch(["--device", "cpu"]):
+        raise RuntimeError(error)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_local_error_is_reported_by_the_first_rank_that_has_it(first, capsys, monkeypatch, be_rank):
+    waits = []
+    be_rank(1)
+    monkeypatch.setattr("time.sleep", waits.append)
+    monkeypatch.setattr("cifar.cli.claim_report", lambda: first)
+    with pytest.raises(SystemExit) as exit_, exit_on_error("prog"):
+        raise LocalError("oh")
+    assert exit_.value.code == 2
+    expected = f"prog: error: oh [rank 1 on host {socket.gethostname()}]\n" if first else ""
+    assert capsys.readouterr() == ("", expected)
+    assert bool(waits) != first
+
+
+def test_lost_peer_that_has_said_why_is_no_second_line(capsys, monkeypatch, be_rank):
+    be_rank(0)
+    statuses = []
+    monkeypatch.setattr("os._exit", statuses.append)
+    monkeypatch.setattr("cifar.cli.claim_report", lambda: False)
+    with exit_on_error("prog"):
+        raise RuntimeError(GLOO)
+    assert (statuses, capsys.readouterr()) == ([1], ("", ""))
 
 
 def test_program_error_keeps_its_traceback():

@@ -34,18 +34,20 @@ def test_reads_accuracy_over_seconds_and_images(tmp_path):
     assert run.by_seconds == [(15.0, 0.5), (30.0, 0.75)]
     assert run.by_images == [(1000, 0.5), (2000, 0.75)]
     assert (run.accuracy, run.steps, run.seconds, run.finished) == (0.75, 20, 30.0, False)
+    assert run.first_step_seconds is None
 
 
 def test_table_is_sorted_by_accuracy(tmp_path):
     runs = [
         read_run(make(tmp_path, "low", [0.4], train_seconds=14.0, test_accuracy=0.4)),
         read_run(make(tmp_path, "none", [])),
-        read_run(make(tmp_path, "high", [0.9], train_seconds=16.0, test_accuracy=0.9, test_accuracy_tta=0.92)),
+        read_run(make(tmp_path, "high", [0.9], train_seconds=16.0, first_step_seconds=1.5, test_accuracy_tta=0.92)),
     ]
     head, *rows = (line.split() for line in table(runs))
     assert head[0] == "accuracy"
     assert [row[-1] for row in rows[:2]] == ["high", "low"]
-    assert rows[0][:6] == ["90.00", "%", "92.00", "%", "16.0", "62"]
+    assert rows[0][:7] == ["90.00", "%", "92.00", "%", "16.0", "1.50", "62"]
+    assert rows[1][:5] == ["40.00", "%", "-", "14.0", "-"], "written by an older version"
     assert rows[2][:3] == ["-", "-", "-"]
     assert rows[2][-3:] == ["none", "(not", "finished)"]
 
@@ -57,7 +59,7 @@ def test_picture_and_table_of_a_directory_of_runs(tmp_path, capsys):
     out = tmp_path / "out.png"
     main([str(make(tmp_path, "a", [0.5])), str(tmp_path / "sweep"), "--out", str(out)])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[10] for line in lines[1:4]] == ["c", "a", r"$\b$"]
+    assert [line.split()[11] for line in lines[1:4]] == ["c", "a", r"$\b$"]
     assert lines[4:] == ["on the synthetic dataset, not on CIFAR-10: $\\b$, c", f"picture: {out}"]
     pixels = np.array(Image.open(out).convert("RGB"))
     for color in ((31, 119, 180), (255, 127, 14), (44, 160, 44)):

@@ -3,13 +3,21 @@
 import json
 import math
 import sys
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import train_ddp
 from cifar.checkpoint import checkpoint_path, checkpoints, load_checkpoint
-from cifar.errors import TrainingDivergedError
+from cifar.config import TrainConfig
+from cifar.data import TrainLoader
+from cifar.errors import LocalError, TrainingDivergedError
+from cifar.models import build_model
+from cifar.optim import build_optimizer
+from cifar.train_state import TrainState
+from tests.helpers.checkpoints import content
 from tests.helpers.comparing import make_runs_tiny
 from tests.helpers.processes import records, result
 
@@ -40,7 +48,7 @@ def test_records(finished):
     assert (got["world_size"], got["local_batch_size"], got["global_batch_size"]) == (1, 10, 20)
     assert (got["steps"], got["seed"], got["precision"], got["device"]) == (15, 0, "fp32", "cpu")
     assert (got["test_total"], got["test_accuracy"]) == (200, got["test_correct"] / 200)
-    assert got["train_seconds"] > 0
+    assert got["train_seconds"] > got["first_step_seconds"] > 0
     assert got["images_per_second"] == pytest.approx(300 / got["train_seconds"])
     assert math.isfinite(got["test_loss"])
     assert records(finished, "test/accuracy")[-1] == (15, got["test_accuracy"])
@@ -61,6 +69,94 @@ def test_checkpoints_at_their_steps_and_epoch_ends(finished):
     content = load_checkpoint(checkpoint_path(finished, 12))
     assert (content["format"], content["dataset"], len(content["classes"])) == (2, "synthetic", 10)
     assert (content["state"]["step"], content["state"]["running_steps"]) == (12, 2)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Let 1 s pass in a step, 10 s more in a process's first, and 100 s when an epoch's random numbers are drawn."""
+    passed = SimpleNamespace(seconds=0.0, first=True, reads=0, reads_before=[])
+    step, set_epoch, item = train_ddp.train_step, TrainLoader.set_epoch, torch.Tensor.item
+
+    def train_step(*args):
+        passed.seconds += 11 if passed.first else 1
+        passed.first = False
+        passed.reads_before.append(passed.reads)
+        return step(*args)
+
+    def draw(*args, **kwargs):
+        passed.seconds += 100
+        set_epoch(*args, **kwargs)
+
+    def read(tensor):
+        passed.reads += 1
+        return item(tensor)
+
+    monkeypatch.setattr("cifar.loop.time", SimpleNamespace(perf_counter=lambda: passed.seconds))
+    monkeypatch.setattr(train_ddp, "train_step", train_step)
+    monkeypatch.setattr(TrainLoader, "set_epoch", draw)
+    monkeypatch.setattr(torch.Tensor, "item", read)
+    return passed
+
+
+def test_seconds_of_the_first_step_and_of_the_rest(tmp_path, clock, capsys):
+    run_dir = tmp_path / "run"
+    train_ddp.main([*FLAGS, "--epochs", "2", "--log-steps", "5", "--max-steps", "13", "--run-dir", str(run_dir)])
+    got = result(run_dir)
+    assert (got["train_seconds"], got["first_step_seconds"]) == (100 + 11 + 9 + 100 + 3, 100 + 11)
+    assert "Finished Training\n(223.00 s of training: 111.00 s for the first step, 112.00 s for the rest)\n" in (
+        capsys.readouterr().out
+    )
+    rates = dict(records(run_dir, "train/images_per_second"))
+    assert rates == {5: pytest.approx(100 / 115), 10: pytest.approx(100 / 5), 13: pytest.approx(60 / 103)}
+    clock.first = True
+    train_ddp.main(["--resume", str(run_dir), "--max-steps", "15"])
+    got = result(run_dir)
+    assert (got["train_seconds"], got["first_step_seconds"]) == (223 + 100 + 11 + 1, 111 + 111)
+
+
+def test_only_the_first_step_and_log_points_wait_for_the_device(tmp_path, clock):
+    train_ddp.main([*FLAGS, "--epochs", "1", "--log-steps", "5", "--run-dir", str(tmp_path / "run")])
+    waited_after = [step for step, (a, b) in enumerate(pairwise(clock.reads_before), 1) if b > a]
+    assert waited_after == [1, 5]
+
+
+def test_older_checkpoint_has_no_seconds_of_the_first_step():
+    model = build_model("net", 10)
+    state = TrainState(model, build_optimizer(model, TrainConfig()), torch.amp.GradScaler("cpu", enabled=False))
+    state.load_state_dict(content()["state"] | {"running_loss": 0.0})
+    assert (state.train_seconds, state.first_step_seconds) == (4.5, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("local", "remedy"),
+    [
+        (
+            "10",
+            "use --local-batch-size 5 --global-batch-size 20, which accumulates gradients over the same global batch",
+        ),
+        ("1", "use a smaller model"),
+    ],
+)
+def test_out_of_memory_names_a_smaller_batch(tmp_path, monkeypatch, local, remedy):
+    run_dir, step, batches = tmp_path / "run", train_ddp.train_step, []
+
+    def train_step(model, micro_batches, *args):
+        batches.append(len(micro_batches))
+        if len(batches) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return step(model, micro_batches, *args)
+
+    monkeypatch.setattr(train_ddp, "train_step", train_step)
+    flags = ["--epochs", "1", "--checkpoint-steps", "2", "--run-dir", str(run_dir)]
+    with pytest.raises(LocalError) as lack:
+        train_ddp.main([*FLAGS, *flags, "--local-batch-size", local])
+    assert str(lack.value) == (
+        f"the GPU is out of memory (2.00 GiB wanted) at a local batch of {local}: {remedy}, or end the other "
+        "programs that use it"
+    )
+    if local != "1":
+        train_ddp.main(["--resume", str(run_dir), *remedy.removeprefix("use ").split(",")[0].split()])
+        assert batches == [2, 2, 2, *[4] * 8]
 
 
 def test_max_steps_ends_with_records_as_usual(tmp_path, capsys):

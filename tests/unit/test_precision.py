@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 
 from cifar.config import TrainConfig
 from cifar.distributed.runtime import Runtime
-from cifar.errors import UserError
+from cifar.errors import LocalError, UserError
 from cifar.models import build_model
 from cifar.optim import build_optimizer
 from train_ddp import train_step
@@ -15,10 +15,12 @@ from train_ddp import train_step
 @pytest.fixture
 def _other_precision():
     """Give the runtime that other tests share its state of accelerate back."""
-    before = dict(AcceleratorState._shared_state)
+    states = [AcceleratorState._shared_state, PartialState._shared_state]
+    before = [dict(state) for state in states]
     yield
-    AcceleratorState._shared_state.clear()
-    AcceleratorState._shared_state.update(before)
+    for state, content in zip(states, before, strict=True):
+        state.clear()
+        state.update(content)
 
 
 @pytest.mark.usefixtures("_other_precision")
@@ -44,6 +46,16 @@ def test_runs_of_one_process_have_their_own_precision(synthetic):
         net.conv1.register_forward_hook(lambda module, inputs, output, seen=dtypes: seen.add(output.dtype))
         runtime.prepare(net)(images)
         assert dtypes == {dtype}
+
+
+@pytest.mark.usefixtures("_other_precision")
+def test_gpu_without_bf16_is_named(monkeypatch):
+    """accelerate finds out, on a GPU that is none: only what Python asks of it is here."""
+    facts = {"is_available": True, "device_count": 1, "is_bf16_supported": False, "get_device_name": "Tesla K80"}
+    for name, answer in facts.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    with pytest.raises(LocalError, match=r"^--precision bf16: Tesla K80 does not support it; use fp16 or fp32$"):
+        Runtime(TrainConfig(device="cuda", precision="bf16"))
 
 
 def test_fp16_needs_a_gpu():
