@@ -53,10 +53,10 @@ class Recipe:
     """Pixels by which a random crop may shift an image."""
     cutout: int = 0
     """Side in pixels of the gray square cut out of each training image; 0 for none (DeVries & Taylor 2017)."""
-    small_epochs: int = 0
-    """First epochs, which train on images reduced to small_size pixels: cheaper, for models that take any size."""
+    small_share: float = 0.0
+    """Share of the epochs, from the first, that train on smaller images, which costs less; the model must take them."""
     small_size: int = 24
-    """Side in pixels of the images of the first small_epochs epochs."""
+    """Side in pixels of the smaller images."""
     tta: Literal["none", "flip", "crop"] = "none"
     """Test-time augmentation at the end of the run: average over mirrored, and over shifted and mirrored images."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
@@ -126,6 +126,11 @@ class TrainConfig(Recipe):
         if self.nesterov and self.momentum == 0:
             raise UserError("--nesterov needs a --momentum above 0")
 
+    @property
+    def small_epochs(self) -> int:
+        """Return the number of epochs with smaller images."""
+        return round(self.small_share * self.epochs)
+
     def to_json(self) -> dict[str, Any]:
         """Return every field as a JSON value; paths become strings."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
@@ -157,10 +162,9 @@ _ALLOWED: dict[str, _Allowed] = {
     **dict.fromkeys(("epochs", "max_steps", "local_batch_size", "global_batch_size"), _COUNT),
     **dict.fromkeys(("log_steps", "checkpoint_steps", "keep_checkpoints"), _COUNT),
     **dict.fromkeys(("lr", "muon_lr", "bias_lr_scale"), _POSITIVE),
-    **dict.fromkeys(("momentum", "muon_momentum", "label_smoothing"), _FRACTION),
+    **dict.fromkeys(("momentum", "muon_momentum", "label_smoothing", "small_share"), _FRACTION),
     "weight_decay": (lambda x: 0 <= x < math.inf, "at least 0"),
     "crop_padding": (lambda x: 0 <= x <= 31, "from 0 to 31"),
-    "small_epochs": (lambda x: x >= 0, "at least 0"),
     "small_size": (lambda x: 8 <= x <= 32, "from 8 to 32"),
     "cutout": (lambda x: 0 <= x <= 32, "from 0 to 32"),
     "seed": (lambda x: 0 <= x < 2**63, "at least 0 and below 2**63"),

@@ -292,7 +292,7 @@ def _check_image_size(config: TrainConfig, model: nn.Module, device: torch.devic
             model.eval()(torch.zeros(1, 3, config.small_size, config.small_size, device=device))
     except Exception as error:  # what it raises is up to the model
         raise UserError(
-            f"--small-epochs {config.small_epochs}: model {config.model} does not take images of {config.small_size} x "
+            f"--small-share {config.small_share:g}: model {config.model} does not take images of {config.small_size} x "
             f"{config.small_size} pixels ({first_line(error)}): leave it out, or use another --model"
         ) from error
     finally:

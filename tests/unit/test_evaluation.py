@@ -1,5 +1,6 @@
 """The test metrics: exact, at every world size. Real ranks are in test_torchrun.py and test_world_size.py."""
 
+import contextlib
 import math
 
 import pytest
@@ -33,8 +34,9 @@ def test_metrics_equal_one_plain_pass(net, synthetic, runtime):
 class Simulated:
     """A runtime whose sum adds what the ranks before have contributed."""
 
-    def __init__(self, runtime):
+    def __init__(self, runtime, world_size=1):
         self.device, self.kept = runtime.device, []
+        self.rank, self.world_size = 0, world_size
 
     def broadcast_buffers(self, net):
         pass
@@ -124,3 +126,28 @@ def test_time_augmentation():
     expected = {"none": corner(images), "flip": both(images), "crop": both(images) / 2 + shifted}
     for tta, logits in expected.items():
         assert torch.allclose(augmented_logits(corner, images, tta), logits, atol=1e-6), tta
+
+
+def test_views_of_the_least_certain_quarter(net, synthetic, runtime):
+    plain, test = evaluate(net, synthetic.test, runtime), synthetic.test.dataset
+    got = evaluate(net, synthetic.test, runtime, "crop")
+    with torch.no_grad():
+        logits = augmented_logits(net, normalize(test.images), "crop")
+    uncertain = torch.zeros(1_000, dtype=torch.bool)
+    uncertain[plain.confidence.argsort(stable=True)[:250]] = True
+    assert torch.equal(got.predicted[uncertain], logits.argmax(1)[uncertain])
+    assert torch.allclose(got.confidence[uncertain].float(), logits.softmax(1).max(1).values[uncertain], atol=2e-6)
+    for name in ("losses", "predicted", "confidence"):
+        assert torch.equal(getattr(got, name)[~uncertain], getattr(plain, name)[~uncertain]), name
+        assert not torch.equal(getattr(got, name), getattr(plain, name)), name
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_world_size_changes_no_bit_with_views(net, synthetic, runtime, world_size):
+    plain = evaluate(net, synthetic.test, runtime)
+    whole, ranks = evaluate(net, synthetic.test, runtime, "crop", plain), Simulated(runtime, world_size)
+    for ranks.rank in range(world_size):
+        with contextlib.nullcontext() if ranks.rank == world_size - 1 else pytest.raises(RuntimeError):
+            shared = evaluate(net, synthetic.test, ranks, "crop", plain)
+    assert torch.equal(shared.predicted, whole.predicted)
+    assert shared.loss == pytest.approx(whole.loss, abs=1e-7)

@@ -58,6 +58,23 @@ def test_gpu_without_bf16_is_named(monkeypatch):
         Runtime(TrainConfig(device="cuda", precision="bf16"))
 
 
+@pytest.mark.usefixtures("_other_precision")
+def test_auto_precision_that_differs_names_the_hosts(monkeypatch):
+    found = [("bf16", "A"), ("bf16", "A"), ("fp32", "B")]
+    monkeypatch.setattr(Runtime, "gather", lambda self, value: found)
+    with pytest.raises(UserError, match=r"^--precision auto means bf16 on A and fp32 on B: use --precision"):
+        Runtime(TrainConfig(device="cpu", precision="auto"))
+
+
+@pytest.mark.usefixtures("_other_precision")
+def test_emulated_bf16_is_a_warning(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    Runtime(TrainConfig(device="cpu", precision="bf16"))
+    assert "WARNING: this CPU has no bfloat16 instructions" in capsys.readouterr().out
+    Runtime(TrainConfig(device="cpu"))
+    assert "WARNING" not in capsys.readouterr().out
+
+
 def test_fp16_needs_a_gpu():
     with pytest.raises(UserError, match=r"fp16.*bf16"):
         Runtime(TrainConfig(device="cpu", precision="fp16"))

@@ -5,7 +5,7 @@ import torch
 
 from cifar.config import TrainConfig
 from cifar.distributed.environment import Launch
-from cifar.distributed.runtime import Runtime, choose_device
+from cifar.distributed.runtime import Runtime, choose_device, choose_precision
 from cifar.errors import UserError
 
 
@@ -38,6 +38,24 @@ def test_missing_device(monkeypatch, device):
     have(monkeypatch)
     with pytest.raises(UserError, match=f"--device {device}.*--device cpu"):
         choose_device(device, Launch())
+
+
+@pytest.mark.parametrize(
+    ("names", "onednn", "precision"),
+    [("avx2", True, "fp32"), ("avx512_bf16", True, "bf16"), ("bf16 neon", True, "bf16"), ("amx_bf16", False, "fp32")],
+)
+def test_auto_precision_of_a_cpu(monkeypatch, names, onednn, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names.split(), True))
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    assert choose_precision("auto", "cpu") == precision
+    assert choose_precision("fp32", "cpu") == "fp32"
+
+
+def test_auto_precision_of_a_gpu(monkeypatch):
+    for native in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        assert choose_precision("auto", "cuda") == ("bf16" if native else "fp32")
+    assert choose_precision("auto", "mps") == "fp32"
 
 
 def test_one_process_has_no_process_group(runtime):
