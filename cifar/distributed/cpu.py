@@ -44,7 +44,7 @@ def _quota(group: Path) -> int:
 def computes_in_bf16() -> bool:
     """Return whether this CPU has bfloat16 instructions (AVX-512 BF16, AMX) and oneDNN uses them.
 
-    Without them, bfloat16 is emulated: on an EPYC with AVX2, a step of `speed94` takes @@ times as long as in fp32.
+    Without them, bfloat16 is emulated: on an EPYC with AVX2, a step of `speed94` takes 16 times as long as in fp32.
     """
     names = ("avx512_bf16", "amx_bf16", "bf16")  # of x86 and of ARM
     capabilities = torch.cpu.get_capabilities()
