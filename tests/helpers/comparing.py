@@ -27,9 +27,9 @@ def use_tiny_dataset(patched: pytest.MonkeyPatch, size: int = 200) -> None:
     patched.setitem(DATASETS, "synthetic", lambda _: tiny_dataset(size))
 
 
-def make_runs_tiny(patched: pytest.MonkeyPatch) -> None:
+def make_runs_tiny(patched: pytest.MonkeyPatch, size: int = 200) -> None:
     """Use the tiny dataset, write no report, and wait for each checkpoint."""
-    use_tiny_dataset(patched)
+    use_tiny_dataset(patched, size)
     # Drawing would take most of the time of so small a run.
     patched.setitem(sys.modules, "cifar.report", SimpleNamespace(write_report=lambda *_: None))
     wait_for_checkpoints(patched)
