@@ -174,6 +174,11 @@ class CheckpointWriter:
         self._write_in_flight = self._executor.submit(self._write, copy_to_host(content))
         self.waited_seconds += time.perf_counter() - began
 
+    @property
+    def idle(self) -> bool:
+        """Return whether no write is in flight."""
+        return self._write_in_flight is None or self._write_in_flight.done()
+
     def flush(self) -> None:
         """Wait for the write in flight. An error of the program in the background thread is raised here."""
         began = time.perf_counter()

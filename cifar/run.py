@@ -66,7 +66,7 @@ class Run:
         self._last_step = self.plan.last_step(config)
         self._facts = self._environment()
         self._lock: RunLock | None = None
-        self._stopping = False
+        self._stopping = self._closing = False
         self._test: Evaluation | None = None
         try:
             resumed = self._open(config)
@@ -81,7 +81,7 @@ class Run:
         self._tracking = Tracking(self.config, runtime, self.dir, data, self._facts, self.state.step)
         self._console = Console(config, runtime, data)
         self._console.banner(self.state, str(self.dir), self._tracking.describe(), resumed)
-        self._request = StopRequest(runtime.launch)
+        self._request = StopRequest(runtime.launch, self._cannot_end)
         self._agreement = StopAgreement(runtime, self._request)
 
     def _open(self, config: TrainConfig) -> Resumed | None:
@@ -124,6 +124,7 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._closing = True
         stopped = isinstance(error, StoppedError)
         with contextlib.ExitStack() as stack:  # in reverse order, and each even if another fails
             if self._lock is not None:
@@ -137,6 +138,10 @@ class Run:
         if isinstance(error, TrainingDivergedError):
             newest = self._writer.newest or "none"
             raise TrainingDivergedError(f"{error}; last good checkpoint: {newest}; try a lower --lr") from None
+
+    def _cannot_end(self) -> bool:
+        """Return whether training waits for a process that is gone, and no checkpoint or record is being completed."""
+        return self.runtime.peer_is_gone and not self._closing and self._writer.idle
 
     @property
     def finished(self) -> bool:

@@ -159,6 +159,14 @@ def process_id(pid: int) -> str:
     return f"{boot.read_text().strip()}:{os.readlink('/proc/self/ns/pid')}:{pid}:{start}"
 
 
+def is_running(pid: int, own_id: str) -> bool:
+    """Return whether a process `pid` with the `process_id` `own_id` runs on this host; a zombie has ended."""
+    try:
+        return process_id(pid) == own_id and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except (OSError, psutil.Error):
+        return False
+
+
 def is_rank_zero() -> bool:
     """Return whether this process is rank zero, the one that prints and writes.
 

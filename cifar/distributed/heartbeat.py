@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 from torch.distributed import PrefixStore, Store, TCPStore
 
-from cifar.distributed.environment import process_id
+from cifar.distributed.environment import is_running, process_id
 
 _INTERVAL_SECONDS = 1.0
 _LIMIT = 0.75  # of the timeout: the rest is for ending the run within it
@@ -30,6 +30,9 @@ class Heartbeat:
     ranks, and they watch rank zero: a few messages per rank and second, at any world size.
 
     A rank that hangs in Python or on the device still counts; the timeout of the collectives covers that.
+
+    Attributes:
+        peer_is_gone: whether another rank of this host has ended without `stop`; known a beat later.
     """
 
     def __init__(
@@ -58,13 +61,15 @@ class Heartbeat:
         self._store: Store = PrefixStore(prefix, TCPStore(*address, is_master=False, wait_for_workers=False))
         self._store.set(f"{rank}", "0")
         self._processes = gather((socket.gethostname(), os.getpid(), process_id(os.getpid())))
-        self._stop = threading.Event()
+        self._peers = [r for r, (_, *process) in enumerate(self._processes) if r != rank and is_running(*process)]
+        self.peer_is_gone = False
+        self._stop, self._beating = threading.Event(), threading.Lock()
         threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
 
     def stop(self) -> None:
         """Announce a clean exit, so that the other ranks stop watching this one."""
         self._stop.set()
-        with contextlib.suppress(RuntimeError):  # the store may be gone already
+        with self._beating, contextlib.suppress(RuntimeError):  # the store may be gone already
             self._store.set(f"{self._rank}", _STOPPED.decode())
 
     def _run(self) -> None:
@@ -78,8 +83,15 @@ class Heartbeat:
             guard.daemon = True
             if self._store_freezes:
                 guard.start()
+            # Before the store is read: a rank announces a clean exit first, and then ends.
+            ended = [f"{rank}" for rank in self._peers if not is_running(*self._processes[rank][1:])]
             try:
-                self._store.set(f"{self._rank}", str(count))
+                with self._beating:
+                    if self._stop.is_set():
+                        return
+                    self._store.set(f"{self._rank}", str(count))
+                if ended and any(last != _STOPPED for last in self._store.multi_get(ended)):
+                    self.peer_is_gone = True
                 beats = self._store.multi_get([f"{rank}" for rank in self._watched])
                 reported = json.loads(self._store.get("silent")) if self._store.check(["silent"]) else []
             except RuntimeError:

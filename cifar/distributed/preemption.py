@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -29,6 +30,8 @@ class StopRequest:
 
     Stop signals are SIGTERM, SIGINT, SIGUSR1 and, unless nohup had it ignored, SIGHUP of a terminal that closes.
     The first signal is remembered. Within a second of it, another one counts as its echo; after that, it quits at once.
+    So does the first if the step cannot end: NCCL's kernels wait forever for a rank that was killed on the same host,
+    where gloo sees a closed connection (read in NCCL's documentation and source; not yet seen with two GPUs).
 
     Python runs signal handlers in the main thread, between two bytecodes; but that thread may wait in C for a rank that
     is gone. So a thread reads the signal numbers from a pipe (`signal.set_wakeup_fd`), into which Python's C handler
@@ -38,8 +41,15 @@ class StopRequest:
         name: the first request, such as "SIGTERM"; None before it.
     """
 
-    def __init__(self, launch: Launch) -> None:
+    def __init__(self, launch: Launch, cannot_end: Callable[[], bool] = lambda: False) -> None:
+        """Prepare for the signals that follow.
+
+        Args:
+            cannot_end: whether the step waits for a process that is gone, and nothing is left to save. Asked in another
+                thread, after a stop signal, until it is true.
+        """
         self.name: str | None = None
+        self._cannot_end = cannot_end
         self._is_main = launch.rank == 0
         self._launch, self._agent_pid = launch, launch.agent_pid
         self._grace = _GRACE_SECONDS if launch.elastic else float("inf")
@@ -86,6 +96,8 @@ class StopRequest:
                 # torchrun died, by SIGKILL or a signal that it does not handle: nothing else will stop this process.
                 self._agent_pid = self._launch.agent_pid
                 self._request("the end of torchrun", 1)
+            if self.name is not None and self._cannot_end():
+                self._quit(f"{self.name}, and another process of this run is gone: quitting", 1)
             if self.name is not None and time.monotonic() - self._since > self._grace:
                 self._quit(f"{self.name}, but the step did not end within {self._grace:g} s: quitting", 1)
 

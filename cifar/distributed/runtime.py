@@ -131,6 +131,11 @@ class Runtime:
         """Return whether this is rank zero, the one that prints and writes."""
         return self.rank == 0
 
+    @property
+    def peer_is_gone(self) -> bool:
+        """Return whether another rank of this host has ended without `close`, by a signal or an error."""
+        return self._heartbeat is not None and self._heartbeat.peer_is_gone
+
     def print0(self, text: str = "") -> None:
         """Print one line from rank zero, above the progress bar if there is one."""
         if self.is_main:

@@ -59,7 +59,7 @@ def test_two_nodes(cluster, project):
 
 def test_time_limit_and_requeue_lose_nothing(cluster, project):
     """Stop a job with the signal that SLURM sends before its time limit, then requeue it while it trains."""
-    job = cluster.submit(SCRIPT, *FLAGS, "--checkpoint-steps", "5000", "--max-steps", "9000", cwd=project)
+    job = cluster.submit(SCRIPT, *FLAGS, "--checkpoint-steps", "5000", "--max-steps", "6000", cwd=project)
     run_dir = project / "runs" / f"slurm-{job}"
 
     def until(text, times=1):
@@ -75,8 +75,8 @@ def test_time_limit_and_requeue_lose_nothing(cluster, project):
     cluster.run("scontrol", "requeue", job)
     wait(lambda: cluster.state(job) == "COMPLETED", project, job)
     assert output(project, job).count("processes 1 process on") == 3
-    assert [step for step, _ in records(run_dir, "train/loss")] == list(range(20, 9001, 20))
-    assert result(run_dir)["steps"] == 9000
+    assert [step for step, _ in records(run_dir, "train/loss")] == list(range(20, 6001, 20))
+    assert result(run_dir)["steps"] == 6000
 
 
 def test_mistake_is_not_requeued(cluster, project):
@@ -89,7 +89,7 @@ def test_mistake_is_not_requeued(cluster, project):
 def test_srun_of_several_tasks_is_refused_once(cluster, tmp_path):
     """Each task would train alone. One task, or a command in an allocation for several, is a single process."""
     flags = ("--device", "cpu", "--dataset", "synthetic", "--max-steps", "1", "--wandb", "disabled")
-    alone = (sys.executable, ROOT / "train_ddp.py", *flags)
+    alone = (sys.executable, "-m", "tests.helpers.small", *flags)
     with pytest.raises(subprocess.SubprocessError) as refused:
         cluster.run("srun", "--ntasks=2", *alone, cwd=tmp_path)
     assert str(refused.value).count("train_ddp.py: error: srun started 2 processes, which would train separately") == 1

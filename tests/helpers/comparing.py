@@ -27,12 +27,16 @@ def use_tiny_dataset(patched: pytest.MonkeyPatch, size: int = 200) -> None:
     patched.setitem(DATASETS, "synthetic", lambda _: tiny_dataset(size))
 
 
-def make_runs_tiny(patched: pytest.MonkeyPatch) -> None:
+def make_runs_tiny(patched: pytest.MonkeyPatch, size: int = 200) -> None:
     """Use the tiny dataset, write no report, and wait for each checkpoint."""
-    use_tiny_dataset(patched)
-    # Drawing would take most of the time of so small a run.
-    patched.setitem(sys.modules, "cifar.report", SimpleNamespace(write_report=lambda *_: None))
+    use_tiny_dataset(patched, size)
+    write_no_report(patched)
     wait_for_checkpoints(patched)
+
+
+def write_no_report(patched: pytest.MonkeyPatch) -> None:
+    """Leave out report.png and index.html: drawing them would take most of the time of a small run."""
+    patched.setitem(sys.modules, "cifar.report", SimpleNamespace(write_report=lambda *_: None))
 
 
 def shrink_synthetic(patched: pytest.MonkeyPatch, train_size: int = 5_000, test_size: int = 1_000) -> None:

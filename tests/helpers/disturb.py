@@ -23,14 +23,22 @@ FLAGS = ["--device", "cpu", "--dataset", "synthetic", "--wandb", "disabled", "--
 class Watched:
     """`torchrun ARGUMENTS train_ddp.py FLAGS` in the background, with its output in a file."""
 
-    def __init__(self, run_dir: Path, flags: list[str], launcher: list[str], log: str = "log.txt", **environment: str):
-        self.run_dir = run_dir
+    def __init__(
+        self,
+        run_dir: Path,
+        flags: list[str],
+        launcher: list[str],
+        log: str = "log.txt",
+        script: Path = ROOT / "train_ddp.py",
+        **environment: str,
+    ) -> None:
+        self.run_dir, self._script = run_dir, script
         self.log = run_dir.parent / log
         before = self.log.read_text() if self.log.exists() else ""
         self._offset = len(before)
         with self.log.open("a") as output:
             self.process = subprocess.Popen(
-                [*TORCHRUN, *launcher, ROOT / "train_ddp.py", *flags],
+                [*TORCHRUN, *launcher, script, *flags],
                 cwd=run_dir.parent, env=clean_environment(**environment), stdin=subprocess.DEVNULL,
                 stdout=output, stderr=subprocess.STDOUT,
             )  # fmt: skip
@@ -48,7 +56,7 @@ class Watched:
 
     def ranks(self) -> list[psutil.Process]:
         """Return the training processes by local rank."""
-        found = [child for child in self.agent.children() if "train_ddp.py" in " ".join(child.cmdline())]
+        found = [child for child in self.agent.children() if str(self._script) in child.cmdline()]
         return sorted(found, key=lambda process: int(process.environ()["LOCAL_RANK"]))
 
     def until(self, reached: Callable[[], bool], what: str, timeout: float = 90) -> float:

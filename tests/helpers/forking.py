@@ -46,6 +46,9 @@ def fork_ranks(world_size: int, work: Callable[[], object]) -> None:
     Raises:
         RuntimeError: a rank failed.
     """
+    # Loaded once for all: every rank would take 3 seconds for what DDP and the optimizers import when they are made.
+    import torch._dynamo
+    import torch.distributed.tensor  # noqa: F401
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

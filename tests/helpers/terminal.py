@@ -1,4 +1,4 @@
-"""A pseudo-terminal: start a command on it, read what it shows, and type."""
+"""A pseudo-terminal: start a command on it, read what it shows, and type; or let this process print on it."""
 
 import fcntl
 import os
@@ -10,8 +10,9 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 from tests.helpers.processes import clean_environment
@@ -32,8 +33,7 @@ class Terminal:
         self, command: Sequence[object], cwd: Path, rows: int = 40, columns: int = 120, **environment: str
     ) -> None:
         self._written = b""
-        self._screen, keyboard = pty.openpty()
-        fcntl.ioctl(keyboard, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        self._screen, keyboard = _open(rows, columns)
         self._process = subprocess.Popen(
             [sys.executable, "-c", _ON_TERMINAL, *map(str, command)],
             cwd=cwd, env=clean_environment(TERM="xterm-256color", **environment),
@@ -89,3 +89,29 @@ class Terminal:
             return False
         self._written += chunk
         return bool(chunk)
+
+
+def shown(work: Callable[[], object], rows: int = 40, columns: int = 120) -> str:
+    """Do `work` with this process's standard output and error on a terminal, and return what it has written there."""
+    screen, keyboard = _open(rows, columns)
+    with ThreadPoolExecutor(1) as pool:  # a terminal takes a few kilobytes before somebody reads them
+        written = pool.submit(_read_all, screen)
+        with open(keyboard, "w") as terminal, redirect_stdout(terminal), redirect_stderr(terminal):
+            work()
+    os.close(screen)
+    return written.result()
+
+
+def _read_all(screen: int) -> str:
+    chunks = []
+    with suppress(OSError):  # on Linux: the other side is closed
+        while chunk := os.read(screen, 1 << 16):
+            chunks.append(chunk)
+    return b"".join(chunks).decode(errors="replace")
+
+
+def _open(rows: int, columns: int) -> tuple[int, int]:
+    """Return the file descriptors of a new terminal: the screen's and the keyboard's side."""
+    screen, keyboard = pty.openpty()
+    fcntl.ioctl(keyboard, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    return screen, keyboard

@@ -3,11 +3,13 @@
 import os
 import signal
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from cifar.checkpoint import checkpoint_path, checkpoints, load_checkpoint
+from cifar.distributed.preemption import _GRACE_SECONDS
 from tests.helpers.disturb import FLAGS, Watched, send
 from tests.helpers.processes import left_of
 from tests.helpers.soak import soak
@@ -20,7 +22,7 @@ TWO = ["--standalone", "--nproc_per_node=2"]
 @pytest.fixture(scope="module")
 def scenarios(tmp_path_factory):
     """Run them two at a time: most of their time is waiting, for processes to start or for a frozen one."""
-    parts = (short_soak, stopped, frozen)
+    parts = (short_soak, stopped, frozen, killed_under_an_endless_step)
     with ThreadPoolExecutor(2) as pool:
         yield {part: pool.submit(part, tmp_path_factory.mktemp(part.__name__)) for part in parts}
 
@@ -85,3 +87,40 @@ def test_frozen_rank_is_named_within_the_timeout(scenarios):
     named = f"rank 1 (process {pid} on {socket.gethostname()}) sent no heartbeat for 6 s"
     assert text.count(named) == 1
     assert "Traceback" not in text.split("ChildFailedError")[0].split(named)[0]
+
+
+def killed_under_an_endless_step(folder):
+    """Kill rank one while rank zero's step waits for it without an end, as NCCL's kernels would."""
+    run_dir, driver = folder / "run", folder / "driver.py"
+    driver.write_text(
+        "import time, train_ddp\n"
+        "from cifar.run import Run\n"
+        "after_step = Run.after_step\n"
+        "def wait(run):\n"
+        "    while run.state.step == 40 and run.runtime.is_main:\n"
+        "        time.sleep(1)\n"
+        "    return after_step(run)\n"
+        "Run.after_step = wait\n"
+        "train_ddp.main()\n"
+    )
+    run = Watched(run_dir, [*FLAGS, "--max-steps", "60", "--run-dir", str(run_dir)], TWO, script=driver)
+    try:
+        run.until_step(20)
+        ranks = run.ranks()
+        time.sleep(1)
+        send(ranks[1], signal.SIGKILL)
+        began = time.monotonic()
+        late = left_of(ranks, 30)
+        return run.end(20), run.output(), late, time.monotonic() - began
+    finally:
+        run.kill()
+
+
+def test_rank_does_not_wait_for_a_killed_one(scenarios):
+    status, text, late, seconds = scenarios[killed_under_an_endless_step].result()
+    assert status == 1
+    assert late == []
+    assert seconds < _GRACE_SECONDS / 2
+    last = "SIGTERM, and another process of this run is gone: quitting\n"
+    assert text.count(last) == 1
+    assert "Traceback" not in text.split(last)[0]

@@ -1,4 +1,4 @@
-"""World size changes nothing but speed: real torchrun runs of the same global batch, compared with each other."""
+"""World size changes nothing but speed: runs of the same global batch, compared with each other."""
 
 import re
 import shutil
@@ -30,6 +30,16 @@ FLAGS = ["--recipe", "wide", "--model", "net", "--lr", LR, "--lr-scaling", "none
          "--global-batch-size", GLOBAL_BATCH, "--log-steps", 1]  # fmt: skip
 
 
+def train_forked(*flags, cwd, processes):
+    """Run `processes` copies of one process that has loaded torch, which is most of what starting a process costs."""
+    script = (
+        "import sys, train_ddp\n"
+        "from tests.helpers.forking import fork_ranks\n"
+        "fork_ranks(int(sys.argv[1]), lambda: train_ddp.main(sys.argv[2:]))\n"
+    )
+    return run([sys.executable, "-c", script, processes, *flags, "--device", "cpu", "--wandb", "disabled"], cwd)
+
+
 @pytest.fixture(scope="module")
 def data_flags(request):
     """Return the flags of the real dataset if it is there, else of the synthetic one."""
@@ -47,9 +57,9 @@ def runs(tmp_path_factory, data_flags):
 
     def start(processes):
         run_dir = folder / f"{processes}"
-        output = train(
-            *flags, "--local-batch-size", RUNS[processes], "--run-dir", run_dir, cwd=folder, processes=processes
-        )
+        own = [*flags, "--local-batch-size", RUNS[processes], "--run-dir", run_dir]
+        launch = train if processes <= 2 else train_forked
+        output = launch(*own, cwd=folder, processes=processes)
         assert output.returncode == 0, output.stderr
         return run_dir, output.stdout
 
@@ -107,21 +117,13 @@ def test_accuracy_equals_that_of_one_process(runs, runtime, data_flags, processe
     assert got["test_loss"] == pytest.approx(test.loss, abs=1e-6)
 
 
-# Seven copies of one process that has loaded torch.
-SEVEN = """
-import sys, train_ddp
-from tests.helpers.forking import fork_ranks
-fork_ranks(7, lambda: train_ddp.main(sys.argv[1:]))
-"""
-
-
 def test_evaluate_at_one_and_at_seven_processes(runs, tmp_path, data_flags):
     """Seven does not divide 10,000 either."""
-    flags = ["--evaluate", checkpoint_path(runs[1][0], STEPS), "--device", "cpu", *data_flags]
+    flags = ["--evaluate", checkpoint_path(runs[1][0], STEPS), *data_flags]
     got = result(runs[1][0])
     line = f"({got['test_correct']:,} of 10,000 correct, loss {got['test_loss']:.4f})"
-    for command in ([ROOT / "train_ddp.py"], ["-c", SEVEN]):
-        output = run([sys.executable, *command, *flags], tmp_path)
+    for launch, processes in ((train, 1), (train_forked, 7)):
+        output = launch(*flags, cwd=tmp_path, processes=processes)
         assert output.returncode == 0, output.stderr
         assert output.stdout.count(line) == 1, output.stdout
     assert not (tmp_path / "runs").exists(), "evaluating is not a run"

@@ -26,7 +26,7 @@ from cifar.errors import UserError
 from cifar.files import write_atomically, write_json
 from cifar.models import build_model
 from tests.helpers.checkpoints import content, flip_bits, small, zip_of
-from tests.helpers.comparing import same, use_tiny_dataset
+from tests.helpers.comparing import make_runs_tiny, same
 from tests.helpers.forking import fork, wait
 
 
@@ -260,7 +260,7 @@ def test_file_system_that_cannot_flush_directories_is_accepted(tmp_path, monkeyp
 
 
 def test_evaluate_prints_the_accuracy_of_the_run(tmp_path, monkeypatch, capsys):
-    use_tiny_dataset(monkeypatch)
+    make_runs_tiny(monkeypatch)
     monkeypatch.chdir(tmp_path)
     flags = "--device cpu --dataset synthetic --wandb disabled --local-batch-size 50 --max-steps 4 --run-dir run"
     train_ddp.main(flags.split())

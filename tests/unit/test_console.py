@@ -1,7 +1,6 @@
 """Console output: on a terminal a bar with images/s and the remaining time, plain lines elsewhere; the banner."""
 
 import re
-import sys
 
 import pytest
 import torch
@@ -12,16 +11,16 @@ from cifar.datasets import DATASETS
 from cifar.evaluation import evaluate
 from cifar.models import build_model
 from tests.helpers.comparing import make_runs_tiny, tiny_dataset
-from tests.helpers.terminal import Terminal
+from tests.helpers.terminal import shown
 
 FLAGS = "--dataset synthetic --device cpu --wandb disabled"
 
 
-def test_terminal_shows_a_bar_between_whole_lines(tmp_path):
-    command = [sys.executable, "-m", "tests.helpers.small", *FLAGS.split(), "--max-steps", 450, "--log-steps", 150]
-    with Terminal(command, tmp_path) as terminal:
-        assert terminal.end() == 0, terminal.written
-    lines = [line.strip() for line in re.split(r"[\r\n]+", terminal.written)]
+def test_terminal_shows_a_bar_between_whole_lines(tmp_path, monkeypatch):
+    make_runs_tiny(monkeypatch, 2_000)
+    flags = [*FLAGS.split(), "--max-steps", "450", "--log-steps", "150", "--run-dir", str(tmp_path / "run")]
+    written = shown(lambda: train_ddp.main(flags))
+    lines = [line.strip() for line in re.split(r"[\r\n]+", written)]
     assert any(re.search(r"\d+%\|.*\[\d+:\d\d<\d+:\d\d, .*images/s\]", line) for line in lines)
     for step in (150, 300, 450):
         assert any(re.fullmatch(rf"\[1, {step:5d}\] loss: \d\.\d{{3}}", line) for line in lines), lines

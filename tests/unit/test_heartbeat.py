@@ -11,14 +11,19 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
+from cifar.distributed.environment import Launch
 from cifar.distributed.heartbeat import Heartbeat
+from cifar.distributed.preemption import _GRACE_SECONDS, StopRequest
 from tests.helpers.forking import fork, wait
 
 TIMEOUT = 2.0
 
 
 class Ranks:
-    """Two ranks and their store, served by this process as by a launcher, or else by rank zero."""
+    """Two ranks and their store, served by this process as by a launcher, or else by rank zero.
+
+    Neither ever ends its step. SIGUSR2 makes a rank announce a clean exit.
+    """
 
     def __init__(self, store_of_rank_zero):
         with socket.socket() as free:
@@ -48,10 +53,11 @@ class Ranks:
             heartbeat.stop()
             store.set(f"stopped/{rank}", "")
 
-        signal.signal(signal.SIGUSR1, stop)
-        store.set(f"ready/{rank}", "")
-        while True:
-            time.sleep(0.1)
+        signal.signal(signal.SIGUSR2, stop)
+        with StopRequest(Launch(rank=rank, elastic=True), lambda: heartbeat.peer_is_gone):
+            store.set(f"ready/{rank}", "")
+            while True:
+                time.sleep(0.1)
 
     def kill(self):
         for pid in self.pids:
@@ -94,8 +100,29 @@ def test_frozen_rank_is_named_and_killed(start, store_of_rank_zero, victim, capf
 
 def test_stopped_heartbeat_is_not_missed(start):
     ranks = start(store_of_rank_zero=False)
-    os.kill(ranks.pids[1], signal.SIGUSR1)
+    os.kill(ranks.pids[1], signal.SIGUSR2)
     ranks.wait_for("stopped/1")
     os.kill(ranks.pids[1], signal.SIGSTOP)  # no more heartbeats
     time.sleep(TIMEOUT)
+    assert os.waitpid(ranks.pids[0], os.WNOHANG) == (0, 0)
+
+
+def test_rank_whose_peer_was_killed_quits_at_the_stop_signal(start, capfd):
+    """As NCCL's kernels do, its step waits for the other rank forever."""
+    ranks = start(store_of_rank_zero=False)
+    os.kill(ranks.pids[1], signal.SIGKILL)
+    began = time.monotonic()
+    os.kill(ranks.pids[0], signal.SIGTERM)
+    assert wait(ranks.pids[0]) == 1
+    assert time.monotonic() - began < _GRACE_SECONDS / 4
+    assert capfd.readouterr().err == "SIGTERM, and another process of this run is gone: quitting\n"
+
+
+def test_rank_whose_peer_has_left_in_order_may_end_its_step(start):
+    ranks = start(store_of_rank_zero=False)
+    os.kill(ranks.pids[1], signal.SIGUSR2)
+    ranks.wait_for("stopped/1")
+    os.kill(ranks.pids[1], signal.SIGKILL)
+    os.kill(ranks.pids[0], signal.SIGTERM)
+    time.sleep(1.5)  # several beats
     assert os.waitpid(ranks.pids[0], os.WNOHANG) == (0, 0)

@@ -14,7 +14,7 @@ import train_ddp
 from cifar import run_dir
 from cifar.errors import UserError
 from cifar.run_dir import RunLock, check_unused, check_writable, create_run_dir, owners
-from tests.helpers.comparing import traces, use_tiny_dataset
+from tests.helpers.comparing import make_runs_tiny, traces
 from tests.helpers.forking import fork, wait
 
 
@@ -130,7 +130,7 @@ def test_check_writable_leaves_no_trace_if_it_fails(tmp_path, monkeypatch):
 
 
 def test_new_run_beside_a_log_but_not_over_another_run(tmp_path, monkeypatch):
-    use_tiny_dataset(monkeypatch)
+    make_runs_tiny(monkeypatch)
     flags = [
         "--device",
         "cpu",
@@ -153,7 +153,7 @@ def test_new_run_beside_a_log_but_not_over_another_run(tmp_path, monkeypatch):
 
 
 def test_locked_run_is_refused_in_one_line_and_not_changed(tmp_path, lock_elsewhere, monkeypatch):
-    use_tiny_dataset(monkeypatch)
+    make_runs_tiny(monkeypatch)
     run = tmp_path / "run"
     flags = "--device cpu --dataset synthetic --wandb disabled --local-batch-size 20 --max-steps 2 --checkpoint-steps 1"
     train_ddp.main([*flags.split(), "--run-dir", str(run)])

@@ -11,7 +11,7 @@ from cifar.config import TrainConfig
 from cifar.data import load_data
 from cifar.evaluation import evaluate
 from cifar.models import build_model
-from tests.helpers.comparing import shrink_synthetic
+from tests.helpers.comparing import shrink_synthetic, write_no_report
 from tests.helpers.processes import records, result, torchrun
 from tests.helpers.small import TEST_SIZE, TRAIN_SIZE
 
@@ -22,6 +22,7 @@ FLAGS = ["--dataset", "synthetic", "--global-batch-size", "8", "--max-steps", st
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     shrink_synthetic(monkeypatch, TRAIN_SIZE, TEST_SIZE)
+    write_no_report(monkeypatch)
 
 
 @pytest.fixture(scope="module")

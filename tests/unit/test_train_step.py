@@ -11,7 +11,7 @@ import train_ddp
 from cifar.config import TrainConfig
 from cifar.models import build_model
 from cifar.optim import build_optimizer
-from tests.helpers.comparing import shrink_synthetic
+from tests.helpers.comparing import shrink_synthetic, write_no_report
 from tests.helpers.processes import records
 from train_ddp import train_step
 
@@ -119,6 +119,7 @@ class TutorialNet(nn.Module):
 
 def test_program_equals_the_tutorials_loop(tmp_path, synthetic, monkeypatch):
     shrink_synthetic(monkeypatch, 2_000, 100)
+    write_no_report(monkeypatch)
     flags = ["--dataset", "synthetic", "--device", "cpu", "--wandb", "disabled", "--run-dir", str(tmp_path / "run")]
     train_ddp.main([*flags, "--max-steps", "60", "--log-steps", "20"])
     torch.manual_seed(0)
