@@ -41,16 +41,6 @@ def _quota(group: Path) -> int:
     return 1 << 30
 
 
-def computes_in_bf16() -> bool:
-    """Return whether this CPU has bfloat16 instructions (AVX-512 BF16, AMX) and oneDNN uses them.
-
-    Without them, bfloat16 is emulated: on an EPYC with AVX2, a step of `speed94` takes 16 times as long as in fp32.
-    """
-    names = ("avx512_bf16", "amx_bf16", "bf16")  # of x86 and of ARM
-    capabilities = torch.cpu.get_capabilities()
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and any(capabilities.get(name) for name in names)
-
-
 def keep_freed_memory() -> None:
     """Keep freed memory in this process instead of returning it to the kernel (glibc only; else a no-op).
 

@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,19 +17,13 @@ from torch import Tensor, nn
 
 from cifar.config import TrainConfig
 from cifar.distributed import rendezvous
-from cifar.distributed.cpu import (
-    SMALL_BATCH,
-    available_cores,
-    computes_in_bf16,
-    keep_freed_memory,
-    native_convolutions,
-)
+from cifar.distributed.cpu import SMALL_BATCH, available_cores, keep_freed_memory, native_convolutions
+from cifar.distributed.device import check_compiler, choose_device, choose_precision, computes_in_bf16
 from cifar.distributed.environment import Launch, quiet_nccl_watchdog, threads_per_process
 from cifar.distributed.heartbeat import Heartbeat
 from cifar.errors import LocalError, UserError
 
 T = TypeVar("T")
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 # Ranks wait on the host for a download that local rank zero makes; the slowest known source needs an hour.
 _HOST_TIMEOUT = timedelta(hours=3)
@@ -124,7 +118,7 @@ class Runtime:
             self.print0("WARNING: this CPU has no bfloat16 instructions: bf16 is far slower than --precision fp32 here")
         if config.compile:
             with self.fail_together():
-                _check_compiler(self.device)
+                check_compiler(self.device)
 
     @property
     def is_main(self) -> bool:
@@ -261,58 +255,9 @@ class PendingAllReduce:
         return self._tensor.tolist()
 
 
-def choose_device(wanted: str, launch: Launch) -> str:
-    """Return the type of device to train on: "cuda", "mps" or "cpu".
-
-    Raises:
-        UserError: the wanted device is not available, or there are fewer GPUs than processes on this host.
-    """
-    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if wanted == "auto":
-        wanted = "cuda" if has_cuda else "mps" if has_mps and launch.world_size == 1 else "cpu"
-    if wanted == "cuda":
-        gpus = torch.cuda.device_count() if has_cuda else 0
-        if gpus == 0:
-            raise UserError("--device cuda: PyTorch finds no GPU here; use --device cpu")
-        if launch.local_world_size > gpus:
-            raise UserError(
-                f"{launch.local_world_size} processes were started on this host, which has {gpus} GPU(s): "
-                f"use --nproc_per_node={gpus}, or --device cpu"
-            )
-    if wanted == "mps" and not has_mps:
-        raise UserError("--device mps: PyTorch finds no Apple GPU here; use --device cpu")
-    if wanted == "mps" and launch.world_size > 1:
-        raise UserError(f"--device mps trains in one process, not {launch.world_size}; use --device cpu")
-    return wanted
-
-
-def choose_precision(wanted: Precision, device_type: str) -> Precision:
-    """Return the precision to train in: "fp32", "bf16" or "fp16"; for "auto", bf16 if the device computes in it."""
-    if wanted != "auto":
-        return wanted
-    native = device_type == "cpu" and computes_in_bf16()
-    if device_type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if native else "fp32"
-
-
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the bare module of a model that may be wrapped in DistributedDataParallel."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-
-
-def _check_compiler(device: torch.device) -> None:
-    """Compile a small function, so that a missing compiler is known before anything is written.
-
-    Raises:
-        UserError: torch.compile does not work here.
-    """
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
-    except Exception as error:  # no compiler, no headers, a cache that cannot be written, ...
-        lines = [line for line in str(error).splitlines() if line and not line.startswith("backend=")]
-        reason = (lines or [type(error).__name__])[0]
-        raise UserError(f"--compile does not work here ({reason}): install a C++ compiler, or leave it out") from error
 
 
 def _ddp_kwargs(comm_hook: str) -> DistributedDataParallelKwargs:

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from cifar.config import TrainConfig
+from cifar.distributed.device import choose_device, choose_precision
 from cifar.distributed.environment import Launch
-from cifar.distributed.runtime import Runtime, choose_device, choose_precision
+from cifar.distributed.runtime import Runtime
 from cifar.errors import UserError
 
 
