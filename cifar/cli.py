@@ -19,7 +19,7 @@ from cifar.config import MAY_CHANGE, TrainConfig, differences, flag, read_config
 from cifar.datasets import DATASETS
 from cifar.distributed.environment import accelerate_fields, is_rank_zero
 from cifar.distributed.runtime import Runtime
-from cifar.errors import StoppedError, TrainingDivergedError, UserError
+from cifar.errors import RanksDifferError, StoppedError, TrainingDivergedError, UserError
 from cifar.models import MODELS
 from cifar.output import safe_output
 from cifar.recipes import RECIPES, config_from_recipe
@@ -154,7 +154,7 @@ def exit_on_error(prog: str) -> Iterator[None]:
         except StoppedError as stop:
             _print0(str(stop), sys.stdout)
             raise SystemExit(stop.status) from None
-        except (UserError, TrainingDivergedError) as error:
+        except (UserError, TrainingDivergedError, RanksDifferError) as error:
             _print0(f"{prog}: error: {error}", sys.stderr)
             _wait_for_rank_zero()
             if dist.is_initialized():  # all ranks come here; NCCL's destructor would add a warning of its own

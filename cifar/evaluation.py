@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from cifar.data import EvalLoader
 from cifar.distributed.runtime import Runtime, unwrap
+from cifar.errors import RanksDifferError
 
 _FIXED_POINT = 2**20  # units of loss and confidence, for six decimals
 _MAX_LOSS = 2**22  # of one image: the sum of ten thousand stays below 2**63 units
@@ -68,20 +69,24 @@ def evaluate(model: nn.Module, loader: EvalLoader, runtime: Runtime, tta: str = 
 
     Ranks hold uneven shards, so the forward pass must not communicate: DistributedDataParallel would hang, and the bare
     module is used. The one all_reduce sums a row of integers per test image, in fixed point: integer sums do not depend
-    on the order, and each image's count has to come out as one.
+    on the order, and each image's count has to come out as one. A row per rank holds a checksum of its weights: after
+    the gradients' exchange each rank updates its own, so on GPUs of different models, which round differently, they
+    would drift apart unseen.
 
     Args:
         tta: test-time augmentation, "none", "flip" or "crop"; see `augmented_logits`.
 
     Raises:
         RuntimeError: an image was counted twice or not at all.
+        RanksDifferError: some rank's weights are not those of rank zero, bit for bit; raised on all ranks.
     """
     model = unwrap(model)
     runtime.broadcast_buffers(model)
     was_training = model.training
     model.eval()
     test = loader.dataset
-    rows = torch.zeros(len(test), 5, dtype=torch.int64, device=runtime.device)
+    rows = torch.zeros(len(test) + runtime.world_size, 5, dtype=torch.int64, device=runtime.device)
+    rows[len(test) + runtime.rank, 0] = _checksum(model)
     for indices, (images, labels) in zip(loader.sampler, loader, strict=True):
         logits = augmented_logits(model, images, tta).float()
         losses = F.cross_entropy(logits, labels, reduction="none")
@@ -92,10 +97,17 @@ def evaluate(model: nn.Module, loader: EvalLoader, runtime: Runtime, tta: str = 
         rows.index_add_(0, indices, torch.stack([column.long() for column in columns], dim=1))
     model.train(was_training)
 
-    seen, predicted, losses, confidence, infinite = runtime.sum(rows).cpu().unbind(1)
+    results, weights = runtime.sum(rows).cpu().split([len(test), runtime.world_size])
+    seen, predicted, losses, confidence, infinite = results.unbind(1)
     if not bool((seen == 1).all()):
         counts = torch.bincount(seen).tolist()
         raise RuntimeError(f"test images counted 0, 1, 2, ... times: {counts}; each must be counted once")
+    checksums = weights[:, 0].tolist()
+    if different := [f"{rank}" for rank, checksum in enumerate(checksums) if checksum != checksums[0]]:
+        raise RanksDifferError(
+            f"the weights of rank {', '.join(different)} differ from rank zero's after the same updates: train on GPUs "
+            f"of one model, or look for a defect there; --resume continues with the weights of rank zero"
+        )
     return Evaluation(
         loss=float("nan") if bool(infinite.any()) else losses.sum().item() / _FIXED_POINT / len(test),
         labels=test.labels.cpu(),
@@ -103,6 +115,11 @@ def evaluate(model: nn.Module, loader: EvalLoader, runtime: Runtime, tta: str = 
         confidence=confidence.double() / _FIXED_POINT,
         classes=test.classes,
     )
+
+
+def _checksum(model: nn.Module) -> Tensor:
+    """Return the sum of the bits of all weights, int64 [], on their device."""
+    return torch.cat([parameter.flatten() for parameter in model.parameters()]).float().view(torch.int32).sum()
 
 
 def _fixed(values: Tensor) -> Tensor:

@@ -233,8 +233,11 @@ def every_test_image_counts_once_and_as_on_the_cpu() -> str:
                     complete[:, 0] = 1
                     return torch.stack(rows).sum(0) if len(rows) == 3 else complete
 
-                runtime = SimpleNamespace(device=torch.device(device), broadcast_buffers=lambda _: None, sum=all_reduce)
                 for rank in range(3):
+                    runtime = SimpleNamespace(
+                        device=torch.device(device), rank=rank, world_size=3, broadcast_buffers=lambda _: None,
+                        sum=all_reduce,
+                    )  # fmt: skip
                     results[device, tta] = evaluate(own, EvalLoader(data, rank, 3), runtime, tta)  # type: ignore[arg-type]
     for tta in ("none", "crop"):
         here, there = results["cpu", tta], results[DEVICE, tta]
