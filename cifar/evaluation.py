@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cifar.data import EvalLoader
 from cifar.distributed.runtime import Runtime, unwrap
+from cifar.errors import RanksDifferError
 
 _FIXED_POINT = 2**20  # units of loss and confidence, for six decimals
 _MAX_LOSS = 2**22  # of one image: a sum over all ranks stays below 2**63 units
@@ -77,7 +78,9 @@ def evaluate(
 
     Ranks hold uneven shards, so the forward pass must not communicate: DistributedDataParallel would hang, and the bare
     module is used. The one all_reduce sums a row of integers per test image, in fixed point: integer sums do not depend
-    on the order, and each image's count has to come out as one.
+    on the order, and each image's count has to come out as one. A row per rank holds a checksum of its weights: after
+    the gradients' exchange each rank updates its own, so on GPUs of different models, which round differently, they
+    would drift apart unseen.
 
     Args:
         tta: test-time augmentation, "none", "flip" or "crop"; see `augmented_logits`. It applies to the quarter of the
@@ -86,6 +89,7 @@ def evaluate(
 
     Raises:
         RuntimeError: an image was counted twice or not at all.
+        RanksDifferError: some rank's weights are not those of rank zero, bit for bit; raised on all ranks.
     """
     test, chosen = loader.dataset, torch.arange(len(loader.dataset))
     if tta != "none":
@@ -96,7 +100,8 @@ def evaluate(
     runtime.broadcast_buffers(model)
     was_training = model.training
     model.eval()
-    rows = torch.zeros(len(test), 5, dtype=torch.int64, device=runtime.device)
+    rows = torch.zeros(len(test) + runtime.world_size, 5, dtype=torch.int64, device=runtime.device)
+    rows[len(test) + runtime.rank, 0] = _checksum(model)
     for indices, (images, labels) in zip(loader.sampler, loader, strict=True):
         logits = augmented_logits(model, images, tta).float()
         losses = F.cross_entropy(logits, labels, reduction="none")
@@ -107,10 +112,12 @@ def evaluate(
         rows.index_add_(0, indices, torch.stack([column.long() for column in columns], dim=1))
     model.train(was_training)
 
-    seen, predicted, losses, confidence, infinite = runtime.sum(rows).cpu().unbind(1)
+    results, checksums = runtime.sum(rows).cpu().split([len(test), runtime.world_size])
+    seen, predicted, losses, confidence, infinite = results.unbind(1)
     if not bool((seen[chosen] == 1).all()) or int(seen.sum()) != len(chosen):
         counts = torch.bincount(seen[chosen]).tolist()
         raise RuntimeError(f"test images counted 0, 1, 2, ... times: {counts}; each must be counted once")
+    _check_same_weights(checksums[:, 0].tolist())
     losses = (losses.double() / _FIXED_POINT).where(infinite == 0, math.nan)
     confidence = confidence.double() / _FIXED_POINT
     if plain is not None:
@@ -119,6 +126,20 @@ def evaluate(
             for new, old in ((losses, plain.losses), (predicted, plain.predicted), (confidence, plain.confidence))
         )
     return Evaluation(losses, test.labels.cpu(), predicted, confidence, test.classes)
+
+
+def _checksum(model: nn.Module) -> Tensor:
+    """Return the sum of the bits of all weights, int64 [], on their device."""
+    return torch.cat([parameter.flatten() for parameter in model.parameters()]).float().view(torch.int32).sum()
+
+
+def _check_same_weights(checksums: list[int]) -> None:
+    different = [f"{rank}" for rank, checksum in enumerate(checksums) if checksum != checksums[0]]
+    if different:
+        raise RanksDifferError(
+            f"the weights of rank {', '.join(different)} differ from rank zero's after the same updates: train on GPUs "
+            f"of one model, or look for a defect there; --resume continues with the weights of rank zero"
+        )
 
 
 def _fixed(values: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from cifar.data import Data, EvalLoader, load_data
 from cifar.datasets import synthetic
 from cifar.distributed.preemption import StopAgreement, StopRequest
 from cifar.distributed.runtime import Runtime, _ddp_kwargs
-from cifar.errors import UserError
+from cifar.errors import RanksDifferError, UserError
 from cifar.evaluation import evaluate
 from cifar.models import build_model
 from cifar.optim import build_optimizer
@@ -32,6 +32,7 @@ def check_two_ranks() -> None:
     check_compression(runtime)
     check_one_bucket_for_powersgd(runtime)
     check_evaluation_uses_rank_zeros_buffers(runtime, data)
+    check_other_weights_are_found(runtime, data)
     check_host_collectives(runtime)
     check_stop_after_the_same_step(runtime)
     runtime.print0("two ranks passed")
@@ -101,7 +102,7 @@ def check_one_bucket_for_powersgd(runtime: Runtime) -> None:
 class Alone:
     """A runtime of one process, in which a rank tests all images."""
 
-    device = torch.device("cpu")
+    device, rank, world_size = torch.device("cpu"), 0, 1
 
     def broadcast_buffers(self, net):
         """Keep the buffers."""
@@ -124,6 +125,18 @@ def check_evaluation_uses_rank_zeros_buffers(runtime: Runtime, data: Data) -> No
     alone = evaluate(net, EvalLoader(data.test.dataset, 0, 1), Alone())  # type: ignore[arg-type]
     assert (alone.correct, alone.total) == (test.correct, synthetic.TEST_SIZE)
     assert abs(alone.loss - test.loss) < 1e-6
+
+
+def check_other_weights_are_found(runtime: Runtime, data: Data) -> None:
+    """One weight of rank one differs in its last bit."""
+    torch.manual_seed(0)
+    net = build_model("net", 10)
+    evaluate(net, data.test, runtime)
+    if not runtime.is_main:
+        weights = net.get_parameter("conv1.weight").data
+        weights[0, 0, 0, 0] = torch.nextafter(weights[0, 0, 0, 0], torch.tensor(1.0))
+    with pytest.raises(RanksDifferError, match="the weights of rank 1 differ from rank zero's"):
+        evaluate(net, data.test, runtime)
 
 
 def check_host_collectives(runtime: Runtime) -> None:

@@ -1,6 +1,7 @@
 """The test metrics: exact, at every world size. Real ranks are in test_torchrun.py and test_world_size.py."""
 
 import contextlib
+import copy
 import math
 
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cifar.data import EvalLoader, normalize
+from cifar.errors import RanksDifferError
 from cifar.evaluation import Evaluation, augmented_logits, evaluate
 from cifar.models import build_model
 
@@ -34,9 +36,12 @@ def test_metrics_equal_one_plain_pass(net, synthetic, runtime):
 class Simulated:
     """A runtime whose sum adds what the ranks before have contributed."""
 
-    def __init__(self, runtime, world_size=1):
-        self.device, self.kept = runtime.device, []
-        self.rank, self.world_size = 0, world_size
+    def __init__(self, runtime, world_size):
+        self.device, self.world_size, self.kept = runtime.device, world_size, []
+
+    @property
+    def rank(self):
+        return len(self.kept)
 
     def broadcast_buffers(self, net):
         pass
@@ -49,7 +54,7 @@ class Simulated:
 @pytest.mark.parametrize("world_size", [2, 3, 7])
 def test_world_size_changes_no_bit(net, synthetic, runtime, world_size):
     whole = evaluate(net, synthetic.test, runtime)
-    ranks = Simulated(runtime)
+    ranks = Simulated(runtime, world_size)
     for rank in range(world_size):
         loader = EvalLoader(synthetic.test.dataset, rank, world_size)
         if rank < world_size - 1:
@@ -63,11 +68,21 @@ def test_world_size_changes_no_bit(net, synthetic, runtime, world_size):
 
 
 def test_image_counted_twice_is_an_error(net, synthetic, runtime):
-    ranks = Simulated(runtime)
-    ranks.kept.append(torch.zeros(1_000, 5, dtype=torch.int64))
+    ranks = Simulated(runtime, 2)
+    ranks.kept.append(torch.zeros(1_002, 5, dtype=torch.int64))
     ranks.kept[0][17, 0] = 1
     with pytest.raises(RuntimeError, match=r"\[0, 999, 1\]"):
         evaluate(net, synthetic.test, ranks)
+
+
+def test_rank_with_other_weights_is_named(net, synthetic, runtime):
+    """Rank 1's differ from the others' in the last bit of one weight."""
+    ranks, other = Simulated(runtime, 3), copy.deepcopy(net)
+    bias = other.fc3.bias.data
+    bias[0] = torch.nextafter(bias[0], bias[0] + 1)
+    for rank, (model, error) in enumerate([(net, RuntimeError), (other, RuntimeError), (net, RanksDifferError)]):
+        with pytest.raises(error, match="counted once" if error is RuntimeError else "the weights of rank 1 differ"):
+            evaluate(model, EvalLoader(synthetic.test.dataset, rank, 3), ranks)
 
 
 def test_model_is_left_unchanged(synthetic, runtime):
@@ -146,8 +161,8 @@ def test_views_of_the_least_certain_quarter(net, synthetic, runtime):
 def test_world_size_changes_no_bit_with_views(net, synthetic, runtime, world_size):
     plain = evaluate(net, synthetic.test, runtime)
     whole, ranks = evaluate(net, synthetic.test, runtime, "crop", plain), Simulated(runtime, world_size)
-    for ranks.rank in range(world_size):
-        with contextlib.nullcontext() if ranks.rank == world_size - 1 else pytest.raises(RuntimeError):
+    for rank in range(world_size):
+        with contextlib.nullcontext() if rank == world_size - 1 else pytest.raises(RuntimeError):
             shared = evaluate(net, synthetic.test, ranks, "crop", plain)
     assert torch.equal(shared.predicted, whole.predicted)
     assert shared.loss == pytest.approx(whole.loss, abs=1e-7)
