@@ -50,6 +50,7 @@ class FakeCuda(FakeTensorMode):
         capturing: whether a CUDA graph is being captured; then the values of CPU tensors would be frozen, too.
         launches: kernels launched so far, by operator: one for each that is not a view, which is about right.
         waits: times that the host has waited for the device.
+        integer: what the host reads from any tensor of integers.
     """
 
     avoid_device_init = True  # as without a GPU, although torch.cuda says that there is one
@@ -58,7 +59,7 @@ class FakeCuda(FakeTensorMode):
         super().__init__()
         self.hot = self.capturing = False
         self.launches: Counter[str] = Counter()
-        self.waits = 0
+        self.waits, self.integer = 0, 1
         self._on_host = self._inside = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FakeCuda":
@@ -137,7 +138,7 @@ class FakeCuda(FakeTensorMode):
         try:
             return super().__torch_dispatch__(func, types, args, kwargs)
         except DataDependentOutputException:
-            return {torch.bool: True}.get(args[0].dtype, 0.0 if args[0].is_floating_point() else 1)
+            return {torch.bool: True}.get(args[0].dtype, 0.0 if args[0].is_floating_point() else self.integer)
 
 
 def _tensors(*values: Any) -> list[Tensor]:

@@ -8,16 +8,6 @@ from tests.helpers.launches import CEILINGS, PRECISIONS, exceeded, measure
 
 pytestmark = pytest.mark.slow
 
-# GradScaler reads on the host whether a gradient overflowed, unless the optimizer says that it looks itself.
-_WAITS = {("net-fast", "fp16"), ("speed94", "fp16"), ("speed96", "fp16")}
-
-
-def _cases():
-    for recipe in RECIPES:
-        for precision in PRECISIONS:
-            waits = pytest.mark.xfail(strict=True, raises=RuntimeError, reason="Muon waits under fp16's loss scaler")
-            yield pytest.param(recipe, precision, marks=waits if (recipe, precision) in _WAITS else ())
-
 
 @pytest.fixture(scope="module", autouse=True)
 def _torch_can_fake():
@@ -29,6 +19,7 @@ def test_every_recipe_has_a_ceiling():
     assert CEILINGS.keys() == RECIPES.keys()
 
 
-@pytest.mark.parametrize(("recipe", "precision"), _cases())
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_hot_loop_never_waits_and_launches_few_kernels(recipe, precision):
     assert exceeded(recipe, precision, measure(recipe, precision)) == []
