@@ -21,7 +21,7 @@ from cifar.datasets import DATASETS
 from cifar.distributed.environment import Launch, accelerate_fields, is_rank_zero
 from cifar.distributed.rendezvous import claim_report
 from cifar.distributed.runtime import Runtime
-from cifar.errors import LocalError, RanksDifferError, StoppedError, TrainingDivergedError, UserError, out_of_memory
+from cifar.errors import LocalError, StoppedError, TrainingDivergedError, UserError, out_of_memory
 from cifar.models import MODELS
 from cifar.output import safe_output
 from cifar.recipes import RECIPES, config_from_recipe
@@ -178,7 +178,7 @@ def exit_on_error(prog: str) -> Iterator[None]:
             if dist.is_initialized():
                 _leave_at_once(error.status)
             raise SystemExit(error.status) from None
-        except (UserError, TrainingDivergedError, RanksDifferError) as error:
+        except (UserError, TrainingDivergedError) as error:
             _print0(f"{prog}: error: {error}", sys.stderr)
             _wait_for_rank_zero()
             if dist.is_initialized():  # all ranks come here; NCCL's destructor would add a warning of its own

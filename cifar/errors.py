@@ -27,12 +27,6 @@ class TrainingDivergedError(Exception):
     status = 1
 
 
-class RanksDifferError(Exception):
-    """The ranks hold different weights: one line that names them and says what to do, exit status 1."""
-
-    status = 1
-
-
 class StoppedError(Exception):
     """The run stopped because it was asked to: one line that says how to continue.
 
