@@ -6,13 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
-from tests.helpers.processes import ROOT, clean_environment, left_of
+from tests.helpers.processes import ROOT, clean_environment, kill_tree, left_of
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 # Steps of a few milliseconds, momentum, and checkpoints between log points.
@@ -21,7 +21,7 @@ FLAGS = ["--device", "cpu", "--dataset", "synthetic", "--wandb", "disabled", "--
 
 
 class Watched:
-    """`torchrun ARGUMENTS train_ddp.py FLAGS` in the background, with its output in a file."""
+    """`torchrun ARGUMENTS SCRIPT FLAGS` in the background, with its output in a file."""
 
     def __init__(
         self,
@@ -29,16 +29,16 @@ class Watched:
         flags: list[str],
         launcher: list[str],
         log: str = "log.txt",
-        script: Path = ROOT / "train_ddp.py",
+        script: Sequence[str] = (str(ROOT / "train_ddp.py"),),
         **environment: str,
-    ) -> None:
-        self.run_dir, self._script = run_dir, script
+    ):
+        self.run_dir, self._script = run_dir, script[-1]
         self.log = run_dir.parent / log
         before = self.log.read_text() if self.log.exists() else ""
         self._offset = len(before)
         with self.log.open("a") as output:
             self.process = subprocess.Popen(
-                [*TORCHRUN, *launcher, script, *flags],
+                [*TORCHRUN, *launcher, *script, *flags],
                 cwd=run_dir.parent, env=clean_environment(**environment), stdin=subprocess.DEVNULL,
                 stdout=output, stderr=subprocess.STDOUT,
             )  # fmt: skip
@@ -56,7 +56,7 @@ class Watched:
 
     def ranks(self) -> list[psutil.Process]:
         """Return the training processes by local rank."""
-        found = [child for child in self.agent.children() if str(self._script) in child.cmdline()]
+        found = [child for child in self.agent.children() if self._script in child.cmdline()]
         return sorted(found, key=lambda process: int(process.environ()["LOCAL_RANK"]))
 
     def until(self, reached: Callable[[], bool], what: str, timeout: float = 90) -> float:
@@ -89,10 +89,7 @@ class Watched:
 
     def kill(self) -> None:
         """Kill everything that is left after a failure."""
-        with suppress(psutil.Error):
-            for process in [*self.agent.children(recursive=True), self.agent]:
-                with suppress(psutil.Error):
-                    process.kill()
+        kill_tree(self.agent)
         self.process.wait()
 
 

@@ -1,5 +1,6 @@
 """Start the program as users do: as a process, or as several under torchrun."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -69,6 +70,14 @@ def left_of(processes: Iterable[psutil.Process], timeout: float) -> list[psutil.
     while (left := [process for process in processes if _runs(process)]) and time.monotonic() < end:
         time.sleep(0.02)
     return left
+
+
+def kill_tree(process: psutil.Process) -> None:
+    """Kill a process and all that it has started, such as torchrun's ranks, which have sessions of their own."""
+    with contextlib.suppress(psutil.Error):
+        for each in [*process.children(recursive=True), process]:
+            with contextlib.suppress(psutil.Error):
+                each.kill()
 
 
 def _runs(process: psutil.Process) -> bool:

@@ -103,7 +103,7 @@ def killed_under_an_endless_step(folder):
         "Run.after_step = wait\n"
         "train_ddp.main()\n"
     )
-    run = Watched(run_dir, [*FLAGS, "--max-steps", "60", "--run-dir", str(run_dir)], TWO, script=driver)
+    run = Watched(run_dir, [*FLAGS, "--max-steps", "60", "--run-dir", str(run_dir)], TWO, script=[str(driver)])
     try:
         run.until_step(20)
         ranks = run.ranks()
