@@ -53,7 +53,7 @@ def peers(c: Campaign) -> None:
         out = c.work / f"{title}.jsonl"
         flags = ["--recipe", "speed94", "--precision", "bf16", "--cuda-graph"]
         if not gpu:
-            flags = ["--recipe", "tutorial", "--max-steps", "2", "--tta", "flip"]
+            flags = ["--small", "--recipe", "tutorial", "--max-steps", "2", "--tta", "flip"]
         command = [*MODULE, "tests.gpu.repeat", f"--runs={runs + 1}", f"--out={out}", *flags, "--dataset", name]
         began = time.perf_counter()
         status, _ = c.run(title, command, TURN_SECONDS)

@@ -20,6 +20,7 @@ import torch
 
 import cifar.run
 import train_ddp
+from tests.helpers.small import shrink
 from train_ddp import main
 
 
@@ -47,7 +48,10 @@ def repeat() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--small", action="store_true", help="with a small synthetic dataset, for a smoke test")
     args, flags = parser.parse_known_args()
+    if args.small:
+        shrink()
     # What a record counts besides training: the first layer's whitening, in build_model, and the test with views, which
     # begins with the test without them, made after the last epoch.
     build = train_ddp.build_model = Stopwatch(train_ddp.build_model)

@@ -22,14 +22,13 @@ def test_checks_run_on_the_cpu(tmp_path):
 
 
 def test_several_runs_on_two_cpu_ranks(tmp_path):
-    only = ["64 in all x 1", "stopped", "resumed"]  # the others take minutes: see tests/gpu/README.md
+    only = ["64 in all x 1", "stopped"]  # the others take minutes: see tests/gpu/README.md
     output = run([sys.executable, "-m", "tests.gpu", "several", "--out", tmp_path, "--only", *only], ROOT)
     assert output.returncode == 0, output.stdout + output.stderr
-    assert "several: PASS, 0 of 4 failed" in output.stdout
+    assert "several: PASS, 0 of 2 failed" in output.stdout
     found = json.loads((tmp_path / "several.json").read_text())
     assert re.fullmatch(r"[\d,]+ images/s, efficiency 100 %", found["net-fast, 64 in all x 1"])
     assert re.fullmatch(r"PASS step \d+ saved after [\d.]+ s", found["stopped"])
-    assert found["resumed"] == "PASS"
 
 
 def test_check_that_fails_ends_no_other(tmp_path, capsys):
@@ -43,10 +42,13 @@ def test_check_that_fails_ends_no_other(tmp_path, capsys):
 
 # A stand-in for both scripts: cells are left empty as in airbench94_muon.py, text ends in \r as in cifar10_speedrun.py.
 STAND_IN = r"""
-import sys, torch
-train, test = (torch.load(f"cifar10/{split}.pt", weights_only=True) for split in ("train", "test"))
-assert train["images"].shape[1:] == test["images"].shape[1:] == (32, 32, 3), train["images"].shape
-assert train["images"].dtype == torch.uint8 and train["labels"].dtype == torch.int64 and len(train["classes"]) == 10
+import pathlib
+if not pathlib.Path("read").exists():
+    import torch
+    train, test = (torch.load(f"cifar10/{split}.pt", weights_only=True) for split in ("train", "test"))
+    assert train["images"].shape[1:] == test["images"].shape[1:] == (32, 32, 3), train["images"].shape
+    assert train["images"].dtype == torch.uint8 and train["labels"].dtype == torch.int64 and len(train["classes"]) == 10
+    pathlib.Path("read").touch()
 print("|  run     |  epoch  |  train_acc  |  val_acc  |  tta_val_acc  |  time_seconds  |\n" + "-" * 70)
 def main(run):
     print(f"|  {run:>6}  |      0  |     0.5000  |   0.5000  |               |        0.5000  |")
@@ -75,7 +77,8 @@ def test_peers_take_turns_with_speed94(tmp_path):
 
 def test_table_of_the_peers_is_read_without_the_warm_up_and_what_was_cut_off(tmp_path):
     script = tmp_path / "airbench94_muon.py"
-    script.write_text(STAND_IN[STAND_IN.index("print(") :])
+    script.write_text(STAND_IN)
+    (tmp_path / "read").touch()
     output = run([sys.executable, "-c", with_runs(script, 3)], tmp_path).stdout
     assert rows(output) == [(2.5, 0.94), (2.0, 0.95), (2.5, 0.94)]
     assert rows(output[: output.rindex("eval")]) == [(2.5, 0.94), (2.0, 0.95)]
