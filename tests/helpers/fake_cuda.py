@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -241,13 +242,16 @@ def pretend(mode: FakeCuda) -> None:
             """Launch it."""
             mode.launches["replay"] += 1
 
-    def to_string(tensor: Tensor, **options: Any) -> str:
+    def to_string(tensor: Any, **options: Any) -> Any:
         if tensor.is_cuda:
             mode.wait("printing a tensor")
         return real_to_string(tensor, **options)
 
-    real_to_string, torch._tensor_str._str = torch._tensor_str._str, to_string
     cuda: Any = torch.cuda
+    strings: Any = torch._tensor_str
+    fakes: Any = fake_tensor
+    real_to_string, strings._str = strings._str, to_string
+    fakes.init_gpu_context = lambda device: None  # torch 2.11 takes this host's word that there is a GPU
     cuda.is_available, cuda.is_initialized, cuda.is_bf16_supported = lambda: True, lambda: False, lambda *_, **__: True
     cuda.device_count, cuda.current_device, cuda.set_device = lambda: 1, lambda: 0, lambda _: None
     cuda.synchronize = lambda device=None: mode.wait("torch.cuda.synchronize")
@@ -255,7 +259,11 @@ def pretend(mode: FakeCuda) -> None:
     cuda.Stream, cuda.CUDAGraph, cuda.current_stream = Stream, Graph, lambda device=None: Stream()
     cuda.stream, cuda.graph = lambda _: contextlib.nullcontext(), lambda _, stream=None: mode.capture()
     nn.Module._apply = _apply  # type: ignore[method-assign]
-    torch.Tensor.backward = lambda loss: _backward(loss, mode)  # type: ignore[assignment,method-assign]
+
+    def backward(loss: Tensor) -> None:
+        _backward(loss, mode)
+
+    torch.Tensor.backward = backward  # type: ignore[assignment,method-assign]
     # Copying a learning rate that is a tensor asks for its address.
     warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
 
@@ -306,7 +314,7 @@ def _backward(loss: Tensor, mode: FakeCuda) -> None:
                     ready.append(following)
 
 
-def _call(node: Any, gradients: list[Tensor | None], mode: FakeCuda) -> tuple[Tensor | None, ...]:
+def _call(node: Any, gradients: list[Any], mode: FakeCuda) -> tuple[Tensor | None, ...]:
     """Return the gradients of the inputs of a node of the graph; a parameter's node adds to `.grad` instead."""
     if all(gradient is None for gradient in gradients):
         return (None,) * len(node.next_functions)
@@ -342,7 +350,7 @@ def forked(work: Callable[[], T]) -> T:
         with open(writer, "wb") as pipe:
             pickle.dump(result, pipe)
 
-    child = fork(answer)
+    child = fork(answer, seconds=240)
     os.close(writer)
     with open(reader, "rb") as pipe:
         received = pipe.read()
@@ -356,10 +364,12 @@ def forked(work: Callable[[], T]) -> T:
 
 
 def unsupported() -> str | None:
-    """Return why this version of torch cannot run on a fake GPU; None if it can.
+    """Return why the program cannot run on a fake GPU here; None if it can.
 
-    On versions that are known to work nothing is tried: an error there is ours.
+    On versions of torch that are known to work nothing is tried: an error there is ours.
     """
+    if torch.cuda.is_available():
+        return "this host has a real GPU, which tests/gpu uses"
     version = tuple(map(int, torch.__version__.split(".")[:2]))
     if version <= PROVEN:
         return None

@@ -1,7 +1,9 @@
 """The program on a fake GPU: what waits for the device, and how many kernels a step launches.
 
-python -m tests.helpers.launches                    # every recipe and precision, as a table
-python -m tests.helpers.launches speed94 bf16       # one of them, by operator
+    python -m tests.helpers.launches                    # every recipe and precision, as a table
+    python -m tests.helpers.launches speed94 bf16       # one of them, by operator
+
+An operator that is not a view counts as one kernel; on a real GPU, some (convolutions, sums) launch two or three.
 """
 
 import dataclasses
@@ -84,13 +86,14 @@ class Measured(NamedTuple):
     evaluation_waits: int
 
 
-def measure(recipe: str, precision: str, step: Callable[..., Tensor] = train_step) -> Measured:
-    """Train, test, save and resume the recipe on a fake GPU, in a copy of this process.
+def measure(recipe: str, precision: str, step: Callable[..., Tensor] = train_step, **changes: Any) -> Measured:
+    """Train, test, save and resume the recipe, with `changes`, on a fake GPU, in a copy of this process.
 
     Raises:
         RuntimeError: the host waited for the device in the hot loop, devices were mixed, or anything else went wrong.
     """
-    return forked(lambda: _train_test_resume(recipe, precision, step))
+    config = config_from_recipe(recipe, precision=precision, dataset="fake", device="cuda", **changes)
+    return forked(lambda: _train_test_resume(config, step))
 
 
 def exceeded(recipe: str, precision: str, measured: Measured) -> list[str]:
@@ -105,10 +108,9 @@ def exceeded(recipe: str, precision: str, measured: Measured) -> list[str]:
     return [f"{recipe}: {found:g} {what}, at most {most:g}" for what, (found, most) in pairs.items() if found > most]
 
 
-def _train_test_resume(recipe: str, precision: str, step: Callable[..., Tensor]) -> Measured:
+def _train_test_resume(config: TrainConfig, step: Callable[..., Tensor]) -> Measured:
     mode = FakeCuda()
     pretend(mode)
-    config = config_from_recipe(recipe, precision=precision, dataset="fake", device="cuda")
     torch.nn.init.dirac_ = lambda tensor, groups=1: tensor  # an operator for each element takes a minute
     train_size = _STEPS * config.lr_batch_size
     DATASETS["fake"] = lambda _: Dataset(CLASSES, _split(train_size), _split(_TEST_SIZE))
@@ -117,16 +119,17 @@ def _train_test_resume(recipe: str, precision: str, step: Callable[..., Tensor])
         operators = program.train(step, 3)
         waits = program.evaluate()
         saved = program.save()
-        replayed = None
+        replay = None
         changes: dict[str, Any] = {"resume": Path("run"), "global_batch_size": program.data.plan.global_batch_size}
-        if precision != "fp16":
+        if config.precision != "fp16":  # which a graph refuses
             graphed = _Program(mode, dataclasses.replace(config, cuda_graph=True, **changes), saved)
-            replayed = graphed.train(CudaGraph(step), 5, cold=(0, 3))  # captured in the fourth step
+            # Captured in the fourth step.
+            replay = graphed.train(CudaGraph(step), 5, cold=(0, 3)).total()
             saved = graphed.save()
         # Two micro-batches a step, without the graph.
         half = dataclasses.replace(config, local_batch_size=config.local_batch_size // 2, **changes)
         _Program(mode, half, saved).train(step, 2)
-    return Measured(operators.total(), program.loader_launches, replayed and replayed.total(), operators, waits)
+    return Measured(operators.total(), program.loader_launches, replay, operators, waits)
 
 
 def _split(size: int) -> Split:
