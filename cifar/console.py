@@ -28,12 +28,14 @@ class Console:
         data, config = self._data, self._config
         where = "" if data.name == "synthetic" else f", from {config.data_dir}"
         sizes = f"{len(data.train.dataset):,} training, {len(data.test.dataset):,} test"
-        small = f", {config.small_size} x {config.small_size} pixels in the first {config.small_epochs} epochs"
-        small = small if config.small_epochs else ""
+        small = ""
+        if config.small_epochs:
+            pixels = f"{config.small_size} x {config.small_size} pixels"
+            small = f", {pixels} in the first {config.small_epochs} of {config.epochs} epochs"
         lines = {
             "processes": self._runtime.describe(),
             "dataset": f"{data.name}{where}: {sizes}, {len(data.classes)} classes",
-            "model": f"{config.model}, {parameters:,} parameters, {config.precision}"
+            "model": f"{config.model}, {parameters:,} parameters, {self._runtime.describe_precision()}"
             + (", compiled" if config.compile else ""),
             "recipe": f"{config.recipe}, augmentation {config.augment}{small}, seed {config.seed}",
             "batches": batches,

@@ -60,6 +60,7 @@ class Runtime:
             raise UserError("--cuda-graph needs a GPU and a single process")
 
         self.precision = choose_precision(config.precision, device_type)
+        self._chosen = config.precision == "auto"
         quiet_nccl_watchdog()
         if not dist.is_initialized():  # accelerate keeps the device and precision of the last run in this process
             AcceleratorState._reset_state(reset_partial_state=True)
@@ -115,7 +116,9 @@ class Runtime:
         if config.precision == "auto" and len({text.split()[0] for text in others}) > 1:
             raise UserError(f"--precision auto means {' and '.join(sorted(others))}: use --precision fp32 or bf16")
         if self.precision == "bf16" and self.device.type == "cpu" and not computes_in_bf16():
-            self.print0("WARNING: this CPU has no bfloat16 instructions: bf16 is far slower than --precision fp32 here")
+            self.print0(
+                "WARNING: this CPU has no bfloat16 instructions: bf16 is emulated, and many times slower than fp32"
+            )
         if config.compile:
             with self.fail_together():
                 check_compiler(self.device)
@@ -230,6 +233,14 @@ class Runtime:
         backend = dist.get_backend()
         hosts = f", on {self.launch.hosts} hosts" if self.launch.hosts > 1 else ""
         return f"{self.world_size} processes on {device} ({backend})" + self._threads() + hosts
+
+    def describe_precision(self) -> str:
+        """Return the precision in one phrase, for the banner."""
+        if not self._chosen:
+            return self.precision
+        return (
+            f"{self.precision} (auto: this device computes in bf16{' only by emulation' * (self.precision == 'fp32')})"
+        )
 
     def _threads(self) -> str:
         threads = torch.get_num_threads()

@@ -218,7 +218,7 @@ class _Program:
 
 def main(recipes: Sequence[str], precisions: Sequence[str]) -> None:
     """Print the launches of a step, and by operator if only one recipe and precision are asked for."""
-    print(f"launches a step, torch {torch.__version__}")
+    print(f"operators that a step launches on a fake GPU, torch {torch.__version__}; a profiler sees more kernels")
     print(f"{'':10}" + "".join(f"{name:>8}" for name in (*precisions, "loader", "replay")))
     for recipe in recipes:
         found = [measure(recipe, precision) for precision in precisions]

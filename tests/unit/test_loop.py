@@ -172,7 +172,7 @@ def test_smaller_images_in_the_first_epochs(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(MODELS, "any-size", lambda classes: AnySize(3, classes))
     flags = [*FLAGS, "--epochs", "3", "--small-share", "0.7", "--small-size", "16"]
     train_ddp.main([*flags, "--model", "any-size", "--run-dir", str(tmp_path / "run")])
-    assert "16 x 16 pixels in the first 2 epochs" in capsys.readouterr().out
+    assert "16 x 16 pixels in the first 2 of 3 epochs" in capsys.readouterr().out
     assert sizes.pop(0) == 16, "the check"
     assert [size for size, _ in itertools.groupby(sizes)] == [16, 32, 16, 32], "tests are of whole images"
     assert sizes.count(16) == 40, "20 steps of two micro-batches"

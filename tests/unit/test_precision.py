@@ -71,8 +71,10 @@ def test_emulated_bf16_is_a_warning(monkeypatch, capsys):
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     Runtime(TrainConfig(device="cpu", precision="bf16"))
     assert "WARNING: this CPU has no bfloat16 instructions" in capsys.readouterr().out
-    Runtime(TrainConfig(device="cpu"))
+    runtime = Runtime(TrainConfig(device="cpu", precision="auto"))
     assert "WARNING" not in capsys.readouterr().out
+    assert runtime.describe_precision() == "fp32 (auto: this device computes in bf16 only by emulation)"
+    assert Runtime(TrainConfig(device="cpu")).describe_precision() == "fp32"
 
 
 def test_fp16_needs_a_gpu():
