@@ -238,9 +238,8 @@ class Runtime:
         """Return the precision in one phrase, for the banner."""
         if not self._chosen:
             return self.precision
-        return (
-            f"{self.precision} (auto: this device computes in bf16{' only by emulation' * (self.precision == 'fp32')})"
-        )
+        how = "only by emulation" if self.precision == "fp32" else "natively"
+        return f"{self.precision} (auto: this device computes in bf16 {how})"
 
     def _threads(self) -> str:
         threads = torch.get_num_threads()
