@@ -76,7 +76,7 @@ class TrainConfig(Recipe):
     data_dir: Path = Path("data")
     """Directory of the dataset. CIFAR-10 is read from, or downloaded into, its cifar-10-batches-py/."""
     data_url: str | None = None
-    """URL of cifar-10-python.tar.gz to try before the built-in mirrors."""
+    """URL of the dataset's archive (cifar-10-python.tar.gz) to try before the built-in sources."""
     max_steps: int | None = None
     """End training after this many optimizer steps; evaluation and records follow as usual."""
     seed: int = 0

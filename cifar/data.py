@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from cifar.augment import CropFlip, derive_seed
 from cifar.batch_plan import BatchPlan
 from cifar.config import TrainConfig
-from cifar.datasets import DATASETS
-from cifar.datasets.cifar10 import prepare_cifar10
+from cifar.datasets import DATASETS, PREPARE
+from cifar.datasets.download import UnavailableError
 from cifar.distributed.runtime import Runtime
 
 EVAL_BATCH_SIZE = 1000
@@ -168,24 +168,25 @@ class Data:
 def load_data(config: TrainConfig, runtime: Runtime) -> Data:
     """Load the dataset, the same on every rank, onto the device. Collective.
 
-    Local rank zero downloads CIFAR-10 if it has to, while the others wait.
+    Local rank zero downloads it if it has to, while the others wait.
 
     Raises:
-        UserError: a file is corrupt, `--dataset cifar10` is not available, or the batch sizes do not divide.
+        UserError: a file is corrupt, the dataset is not available, or the batch sizes do not divide.
     """
-    missing = None
-    if config.dataset in ("auto", "cifar10"):
-        with runtime.fail_together():
-            if runtime.local_rank == 0:
-                required = config.dataset == "cifar10"
-                missing = prepare_cifar10(config.data_dir, config.data_url, required, show=runtime.is_main)
+    auto = config.dataset == "auto"
+    name, missing = "cifar10" if auto else config.dataset, None
+    with runtime.fail_together():
+        if runtime.local_rank == 0 and name in PREPARE:
+            try:
+                PREPARE[name](config.data_dir, config.data_url, runtime.is_main)
+            except UnavailableError as error:
+                if not auto:
+                    raise
+                missing = error.reason
     # If one host lacks CIFAR-10, all use the synthetic dataset: they have to train on the same images.
-    reasons = [reason for reason in runtime.gather(missing) if reason is not None]
-    if reasons:
+    if reasons := [reason for reason in runtime.gather(missing) if reason is not None]:
         runtime.print0(f"WARNING: training on the synthetic dataset, not on CIFAR-10: {reasons[0]}")
-    name = config.dataset
-    if name == "auto":
-        name = "synthetic" if reasons else "cifar10"
+        name = "synthetic"
     with runtime.fail_together():
         dataset = DATASETS[name](config.data_dir)
         dataset.check(name)

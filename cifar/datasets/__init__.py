@@ -4,11 +4,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cifar.datasets.base import Dataset
-from cifar.datasets.cifar10 import load_cifar10
+from cifar.datasets.cifar10 import load_cifar10, prepare_cifar10
+from cifar.datasets.cifar100 import load_cifar100, prepare_cifar100
 from cifar.datasets.synthetic import make_synthetic
 
 # For each --dataset, the function that loads it from --data-dir. `Dataset.check` lists what it has to return.
 DATASETS: dict[str, Callable[[Path], Dataset]] = {
     "cifar10": load_cifar10,
+    "cifar100": load_cifar100,
     "synthetic": lambda _: make_synthetic(),
+}
+
+# What one process of each host does first, while the others wait: (data_dir, data_url, show progress).
+PREPARE: dict[str, Callable[[Path, str | None, bool], None]] = {
+    "cifar10": prepare_cifar10,
+    "cifar100": prepare_cifar100,
 }

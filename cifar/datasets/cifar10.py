@@ -1,26 +1,21 @@
-"""CIFAR-10 (Krizhevsky 2009): download, verify, unpack and read it."""
+"""CIFAR-10 (Krizhevsky 2009), and the reader that it shares with CIFAR-100."""
 
-import os
 import re
-import tarfile
-import tempfile
-from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from cifar.datasets.base import Dataset, Split
-from cifar.datasets.download import Archive, DownloadError, fetch, sha256
+from cifar.datasets.download import Archive, prepare
 from cifar.errors import UserError
 
-FOLDER = "cifar-10-batches-py"
 CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 ARCHIVE = Archive(
+    title="CIFAR-10",
     name="cifar-10-python.tar.gz",
+    folder="cifar-10-batches-py",
     size=170_498_071,
     sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
     urls=(
@@ -31,121 +26,71 @@ ARCHIVE = Archive(
 )
 
 
-def prepare_cifar10(data_dir: Path, data_url: str | None, required: bool, show: bool = True) -> str | None:
-    """Ensure that `data_dir/cifar-10-batches-py` exists: already unpacked, or from an archive beside it, or downloaded.
-
-    Launches that share a directory take turns. An existing directory is not touched and may be read-only.
-
-    Args:
-        data_url: a source to try before the built-in ones.
-        required: raise an error if CIFAR-10 is not available.
-        show: print progress.
-
-    Returns:
-        None, or the reason why CIFAR-10 is not available.
-
-    Raises:
-        UserError: an archive in `data_dir` is corrupt, or `required` and CIFAR-10 is not available.
-    """
-    folder, archive = data_dir / FOLDER, data_dir / ARCHIVE.name
-    try:
-        if folder.exists():
-            return None
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with _lock(data_dir, show):
-            if folder.exists():
-                return None
-            if not archive.exists():
-                urls = ((data_url,) if data_url else ()) + ARCHIVE.urls
-                part = fetch(replace(ARCHIVE, urls=urls), data_dir, show)
-                _unpack(part, data_dir)
-                part.unlink()
-            elif sha256(archive) == ARCHIVE.sha256:
-                _unpack(archive, data_dir)
-            else:
-                raise UserError(
-                    f"{archive} is corrupt or incomplete: its SHA-256 is not that of CIFAR-10; "
-                    f"move it away to download it again"
-                )
-        return None
-    except DownloadError as error:
-        reason = f"it is not in {data_dir} and no source worked ({error})"
-    except OSError as error:
-        reason = f"it is not in {data_dir} and cannot be written there ({error})"
-    if required:
-        raise UserError(
-            f"CIFAR-10 is not available: {reason}; name a mirror with --data-url URL, copy the directory {FOLDER} "
-            f"or the file {ARCHIVE.name} into {data_dir}, or use the synthetic dataset with --dataset synthetic"
-        )
-    return reason
-
-
-def _lock(data_dir: Path, show: bool) -> AbstractContextManager[object]:
-    """Return a lock that only one process at a time holds; it is released on exit."""
-    lock = FileLock(data_dir / ".cifar-10.lock")
-    try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        if show:
-            print(f"waiting for another process that downloads CIFAR-10 into {data_dir}", flush=True)
-        return lock.acquire()
-
-
-def _unpack(archive: Path, data_dir: Path) -> None:
-    """Unpack a verified archive into `data_dir/cifar-10-batches-py`, wholly or not at all."""
-    with tempfile.TemporaryDirectory(prefix=".cifar-10-", dir=data_dir) as temporary, tarfile.open(archive) as tar:
-        tar.extractall(temporary, filter="data")
-        os.rename(Path(temporary) / FOLDER, data_dir / FOLDER)
+def prepare_cifar10(data_dir: Path, data_url: str | None, show: bool = True) -> None:
+    """Ensure that `data_dir/cifar-10-batches-py` exists; see `download.prepare`."""
+    prepare(ARCHIVE, data_dir, data_url, show)
 
 
 def load_cifar10(data_dir: Path) -> Dataset:
     """Load CIFAR-10 from `data_dir/cifar-10-batches-py`: 50,000 training and 10,000 test images.
 
+    Raises:
+        UserError: names the file that is missing, corrupt or unreadable.
+    """
+    return read("CIFAR10", ARCHIVE, data_dir, CLASSES)
+
+
+def read(reader: str, archive: Archive, data_dir: Path, classes: tuple[str, ...] | None = None) -> Dataset:
+    """Read the unpacked `archive` in `data_dir`.
+
     torchvision reads the files, and checks the MD5 of each before it is unpickled.
+
+    Args:
+        reader: name of torchvision's class.
+        classes: the class names, or None for those in the files.
 
     Raises:
         UserError: names the file that is missing, corrupt or unreadable.
     """
-    reader = _torchvision_cifar10()
-
-    def split(train: bool) -> Split:
-        files = reader(data_dir, train=train)
-        images = torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous()  # [n, 32, 32, 3] -> [n, 3, 32, 32]
-        return images, torch.tensor(files.targets)
-
+    torchvision = _torchvision(reader)
+    folder = data_dir / archive.folder
     try:
-        return Dataset(CLASSES, split(train=True), split(train=False))
+        splits: list[Split] = []
+        for train in (True, False):
+            files = torchvision(data_dir, train=train)
+            images = torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous()  # [n, 32, 32, 3] -> [n, 3, 32, 32]
+            splits.append((images, torch.tensor(files.targets)))
+        return Dataset(classes or tuple(files.classes), *splits)
     except RuntimeError as error:
-        raise UserError(
-            f"{_corrupt_file(reader, data_dir)}; delete {data_dir / FOLDER} to download CIFAR-10 again"
-        ) from error
+        problem = _corrupt_file(torchvision, archive, data_dir)
+        raise UserError(f"{problem}; delete {folder} to download {archive.title} again") from error
     except OSError as error:
-        raise UserError(f"cannot read {error.filename or data_dir / FOLDER}: {error.strerror or error}") from error
+        raise UserError(f"cannot read {error.filename or folder}: {error.strerror or error}") from error
 
 
-def _corrupt_file(reader: Any, data_dir: Path) -> str:
+def _corrupt_file(reader: Any, archive: Archive, data_dir: Path) -> str:
     """Say which file torchvision did not accept."""
     from torchvision.datasets.utils import check_integrity
 
     expected = [*reader.train_list, *reader.test_list, (reader.meta["filename"], reader.meta["md5"])]
     for name, md5 in expected:
-        path = data_dir / FOLDER / name
+        path = data_dir / archive.folder / name
         if not path.is_file():
             return f"{path} is missing"
         if not check_integrity(path, md5):
-            return f"{path} is corrupt: its MD5 is not that of CIFAR-10"
-    return f"cannot read {data_dir / FOLDER}"
+            return f"{path} is corrupt: its MD5 is not that of {archive.title}"
+    return f"cannot read {data_dir / archive.folder}"
 
 
-def _torchvision_cifar10() -> Any:
-    """Return torchvision's CIFAR10 class, also where torchvision's compiled operators do not fit this torch.
+def _torchvision(reader: str) -> Any:
+    """Return torchvision's class `reader`, also where torchvision's compiled operators do not fit this torch.
 
     Then `import torchvision` fails with "operator torchvision::nms does not exist", as it registers shape rules for
-    operators that are missing. CIFAR-10 needs none of them: declare each without a body, and import again.
+    operators that are missing. CIFAR needs none of them: declare each without a body, and import again.
     """
     while True:
         try:
-            from torchvision.datasets import CIFAR10
+            from torchvision import datasets
         except RuntimeError as error:
             missing = re.search(r"operator torchvision::(\w+) does not exist", str(error))
             if missing is None:
@@ -154,7 +99,7 @@ def _torchvision_cifar10() -> Any:
             library.define(f"{missing[1]}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
             _declared.append(library)
         else:
-            return CIFAR10
+            return getattr(datasets, reader)
 
 
 _declared: list[torch.library.Library] = []  # a declaration lasts as long as its object

@@ -1,4 +1,4 @@
-"""Download an archive from one of several sources: resumable, and verified by SHA-256.
+"""Download an archive from one of several sources, resumable and verified by SHA-256, and unpack it.
 
 torch.hub, torchvision and pooch start over after an interruption; a slow source needs an hour for CIFAR-10.
 """
@@ -6,13 +6,20 @@ torch.hub, torchvision and pooch start over after an interruption; a slow source
 import contextlib
 import hashlib
 import http.client
+import os
 import sys
+import tarfile
+import tempfile
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
+
+from cifar.errors import UserError
 
 _CHUNK = 1 << 20  # bytes
 _ATTEMPTS = 5  # for each source
@@ -20,9 +27,20 @@ _ATTEMPTS = 5  # for each source
 
 @dataclass(frozen=True)
 class Archive:
-    """A file: `size` in bytes, `sha256` in hexadecimal, `urls` of sources to try in order."""
+    """The archive of a dataset.
 
+    Attributes:
+        title: name of the dataset, for messages.
+        name: of the file.
+        folder: that it unpacks to.
+        size: in bytes.
+        sha256: in hexadecimal.
+        urls: sources, to be tried in order.
+    """
+
+    title: str
     name: str
+    folder: str
     size: int
     sha256: str
     urls: tuple[str, ...]
@@ -30,6 +48,84 @@ class Archive:
 
 class DownloadError(Exception):
     """The reason why a source failed, or the reasons of all sources."""
+
+
+class UnavailableError(UserError):
+    """A dataset is not on disk and cannot be downloaded.
+
+    Attributes:
+        reason: why, to follow the name of the dataset.
+    """
+
+    def __init__(self, text: str, reason: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+def prepare(archive: Archive, data_dir: Path, data_url: str | None, show: bool = True) -> None:
+    """Ensure that `data_dir` holds the folder of `archive`: unpacked already, or from an archive there, or downloaded.
+
+    Launches that share a directory take turns. An existing folder is not touched and may be read-only.
+
+    Args:
+        data_url: a source to try before the archive's own.
+        show: print progress.
+
+    Raises:
+        UnavailableError: no source worked, or `data_dir` cannot be written.
+        UserError: an archive in `data_dir` is corrupt.
+    """
+    folder, file, title = data_dir / archive.folder, data_dir / archive.name, archive.title
+    try:
+        if folder.exists():
+            return
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with _lock(archive, data_dir, show):
+            if folder.exists():
+                return
+            if not file.exists():
+                urls = ((data_url,) if data_url else ()) + archive.urls
+                part = fetch(replace(archive, urls=urls), data_dir, show)
+                _unpack(archive, part, data_dir)
+                part.unlink()
+            elif sha256(file) == archive.sha256:
+                _unpack(archive, file, data_dir)
+            else:
+                raise UserError(
+                    f"{file} is corrupt or incomplete: its SHA-256 is not that of {title}; "
+                    f"move it away to download it again"
+                )
+        return
+    except DownloadError as error:
+        reason = f"it is not in {data_dir} and no source worked ({error})"
+    except OSError as error:
+        reason = f"it is not in {data_dir} and cannot be written there ({error})"
+    raise UnavailableError(
+        f"{title} is not available: {reason}; name a mirror with --data-url URL, copy the directory {archive.folder} "
+        f"or the file {archive.name} into {data_dir}, or use the synthetic dataset with --dataset synthetic",
+        reason,
+    )
+
+
+def _lock(archive: Archive, data_dir: Path, show: bool) -> AbstractContextManager[object]:
+    """Return a lock that only one process at a time holds; it is released on exit."""
+    lock = FileLock(data_dir / f".{archive.title.lower()}.lock")
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        if show:
+            print(f"waiting for another process that downloads {archive.title} into {data_dir}", flush=True)
+        return lock.acquire()
+
+
+def _unpack(archive: Archive, file: Path, data_dir: Path) -> None:
+    """Unpack a verified archive into its folder in `data_dir`, wholly or not at all."""
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{archive.title.lower()}-", dir=data_dir) as temporary,
+        tarfile.open(file) as tar,
+    ):
+        tar.extractall(temporary, filter="data")
+        os.rename(Path(temporary) / archive.folder, data_dir / archive.folder)
 
 
 def fetch(archive: Archive, folder: Path, show: bool = True, timeout: float = 20.0) -> Path:

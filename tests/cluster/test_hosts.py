@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cifar.datasets.cifar10 import FOLDER
+from cifar.datasets.cifar10 import ARCHIVE
 from tests.helpers.disturb import FLAGS
 from tests.helpers.hosts import ADDRESSES, Hosts, why_not
 from tests.helpers.processes import ROOT, clean_environment, records, result, torchrun
@@ -113,7 +113,7 @@ def test_one_download_per_data_directory(hosts, real_data, tmp_path, shared):
     served.mkdir()
     packed = served / "packed.tar.gz"
     with tarfile.open(packed, "w:gz", compresslevel=0) as tar:
-        tar.add(real_data / FOLDER, FOLDER)
+        tar.add(real_data / ARCHIVE.folder, ARCHIVE.folder)
     url = f"http://{ADDRESSES[0]}:8000/packed.tar.gz"
     root = tmp_path / "root"  # this program, but for another archive
     shutil.copytree(ROOT / "launch", root / "launch")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cifar.datasets import cifar10
-from cifar.datasets.cifar10 import FOLDER, load_cifar10, prepare_cifar10
+from cifar.datasets.cifar10 import ARCHIVE, load_cifar10, prepare_cifar10
 from tests.helpers.http_server import Server, serves
 from tests.helpers.processes import run
 
@@ -23,7 +23,7 @@ def test_from_the_server_to_the_tensors(real_data, tmp_path, monkeypatch):
 
     path, data_dir = tmp_path / "packed.tar.gz", tmp_path / "data"
     with tarfile.open(path, "w:gz", compresslevel=0) as tar:
-        tar.add(real_data / FOLDER, FOLDER)
+        tar.add(real_data / ARCHIVE.folder, ARCHIVE.folder)
     content = path.read_bytes()
     with Server() as server:
         changed = replace(
@@ -33,8 +33,8 @@ def test_from_the_server_to_the_tensors(real_data, tmp_path, monkeypatch):
             urls=(server.plays("/a", serves(content)),),
         )
         monkeypatch.setattr(cifar10, "ARCHIVE", changed)
-        assert prepare_cifar10(data_dir, None, required=True, show=False) is None
-    assert [path.name for path in data_dir.iterdir() if path.name != ".cifar-10.lock"] == [FOLDER]
+        prepare_cifar10(data_dir, None, show=False)
+    assert [path.name for path in data_dir.iterdir() if path.name != ".cifar-10.lock"] == [ARCHIVE.folder]
     data = load_cifar10(data_dir)
     data.check("cifar10")
     for (images, labels), train in ((data.train, True), (data.test, False)):

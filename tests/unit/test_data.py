@@ -17,6 +17,7 @@ from cifar.config import TrainConfig
 from cifar.data import BatchedDistributedSampler, Data, DeviceImages, EvalLoader, TrainLoader, load_data, normalize
 from cifar.datasets.base import Dataset
 from cifar.datasets.cifar10 import CLASSES
+from cifar.datasets.download import UnavailableError
 from cifar.errors import UserError
 
 SIZE = 1000
@@ -181,17 +182,16 @@ class Rank:
 
 
 class Sources:
-    """Replaces `prepare_cifar10`: records its calls and reports `missing`."""
+    """Replaces `prepare_cifar10`: records its calls; raises an error if `missing`."""
 
     def __init__(self) -> None:
         self.missing: str | None = None
         self.asked: list[tuple] = []
 
-    def __call__(self, data_dir, data_url, required, show):
-        self.asked.append((data_dir, data_url, required))
-        if required and self.missing:
-            raise UserError(self.missing)
-        return self.missing
+    def __call__(self, data_dir, data_url, show):
+        self.asked.append((data_dir, data_url))
+        if self.missing:
+            raise UnavailableError(f"not available: {self.missing}", self.missing)
 
 
 @pytest.fixture
@@ -202,7 +202,7 @@ def sources(monkeypatch):
         splits = ((torch.zeros(n, 3, 32, 32, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64)) for n in sizes)
         return Dataset(CLASSES, *splits)
 
-    monkeypatch.setattr(cifar.data, "prepare_cifar10", sources)
+    monkeypatch.setitem(cifar.data.PREPARE, "cifar10", sources)
     monkeypatch.setitem(cifar.data.DATASETS, "cifar10", lambda data_dir: dataset(50, 10))
     monkeypatch.setitem(cifar.data.DATASETS, "synthetic", lambda data_dir: dataset(5, 1))
     return sources
@@ -217,7 +217,7 @@ def test_auto_uses_cifar10(sources):
     data = load("auto", rank, data_url="http://127.0.0.1:1/a")
     assert (data.name, data.classes) == ("cifar10", CLASSES)
     assert (len(data.train.dataset), len(data.test.dataset)) == (50, 10)
-    assert sources.asked == [(Path("somewhere"), "http://127.0.0.1:1/a", False)]
+    assert sources.asked == [(Path("somewhere"), "http://127.0.0.1:1/a")]
     assert rank.printed == []
 
 

@@ -14,7 +14,7 @@ from cifar.datasets.download import Archive, DownloadError, fetch
 from tests.helpers.http_server import Exchange, Reply, Server, says, serves, stalls
 
 CONTENT = random.Random(0).randbytes(300_000)
-ARCHIVE = Archive("small.tar.gz", len(CONTENT), hashlib.sha256(CONTENT).hexdigest(), ())
+ARCHIVE = Archive("Small", "small.tar.gz", "small", len(CONTENT), hashlib.sha256(CONTENT).hexdigest(), ())
 LIE = random.Random(1).randbytes(len(CONTENT))
 
 
