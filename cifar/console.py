@@ -6,7 +6,7 @@ from cifar.batch_plan import BatchPlan, count
 from cifar.config import TrainConfig
 from cifar.data import Data
 from cifar.distributed.runtime import Runtime
-from cifar.evaluation import Evaluation
+from cifar.evaluation import MANY_CLASSES, Evaluation
 from cifar.optim import base_learning_rate
 from cifar.resume import Resumed
 from cifar.train_state import LogPoint, TrainState
@@ -107,8 +107,14 @@ def print_test(runtime: Runtime, dataset: str, test: Evaluation, tta_test: Evalu
         runtime.print0(
             f"with test-time augmentation: {100 * tta_test.accuracy:.2f} %, without: {100 * test.accuracy:.2f} %"
         )
-    width = max(map(len, test.classes))
-    for name, accuracy in test.class_accuracies().items():
+    accuracies = test.class_accuracies()
+    if len(accuracies) > MANY_CLASSES:
+        half = MANY_CLASSES // 2
+        lowest, highest = test.lowest_and_highest(half)
+        accuracies = lowest | highest
+        runtime.print0(f"The {half} lowest and the {half} highest accuracies of {len(test.classes)} classes:")
+    width = max(map(len, accuracies))
+    for name, accuracy in accuracies.items():
         runtime.print0(f"Accuracy for class: {name:{width}s} is {100 * accuracy:.1f} %")
     if dataset == "synthetic":
         runtime.print0(SYNTHETIC_WARNING)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from cifar.data import EvalLoader
 from cifar.distributed.runtime import Runtime, unwrap
 
+MANY_CLASSES = 20  # with more, the console and the charts show the lowest and the highest accuracies only
 _FIXED_POINT = 2**20  # units of loss and confidence, for six decimals
 _MAX_LOSS = 2**22  # of one image: a sum over all ranks stays below 2**63 units
 _WITH_VIEWS = 1 / 4  # share of the test images, the least certain ones, whose views are classified, too
@@ -61,6 +62,15 @@ class Evaluation:
         """Return the accuracy among the images of each class, 0 to 1; NaN for a class without test images."""
         confusion = self.confusion().double()
         return dict(zip(self.classes, (confusion.diagonal() / confusion.sum(1)).tolist(), strict=True))
+
+    def lowest_and_highest(self, count: int) -> tuple[dict[str, float], dict[str, float]]:
+        """Return the `count` lowest class accuracies, lowest first, and the `count` highest, highest last.
+
+        Classes without test images are left out, and no class is in both.
+        """
+        finite = {name: accuracy for name, accuracy in self.class_accuracies().items() if math.isfinite(accuracy)}
+        ranked = sorted(finite.items(), key=lambda item: item[1])
+        return dict(ranked[:count]), dict(ranked[count:][-count:])
 
     def most_confidently_wrong(self, count: int) -> list[int]:
         """Return the indices of the `count` misclassified images with the highest confidence, highest first."""

@@ -6,19 +6,18 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 from PIL import Image
 from torch import Tensor
 
-from cifar.evaluation import Evaluation
+from cifar.evaluation import MANY_CLASSES, Evaluation
 from cifar.files import write_atomically
 from cifar.metrics import read_metrics, series
 from cifar.plotting import Axes, ConstrainedLayoutEngine, Figure, default_style
 
 _WRONG_IMAGES = 36
-_FEW = 20  # with more classes, report.png has no room for every name and count
 
 # Colours of the charts. In the page, CSS variables replace them, so that the charts follow its colour scheme.
 _INK, _SOFT, _LINE, _TRAIN, _TEST = "#1d2733", "#5b6875", "#d9dfe5", "#1f6fb4", "#c9480f"
@@ -32,6 +31,7 @@ _STYLE: Any = {
 }  # fmt: skip
 
 Records = list[dict[str, Any]]
+T = TypeVar("T")
 
 
 def write_report(run_dir: Path, test: Evaluation, images: Tensor) -> None:
@@ -101,19 +101,19 @@ def _page(
             "Images per second": _svg(_draw_throughput, records),
         },
         classes=test.classes,
-        many=len(test.classes) > _FEW,
         class_accuracies=test.class_accuracies(),
         confusion=test.confusion().tolist(),
+        confusion_picture=_svg(_draw_confusion, test, (8, 7)) if len(test.classes) > MANY_CLASSES else "",
         wrong=wrong,
         wrong_total=test.total - test.correct,
         settings=config["config"] | {key: value for key, value in config.items() if key != "config"},
     )
 
 
-def _svg(draw: Callable[[Axes, Records], None], records: Records) -> str:
-    """Return a chart as an SVG element in the page's colours."""
-    figure = Figure(figsize=(5.6, 2.7), layout="constrained")
-    draw(figure.subplots(), records)
+def _svg(draw: Callable[[Axes, T], None], content: T, size: tuple[float, float] = (5.6, 2.7)) -> str:
+    """Return a chart of `size`, in inches, as an SVG element in the page's colours."""
+    figure = Figure(figsize=size, layout="constrained")
+    draw(figure.subplots(), content)
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = file.getvalue()
@@ -180,11 +180,11 @@ def _draw_throughput(axes: Axes, records: Records) -> None:
 def _draw_class_accuracies(axes: Axes, test: Evaluation) -> None:
     accuracies = {name: value for name, value in test.class_accuracies().items() if math.isfinite(value)}
     title = "Accuracy of each class, %"
-    if len(accuracies) > _FEW:
-        ranked = sorted(accuracies.items(), key=lambda item: item[1])
-        half = _FEW // 2
-        title = f"The {half} lowest and {half} highest of {len(ranked)} classes, %"
-        accuracies = dict(ranked[:half] + ranked[-half:])
+    if len(accuracies) > MANY_CLASSES:
+        half = MANY_CLASSES // 2
+        title = f"The {half} lowest and {half} highest of {len(accuracies)} classes, %"
+        lowest, highest = test.lowest_and_highest(half)
+        accuracies = lowest | highest
     bars = axes.barh(list(accuracies), [100 * value for value in accuracies.values()], color=_TRAIN, height=0.7)
     axes.bar_label(bars, fmt="%.1f", padding=4, fontsize=9, color=_INK)
     axes.set(title=title, xlim=(0, 100))
@@ -198,7 +198,7 @@ def _draw_confusion(axes: Axes, test: Evaluation) -> None:
     confusion, n = test.confusion(), len(test.classes)
     shares = confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
     axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
-    if n <= _FEW:
+    if n <= MANY_CLASSES:
         for i, row in enumerate(confusion.tolist()):
             for j, count in enumerate(row):
                 color = "white" if shares[i, j] > 0.65 else _INK if count else "#c4ccd4"
@@ -206,7 +206,11 @@ def _draw_confusion(axes: Axes, test: Evaluation) -> None:
                 axes.text(j, i, f"{count}", ha="center", va="center", fontsize=8.5, color=color, fontweight=weight)
         axes.set_xticks(range(n), test.classes, rotation=45, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(n), test.classes)
-    axes.set(title="Confusion matrix, images", xlabel="predicted class", ylabel="true class")
+    else:
+        axes.set_xticks([])
+        axes.set_yticks([])
+    what = "images" if n <= MANY_CLASSES else f"{n} classes"
+    axes.set(title=f"Confusion matrix, {what}", xlabel="predicted class", ylabel="true class")
     axes.grid(False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)

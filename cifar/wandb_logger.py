@@ -25,6 +25,7 @@ _FINISH_SECONDS = 30  # for the last upload of a finished run
 _STOP_SECONDS = 4  # for that of a run that stops or fails: torchrun kills it after 30 s
 _FLUSH_SECONDS = 1  # interval between W&B's writes to its file; the default, 15, would lose a killed run's last steps
 _WRONG_IMAGES = 32
+_MATRIX_CLASSES = 100  # W&B draws tables of up to 10,000 rows, one for each cell
 
 
 def start_wandb(config: TrainConfig, runtime: Runtime, run_dir: Path) -> WandBTracker | None:
@@ -203,7 +204,7 @@ def pictures(data: Data, test: Evaluation) -> dict[str, Any]:
     """Return the most confidently wrong images, as a panel and as a table, and the confusion matrix, for W&B."""
     import wandb
 
-    images = []
+    images: list[Any] = []
     table = wandb.Table(columns=["image", "index", "class", "predicted", "confidence"])
     for i in test.most_confidently_wrong(_WRONG_IMAGES):
         # Enlarged four times: dashboards do not scale up.
@@ -212,14 +213,12 @@ def pictures(data: Data, test: Evaluation) -> dict[str, Any]:
         confidence = float(test.confidence[i])
         images.append(wandb.Image(pixels, caption=f"{label}, predicted {predicted} ({100 * confidence:.0f} %)"))
         table.add_data(images[-1], i, label, predicted, round(confidence, 4))
-    matrix = wandb.plot.confusion_matrix(
-        y_true=test.labels.tolist(),
-        preds=test.predicted.tolist(),
-        class_names=list(test.classes),
-        title="Confusion matrix",
-    )
-    return {
-        "test/most_confidently_wrong_images": images,
-        "test/most_confidently_wrong": table,
-        "test/confusion_matrix": matrix,
-    }
+    panels: dict[str, Any] = {"test/most_confidently_wrong_images": images, "test/most_confidently_wrong": table}
+    if len(test.classes) <= _MATRIX_CLASSES:
+        panels["test/confusion_matrix"] = wandb.plot.confusion_matrix(
+            y_true=test.labels.tolist(),
+            preds=test.predicted.tolist(),
+            class_names=list(test.classes),
+            title="Confusion matrix",
+        )
+    return panels

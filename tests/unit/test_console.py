@@ -8,7 +8,7 @@ import torch
 import train_ddp
 from cifar.console import SYNTHETIC_WARNING, print_test
 from cifar.datasets import DATASETS
-from cifar.evaluation import evaluate
+from cifar.evaluation import Evaluation, evaluate
 from cifar.models import build_model
 from tests.helpers.comparing import make_runs_tiny, tiny_dataset
 from tests.helpers.terminal import shown
@@ -35,6 +35,18 @@ def test_accuracies_in_the_tutorials_words(synthetic, runtime, capsys):
     for name, accuracy in zip(("plane", "car  ", "bird "), test.class_accuracies().values(), strict=False):
         assert f"Accuracy for class: {name} is {100 * accuracy:.1f} %\n" in text
     assert "WARNING" not in text
+
+
+def test_of_a_hundred_classes_the_lowest_and_the_highest(runtime, capsys):
+    """Class i has 100 test images, of which i are right; the last class has none."""
+    labels = torch.arange(100).repeat_interleave(100)
+    predicted = torch.where(torch.arange(100).repeat(100) < labels, labels, 100)
+    names = tuple(f"class {i}" for i in range(101))
+    zeros = torch.zeros(len(labels), dtype=torch.float64)
+    print_test(runtime, "cifar100", Evaluation(zeros, labels, predicted, zeros, names))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "The 10 lowest and the 10 highest accuracies of 101 classes:"
+    assert lines[3:] == [f"Accuracy for class: {f'class {i}':8s} is {i:.1f} %" for i in (*range(10), *range(90, 100))]
 
 
 @pytest.mark.parametrize(("name", "warnings"), [("synthetic", 2), ("mine", 0)])
