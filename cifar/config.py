@@ -85,6 +85,8 @@ class TrainConfig(Recipe):
     """Compile the model with torch.compile."""
     cuda_graph: bool = False
     """Capture the training step as a CUDA graph and replay it; needs one process and a GPU."""
+    profile: bool = False
+    """Profile steps 10 to 20: trace-rankN.json in the run directory, the most expensive operations on the console."""
     comm_hook: Literal["none", "fp16", "bf16", "powersgd"] = "none"
     """Compression of the gradients in the all-reduce; with powersgd, resuming is not bit-exact."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -183,7 +185,7 @@ def _is_a(value: Any, hint: Any) -> bool:
 # Flags that may change on resume, as they do not define the experiment; every other flag must match the run's own.
 MAY_CHANGE = frozenset({
     "resume", "epochs", "max_steps", "log_steps", "checkpoint_steps", "keep_checkpoints", "local_batch_size", "timeout",
-    "data_dir", "data_url", "device", "compile", "cuda_graph", "tta", "wandb",
+    "data_dir", "data_url", "device", "compile", "cuda_graph", "profile", "tta", "wandb",
 })  # fmt: skip
 
 

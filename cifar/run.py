@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import cifar
-from cifar.checkpoint import FORMAT, CheckpointWriter, load_model, read_checkpoint
+from cifar.checkpoint import FORMAT, CheckpointWriter, checkpoint_path, load_model, read_checkpoint
 from cifar.config import TrainConfig
 from cifar.console import Console, print_test
 from cifar.data import Data
@@ -24,6 +24,7 @@ from cifar.distributed.runtime import Runtime, unwrap
 from cifar.errors import StoppedError, TrainingDivergedError, UserError, first_line
 from cifar.evaluation import Evaluation, evaluate
 from cifar.files import write_json
+from cifar.profiler import StepProfiler
 from cifar.resume import Resumed, restore
 from cifar.run_dir import RunLock, check_unused, check_writable, create_run_dir
 from cifar.tracking import Tracking
@@ -68,6 +69,7 @@ class Run:
         self._lock: RunLock | None = None
         self._stopping = self._closing = False
         self._test: Evaluation | None = None
+        self._profiler: StepProfiler | None = None
         try:
             resumed = self._open(config)
         except (UserError, StoppedError):
@@ -119,6 +121,8 @@ class Run:
     def __enter__(self) -> "Run":
         self._request.__enter__()
         self._console.start_bar(self.state)
+        if self.config.profile:
+            self._profiler = StepProfiler(self.runtime, self.dir)
         return self
 
     def __exit__(
@@ -135,6 +139,8 @@ class Run:
             stack.callback(self._tracking.close, exit_code=0 if kind is None else 1, preempting=stopped)
             stack.callback(self._writer.flush)
             stack.callback(self._console.close)
+            if self._profiler is not None:
+                stack.callback(self._profiler.close)
         if isinstance(error, TrainingDivergedError):
             newest = self._writer.newest or "none"
             raise TrainingDivergedError(f"{error}; last good checkpoint: {newest}; try a lower --lr") from None
@@ -151,6 +157,8 @@ class Run:
     def after_step(self) -> bool:
         """Advance the progress bar; return True, on all ranks after the same step, once a rank was asked to stop."""
         self._console.after_step()
+        if self._profiler is not None:
+            self._profiler.after_step(last=self.finished)
         self._stopping = self._agreement.after_step() or self._stopping
         return self._stopping
 
@@ -231,7 +239,8 @@ class Run:
         if not runtime.is_main:
             return
         result = self._result(test) | {"tta": self.config.tta, "test_accuracy_tta": tta_test and tta_test.accuracy}
-        self._tracking.finish(state.step, result, test)
+        self._writer.flush()
+        self._tracking.finish(state.step, result, test, checkpoint_path(self.dir, state.best_step))
         try:
             write_json(self.dir / "result.json", result)
         except OSError as error:

@@ -12,7 +12,17 @@ from cifar.errors import first_line
 from cifar.evaluation import Evaluation
 from cifar.metrics import MetricsFile
 from cifar.train_state import LogPoint
-from cifar.wandb_logger import STEP_AXIS, define_metrics, finish, pictures, replay, start_wandb, stop_wandb
+from cifar.wandb_logger import (
+    STEP_AXIS,
+    check_log_model,
+    define_metrics,
+    finish,
+    log_model,
+    pictures,
+    replay,
+    start_wandb,
+    stop_wandb,
+)  # fmt: skip
 
 
 class Tracking:
@@ -42,6 +52,7 @@ class Tracking:
                 self._wandb.store_init_configuration(config.to_json() | facts)
                 define_metrics(self._wandb.tracker)
                 replay(self._wandb.tracker, recorded)
+                check_log_model(runtime.print0)
 
     def describe(self) -> str:
         """Return where the W&B run is, for the banner: a URL, the command that uploads it, or "no record"."""
@@ -67,8 +78,12 @@ class Tracking:
         classes = {f"test_class/{name}": accuracy for name, accuracy in test.class_accuracies().items()}
         self._log(step, {"epoch": epoch, "test/loss": test.loss, "test/accuracy": test.accuracy, **classes})
 
-    def finish(self, step: int, result: dict[str, Any], test: Evaluation) -> None:
-        """Record the result, the confusion matrix and the most confidently wrong images in W&B."""
+    def finish(self, step: int, result: dict[str, Any], test: Evaluation, best: Path) -> None:
+        """Record the result, the confusion matrix, the most confidently wrong images and the model in W&B.
+
+        Args:
+            best: the checkpoint with the best test accuracy.
+        """
         with self._survive_wandb():
             if self._wandb is not None:
                 run = self._wandb.tracker
@@ -77,6 +92,8 @@ class Tracking:
                 # to that file. A resumed run may be beyond `step` already.
                 for name, value in pictures(self._data, test).items():
                     run.log({name: value}, step=max(step, run.step))
+                about = ("dataset", "model", "recipe", "best_step", "best_accuracy")
+                log_model(run, best, {name: result.get(name) for name in about} | {"classes": list(test.classes)})
 
     def close(self, exit_code: int = 0, preempting: bool = False) -> None:
         """Finish the W&B run. A silent server is waited for at most 30 s, or 4 s if `exit_code` is not 0."""

@@ -5,6 +5,7 @@ import logging
 import os
 import threading
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,31 @@ def define_metrics(run: Any) -> None:
     run.define_metric("test/loss", step_metric="epoch", summary="min")
     run.define_metric("test/accuracy", step_metric="epoch", summary="max")
     run.define_metric("test_class/*", step_metric="epoch", summary="last")
+
+
+def check_log_model(print0: Callable[[str], None]) -> None:
+    """Warn of a WANDB_LOG_MODEL whose documented effect is not what will happen."""
+    value = os.environ.get("WANDB_LOG_MODEL", "false")
+    if value.lower() == "checkpoint":
+        print0(
+            "WARNING: WANDB_LOG_MODEL=checkpoint: only the best checkpoint is logged, at the end of the run, as by end"
+        )
+    elif value.lower() not in ("end", "true", "1", "false", "0", ""):
+        print0(f"WARNING: WANDB_LOG_MODEL={value} is none of end, checkpoint and false: no model is logged")
+
+
+def log_model(run: Any, best: Path, metadata: dict[str, Any]) -> None:
+    """Log the checkpoint `best` as a model artifact, if WANDB_LOG_MODEL is "end", as for Hugging Face's Trainer.
+
+    A run that was killed afterwards and continued logs it again: online, W&B recognizes the file by its digest and
+    keeps one version; offline, the new record replaces the old one.
+    """
+    import wandb
+
+    if os.environ.get("WANDB_LOG_MODEL", "false").lower() in ("end", "checkpoint", "true", "1"):
+        artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata=metadata)
+        artifact.add_file(str(best))
+        run.log_artifact(artifact, aliases=["best", "latest"])
 
 
 def pictures(data: Data, test: Evaluation) -> dict[str, Any]:

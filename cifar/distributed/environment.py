@@ -201,6 +201,11 @@ def quiet_nccl_watchdog() -> None:
     os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "500")
 
 
+def quiet_profiler() -> None:
+    """Keep torch's profiler from printing its progress, and an error where there is no GPU. To be called before it."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+
 def threads_per_process(local_world_size: int) -> int:
     """Return the number of CPU threads for each process of a host: OMP_NUM_THREADS, else usable cores / processes.
 

@@ -144,7 +144,7 @@ def test_sync_uploads_a_resumed_offline_run(runtime, server, tmp_path, monkeypat
         train_steps(runtime, tmp_path, first, first + 1, first + 2, choice="offline", exit_code=1)
     with tracking(runtime, tmp_path, step=6) as tracked:
         tracked.log_test(7, 1, evaluation(1))
-        tracked.finish(7, {"test_accuracy": 1.0}, evaluation(1))
+        tracked.finish(7, {"test_accuracy": 1.0}, evaluation(1), tmp_path / "best.pt")
         last = tracked.describe().split("wandb sync ")[1]
         tracked.close()
     assert server.requests == 0

@@ -37,7 +37,7 @@ def recorded(runtime, tmp_path_factory):
                 tracked.log_train(point(10 * epoch - 5))
                 tracked.log_train(point(10 * epoch), test_follows=True)
                 tracked.log_test(10 * epoch, epoch, evaluation(accuracy))
-            tracked.finish(30, {"test_accuracy": ACCURACIES[-1]}, evaluation(ACCURACIES[-1]))
+            tracked.finish(30, {"test_accuracy": ACCURACIES[-1]}, evaluation(ACCURACIES[-1]), run_dir / "best.pt")
             tracked.close()
     (offline,) = offline_runs(run_dir)
     assert described == f"offline, upload with: wandb sync {offline}"
@@ -211,6 +211,41 @@ def test_environment_wins_over_our_settings(runtime, tmp_path, wandb, monkeypatc
     assert "finish_timeout" in seen[0].model_fields_set
 
 
+def finish_with_model(runtime, run_dir, monkeypatch):
+    """Log a made-up checkpoint as the best one; return the model artifacts in W&B's newest record."""
+    monkeypatch.setenv("WANDB_DATA_DIR", str(run_dir / "wandb"))
+    (run_dir / "step-7.pt").write_bytes(b"weights")
+    with tracking(runtime, run_dir) as tracked:
+        tracked.log_train(point(1))
+        tracked.finish(1, {"model": "net", "best_accuracy": 0.5}, evaluation(0.5), run_dir / "step-7.pt")
+        tracked.close()
+    (newest,) = offline_runs(run_dir)
+    return [artifact for artifact in read_back(newest)["artifact"] if artifact["type"] == "model"]
+
+
+@pytest.mark.parametrize("value", ["end", "checkpoint"])
+def test_best_checkpoint_becomes_a_model_artifact(runtime, tmp_path, wandb, monkeypatch, capfd, value):
+    """Also after a kill between its record and the end of the run: then the new record replaces the old one."""
+    monkeypatch.setenv("WANDB_LOG_MODEL", value)
+    for _ in range(2):
+        (artifact,) = finish_with_model(runtime, tmp_path, monkeypatch)
+        assert artifact["name"] == f"model-{(tmp_path / 'wandb' / 'id.txt').read_text().strip()}"
+        assert sorted(artifact["aliases"]) == ["best", "latest"]
+        (entry,) = artifact["manifest"]["contents"]
+        assert Path(entry["local_path"]).read_bytes() == b"weights"
+        assert json.loads(artifact["metadata"])["classes"] == list(CLASSES)
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.split(":")[1] for line in lines] == [" WANDB_LOG_MODEL=checkpoint"] * (0 if value == "end" else 2)
+
+
+def test_no_model_artifact_unless_asked_for(runtime, tmp_path, wandb, monkeypatch, capfd):
+    assert finish_with_model(runtime, tmp_path, monkeypatch) == []
+    monkeypatch.setenv("WANDB_LOG_MODEL", "best")
+    assert finish_with_model(runtime, tmp_path, monkeypatch) == []
+    (warning,) = capfd.readouterr().out.splitlines()
+    assert warning == "WARNING: WANDB_LOG_MODEL=best is none of end, checkpoint and false: no model is logged"
+
+
 def test_missing_package_costs_one_warning(runtime, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)
     importlib.reload(wandb_logger)
@@ -230,7 +265,7 @@ def test_failing_wandb_costs_one_warning(runtime, tmp_path, monkeypatch, capsys)
     with tracking(runtime, tmp_path) as tracked:
         for step in (1, 2):
             tracked.log_train(point(step))
-        tracked.finish(2, {}, evaluation(0.5))
+        tracked.finish(2, {}, evaluation(0.5), tmp_path / "best.pt")
         tracked.close()
     assert capsys.readouterr().out.splitlines() == [
         "WARNING: W&B's record is incomplete, metrics.jsonl is not: BrokenPipeError: its process was killed"
@@ -246,7 +281,7 @@ def test_failing_pictures_leave_a_finished_record(runtime, tmp_path, wandb, monk
     monkeypatch.setattr("cifar.tracking.pictures", fail)
     with tracking(runtime, tmp_path) as tracked:
         tracked.log_train(point(1))
-        tracked.finish(1, {"test_accuracy": 0.5}, evaluation(0.5))
+        tracked.finish(1, {"test_accuracy": 0.5}, evaluation(0.5), tmp_path / "best.pt")
         tracked.close()
     assert capsys.readouterr().out.count("WARNING") == 1
     (offline,) = offline_runs(tmp_path)

@@ -1,0 +1,108 @@
+"""--profile: which steps are in the traces, what is printed, and what happens when there is nothing or no disk."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+import train_ddp
+from cifar import profiler
+from tests.helpers.comparing import make_runs_tiny
+from tests.helpers.processes import train
+
+FLAGS = ["--dataset", "synthetic", "--device", "cpu", "--wandb", "disabled", "--log-steps", "100"]
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    make_runs_tiny(monkeypatch, 200)
+
+
+def steps(path) -> list[int]:
+    """Return the steps in a trace, in order."""
+    events = json.loads(path.read_text())["traceEvents"]
+    marks = [event for event in events if event.get("name", "").startswith("ProfilerStep#") and event["ph"] == "X"]
+    numbers = {int(mark["name"].partition("#")[2]): mark["ts"] for mark in marks}
+    return sorted(numbers, key=lambda step: numbers[step])
+
+
+def run(tmp_path, *flags) -> list[str]:
+    train_ddp.main([*FLAGS, "--profile", "--run-dir", str(tmp_path / "run"), *flags])
+    return sorted(path.name for path in (tmp_path / "run").glob("trace-*"))
+
+
+def test_steps_10_to_20_are_in_the_trace(tiny, tmp_path, capsys):
+    assert run(tmp_path, "--max-steps", "30") == ["trace-rank0.json"]
+    assert steps(tmp_path / "run" / "trace-rank0.json") == list(range(10, 21))
+    events = json.loads((tmp_path / "run" / "trace-rank0.json").read_text())["traceEvents"]
+    shapes = [event["args"]["Input Dims"] for event in events if event.get("name") == "aten::cross_entropy_loss"]
+    assert [shape[0] for shape in shapes] == [[4, 10]] * 11
+    lines = capsys.readouterr().out.splitlines()
+    first = lines.index("The most expensive operations of steps 10 to 20, without what they call:")
+    shares = [float(line.split()[0]) for line in lines[first + 1 : first + 11]]
+    assert shares == sorted(shares, reverse=True)
+    assert 50 < sum(shares) <= 100
+    assert any("conv" in line and "[[4, " in line for line in lines[first + 1 : first + 11]), "a batch of 4 images"
+
+
+def test_a_run_that_ends_before_step_20(tiny, tmp_path, capsys):
+    run(tmp_path, "--max-steps", "12")
+    assert steps(tmp_path / "run" / "trace-rank0.json") == [10, 11, 12]
+
+
+def test_a_run_that_ends_before_step_10(tiny, tmp_path, capsys):
+    assert run(tmp_path, "--max-steps", "9") == []
+    assert "no profile: training ended before step 10 of this process\n" in capsys.readouterr().out
+
+
+def test_a_resumed_run_counts_its_own_steps(tiny, tmp_path, capsys):
+    train_ddp.main([*FLAGS, "--run-dir", str(tmp_path / "run"), "--max-steps", "25"])
+    train_ddp.main(["--resume", str(tmp_path / "run"), "--profile", "--max-steps", "50", "--wandb", "disabled"])
+    assert steps(tmp_path / "run" / "trace-rank0.json") == list(range(10, 21))
+
+
+def test_a_trace_that_cannot_be_written_costs_one_warning(tiny, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run" / "trace-rank0.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(profiler.profile, "export_chrome_trace", fail)
+        assert run(tmp_path, "--max-steps", "25") == []
+    out = capsys.readouterr().out
+    assert out.count(f"WARNING: rank 0 cannot write {path}: [Errno 28] No space left on device") == 1
+    assert "Finished Training" in out
+
+
+def fail(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_without_the_flag_nothing_is_profiled(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("cifar.run.StepProfiler", None)
+    train_ddp.main([*FLAGS, "--run-dir", str(tmp_path / "run"), "--max-steps", "2"])
+
+
+def test_table_of_kernels():
+    """By the device's time, largest first; torch's marks of steps do not count."""
+    events = [
+        SimpleNamespace(key=key, self_device_time_total=time, self_cpu_time_total=0.0, count=22, input_shapes=shapes)
+        for key, time, shapes in (("small", 1000.0, []), ("large", 3000.0, [[2, 3], []]), ("ProfilerStep*", 9e9, []))
+    ]
+    assert profiler.table("kernels", events, "device")[1:] == [
+        " 75.0 %      3.00 ms     22 x  large  [[2, 3]]",
+        " 25.0 %      1.00 ms     22 x  small",
+    ]
+
+
+@pytest.mark.slow
+def test_each_rank_writes_its_trace(tmp_path):
+    done = train(
+        "--dataset", "synthetic", "--max-steps", 25, "--profile", "--run-dir", "run", cwd=tmp_path, processes=2
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("The most expensive operations") == 1
+    assert "USDT" not in done.stderr
+    assert "gpuGetDeviceCount" not in done.stderr
+    for rank in (0, 1):
+        path = tmp_path / "run" / f"trace-rank{rank}.json"
+        assert steps(path) == list(range(10, 21))
+        assert "gloo:all_reduce" in path.read_text()
