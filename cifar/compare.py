@@ -13,7 +13,8 @@ from cifar.files import read_json
 from cifar.metrics import Series, read_metrics, seconds_of_training, series
 
 _COLUMNS = (
-    "accuracy", "with TTA", "seconds", "first step", "images/s", "steps", "processes", "batch", "lr", "seed", "run"
+    "accuracy", "with TTA", "seconds", "first step", "images/s", "steps", "processes", "batch", "lr", "precision",
+    "seed", "recipe", "run",
 )  # fmt: skip
 
 
@@ -39,6 +40,7 @@ class Run:
             run has not finished, or an older version wrote its result.
         accuracy: the test accuracy of the last evaluation, 0 to 1; None before the first.
         tta_accuracy: that with test-time augmentation, if the run has finished and used it.
+        lr: the learning rate for the global batch, before warm-up and schedule.
         by_seconds, by_images: test accuracy over seconds of training, and over training images seen.
     """
 
@@ -48,6 +50,8 @@ class Run:
     world_size: int
     global_batch_size: int
     lr: float
+    precision: str
+    recipe: str
     seed: int
     steps: int
     seconds: float | None
@@ -75,6 +79,8 @@ def read_run(run_dir: Path) -> Run:
         facts = read_json(path)
         config, world_size = facts["config"], int(facts["world_size"])
         batch, lr, seed = int(config["global_batch_size"]), float(config["lr"]), int(config["seed"])
+        if config.get("lr_scaling") != "none":  # of a run of an older version, lr is as stated
+            lr *= batch / int(config.get("lr_batch_size", batch))
         path = run_dir / "metrics.jsonl"
         records = read_metrics(run_dir)
         tests = series(records, "test/accuracy")
@@ -90,6 +96,8 @@ def read_run(run_dir: Path) -> Run:
             world_size=world_size,
             global_batch_size=batch,
             lr=lr,
+            precision=str(config.get("precision", "-")),
+            recipe=str(config.get("recipe", "-")),
             seed=seed,
             steps=records[-1]["step"] if records else 0,
             seconds=None if seconds is None else float(seconds),
@@ -120,7 +128,9 @@ def table(runs: Sequence[Run]) -> list[str]:
                 f"{run.world_size}",
                 f"{run.global_batch_size:,}",
                 f"{run.lr:g}",
+                run.precision,
                 f"{run.seed}",
+                run.recipe,
                 run.name + ("" if run.finished else " (not finished)"),
             )
         )

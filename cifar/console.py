@@ -74,9 +74,11 @@ class Console:
         """Print the running loss as the tutorial does."""
         self._runtime.print0(f"[{point.epoch}, {point.epoch_step:5d}] loss: {point.loss:.3f}")
 
-    def log_test(self, epoch: int, test: Evaluation) -> None:
-        """Print the test accuracy after an epoch."""
-        self._runtime.print0(f"epoch {epoch}: test accuracy {100 * test.accuracy:.2f} %, loss {test.loss:.3f}")
+    def log_test(self, step: int, test: Evaluation) -> None:
+        """Print the test accuracy after an epoch, or after the last step of the run."""
+        epoch, steps = divmod(step, self._plan.steps_per_epoch)
+        when = f"epoch {epoch}" if steps == 0 else f"step {steps:,} of epoch {epoch + 1}"
+        self._runtime.print0(f"{when}: test accuracy {100 * test.accuracy:.2f} %, loss {test.loss:.3f}")
 
     def finish(self, state: TrainState) -> None:
         """Print that training has ended, as the tutorial does, and the seconds that it took."""
@@ -128,10 +130,11 @@ def describe(config: TrainConfig, plan: BatchPlan) -> tuple[str, str]:
     )
     base = base_learning_rate(config, plan)
     if config.lr_scaling == "none":
-        rate = f"{config.lr:g}, not scaled"
+        rate = f"{config.lr:g}, stated for {config.lr_batch_size:,} images, not scaled"
     elif plan.global_batch_size == config.lr_batch_size:
         rate = f"{base:g}, stated for this global batch"
     else:
         rate = f"{config.lr:g} x {plan.global_batch_size} / {config.lr_batch_size} = {base:g} (linear scaling)"
+    optimizer = {"sgd": "SGD", "muon": f"SGD, and Muon at {config.muon_lr:g} for the filters"}[config.optimizer]
     warmup = f", warm-up over epochs 0 to {config.warmup_epochs:g}" if config.warmup_epochs else ""
-    return batches, f"{rate}; {config.schedule}{warmup}"
+    return batches, f"{rate}; {config.schedule}{warmup}; {optimizer}"

@@ -196,7 +196,7 @@ class Run:
             state.best_accuracy, state.best_step = test.accuracy, state.step
         epoch = math.ceil(state.step / self.plan.steps_per_epoch)
         self._test = test
-        self._console.log_test(epoch, test)
+        self._console.log_test(state.step, test)
         self._tracking.log_test(state.step, epoch, test)
         self.save_checkpoint()
         if self._stopping and not self.finished:
@@ -324,6 +324,8 @@ def evaluate_checkpoint(config: TrainConfig, model: nn.Module, data: Data, runti
     if tuple(content["classes"]) != data.classes:
         raise UserError(f"{config.evaluate} was trained on the classes of {content['dataset']}, not of {data.name}")
     load_model(unwrap(model), content, config.model, config.evaluate)
+    where = f"{config.evaluate}: {config.model}, trained on {content['dataset']} to step {content['state']['step']:,}"
+    runtime.print0(f"{where}; testing on {data.name}")
     test = evaluate(model, data.test, runtime)
     tta_test = evaluate(model, data.test, runtime, config.tta, test) if config.tta != "none" else None
     print_test(runtime, data.name, test, tta_test)

@@ -18,6 +18,8 @@ from cifar.distributed.runtime import Runtime
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 # A terminal or scheduler signals the ranks directly, and torchrun forwards it again: that copy is not a second signal.
 _ECHO_SECONDS = 1.0
+# Steps and tests of several seconds are rare, and a user who sees nothing happen would ask again.
+_NOTICE_SECONDS = 3.0
 # torchrun kills its workers 30 seconds after it passed a signal on; exit before that, with a message.
 _GRACE_SECONDS = 20.0
 # The interval of votes on whether to stop: whichever is shorter.
@@ -53,7 +55,7 @@ class StopRequest:
         self._is_main = launch.rank == 0
         self._launch, self._agent_pid = launch, launch.agent_pid
         self._grace = _GRACE_SECONDS if launch.elastic else float("inf")
-        self._since = 0.0
+        self._since, self._noticed = 0.0, False
 
     def __enter__(self) -> "StopRequest":
         self._read, self._write = os.pipe()
@@ -96,6 +98,9 @@ class StopRequest:
                 # torchrun died, by SIGKILL or a signal that it does not handle: nothing else will stop this process.
                 self._agent_pid = self._launch.agent_pid
                 self._request("the end of torchrun", 1)
+            if self.name is not None and not self._noticed and time.monotonic() - self._since > _NOTICE_SECONDS:
+                self._noticed = True
+                self._print(f"{self.name}: stopping once this step or test has ended")
             if self.name is not None and self._cannot_end():
                 self._quit(f"{self.name}, and another process of this run is gone: quitting", 1)
             if self.name is not None and time.monotonic() - self._since > self._grace:
@@ -108,9 +113,12 @@ class StopRequest:
             self._quit(f"{name} after {self.name}: quitting at once, without a checkpoint", status)
 
     def _quit(self, reason: str, status: int) -> None:
-        if self._is_main:
-            print(reason, file=sys.stderr, flush=True)
+        self._print(reason)
         os._exit(status)
+
+    def _print(self, text: str) -> None:
+        if self._is_main:
+            print(text, file=sys.stderr, flush=True)
 
 
 class StopAgreement:

@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 from cifar.models import MODELS, build_model
+from cifar.output import safe_output
 
 IMAGES = 50_000
 COUNTS = tuple(2**k for k in range(11))
@@ -197,4 +198,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with safe_output():  # `| head` closes the pipe
+        main()

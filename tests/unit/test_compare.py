@@ -52,6 +52,15 @@ def test_table_is_sorted_by_accuracy(tmp_path):
     assert rows[2][-3:] == ["none", "(not", "finished)"]
 
 
+@pytest.mark.parametrize(("lr_scaling", "expected"), [("linear", 0.4), ("none", 0.1)])
+def test_lr_is_that_of_the_global_batch(tmp_path, lr_scaling, expected):
+    run_dir = make(tmp_path, "a", [0.5], batch=100)
+    content = json.loads((run_dir / "config.json").read_text())
+    content["config"] |= {"lr_scaling": lr_scaling, "lr_batch_size": 25}
+    (run_dir / "config.json").write_text(json.dumps(content))
+    assert read_run(run_dir).lr == pytest.approx(expected)
+
+
 def test_picture_and_table_of_a_directory_of_runs(tmp_path, capsys):
     (tmp_path / "sweep").mkdir()
     make(tmp_path / "sweep", r"$\b$", [0.3], dataset="synthetic")  # no TeX; not finished
@@ -59,7 +68,7 @@ def test_picture_and_table_of_a_directory_of_runs(tmp_path, capsys):
     out = tmp_path / "out.png"
     main([str(make(tmp_path, "a", [0.5])), str(tmp_path / "sweep"), "--out", str(out)])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[11] for line in lines[1:4]] == ["c", "a", r"$\b$"]
+    assert [line.split()[13] for line in lines[1:4]] == ["c", "a", r"$\b$"]
     assert lines[4:] == ["on the synthetic dataset, not on CIFAR-10: $\\b$, c", f"picture: {out}"]
     pixels = np.array(Image.open(out).convert("RGB"))
     for color in ((31, 119, 180), (255, 127, 14), (44, 160, 44)):

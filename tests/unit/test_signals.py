@@ -91,6 +91,16 @@ def test_second_signal_quits_at_once_even_in_c(monkeypatch, capfd):
     assert capfd.readouterr().err == "SIGINT after SIGTERM: quitting at once, without a checkpoint\n"
 
 
+def test_a_step_that_takes_long_to_end_is_announced_once(monkeypatch, capfd):
+    monkeypatch.setattr(preemption, "_NOTICE_SECONDS", 0.1)
+    pid = hang(Launch())
+    os.kill(pid, signal.SIGTERM)
+    time.sleep(2)
+    os.kill(pid, signal.SIGKILL)
+    wait(pid)
+    assert capfd.readouterr().err == "SIGTERM: stopping once this step or test has ended\n"
+
+
 def test_endless_step_is_left_before_torchrun_kills_it(monkeypatch, capfd):
     monkeypatch.setattr(preemption, "_GRACE_SECONDS", 0.3)
     pid = hang(Launch(elastic=True))
