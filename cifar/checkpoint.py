@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cifar.datasets.cifar10 import CLASSES
 from cifar.errors import UserError
 from cifar.files import write_atomically
+from cifar.models import MODELS, build_model
 
 FORMAT = 2
 
@@ -146,6 +147,21 @@ def load_model(model: nn.Module, content: dict[str, Any], name: str, path: Path)
         raise UserError(
             f"{path} holds a {name!r} for {len(content['classes'])} classes, which does not fit this one: {reason}"
         ) from error
+
+
+def read_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Build the model of the checkpoint that the user named; return it, with its weights, and the checkpoint's content.
+
+    Raises:
+        UserError: the checkpoint is corrupt, or holds a model that this version does not have.
+    """
+    content = read_checkpoint(path)
+    name = content["config"].get("model")
+    if name not in MODELS:
+        raise UserError(f"{path} holds a model {name!r}, which this version does not have")
+    model = build_model(name, len(content["classes"]))
+    load_model(model, content, name, path)
+    return model, content
 
 
 class CheckpointWriter:

@@ -13,12 +13,11 @@ import tyro
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from cifar.checkpoint import load_model, read_checkpoint
+from cifar.checkpoint import read_model
 from cifar.cli import exit_on_error, parse_flags
 from cifar.console import SYNTHETIC_WARNING
 from cifar.data import normalize
 from cifar.errors import UserError, first_line
-from cifar.models import MODELS, build_model
 
 
 @dataclass(frozen=True)
@@ -132,13 +131,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = parse_flags(Prediction, argv, prog="python -m cifar.predict")
     if not asked.images:
         raise UserError("no picture is named: python -m cifar.predict CHECKPOINT IMAGE [IMAGE ...]")
-    content = read_checkpoint(asked.checkpoint)
-    name, classes = content["config"].get("model"), content["classes"]
-    if name not in MODELS:
-        raise UserError(f"{asked.checkpoint} holds a model {name!r}, which this version does not have")
-    model = build_model(name, len(classes))
-    load_model(model, content, name, asked.checkpoint)
-    failed = False
+    model, content = read_model(asked.checkpoint)
+    classes, failed = content["classes"], False
     for path in asked.images:
         try:
             image = read_image(path)
