@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from cifar.checkpoint import DamagedCheckpointError, load_checkpoint
+from cifar.checkpoint import DamagedCheckpointError, load_checkpoint, save_checkpoint
 from cifar.datasets.cifar10 import CLASSES
 from cifar.models import build_model
 from cifar.optim import build_optimizer
@@ -41,6 +42,16 @@ def content(step: int = 1, recipe: str = "tutorial", **state: Any) -> dict[str, 
         }
         | state,
     }
+
+
+def save_weights(
+    path: Path, model: nn.Module, name: str = "net", dataset: str = "cifar10", classes: Iterable[str] = CLASSES
+) -> str:
+    """Write a checkpoint of `model`, without an optimizer, and return its path."""
+    state = {"model": model.state_dict(), "running_loss": [0.0]}
+    config = {"model": name}
+    save_checkpoint(path, {"format": 2, "config": config, "dataset": dataset, "classes": list(classes), "state": state})
+    return str(path)
 
 
 def small() -> dict[str, Any]:

@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from cifar.checkpoint import save_checkpoint
 from cifar.data import normalize
 from cifar.datasets.cifar10 import CLASSES
 from cifar.errors import UserError
 from cifar.models import build_model
 from cifar.predict import main, predict, read_image
+from tests.helpers.checkpoints import save_weights
 
 
 def gradient(height=48, width=64):
@@ -33,13 +33,6 @@ def tensor(pixels):
 def read(path, image, **options):
     image.save(path, **options)
     return read_image(path)
-
-
-def save(path, model, name="net", dataset="cifar10", classes=CLASSES):
-    state = {"model": model.state_dict(), "running_loss": [0.0]}
-    config = {"model": name}
-    save_checkpoint(path, {"format": 2, "config": config, "dataset": dataset, "classes": list(classes), "state": state})
-    return str(path)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +222,7 @@ def test_three_most_probable_classes_of_each_picture(tmp_path, capsys):
             top = model.eval()(normalize(tensor(pixels)[None])).softmax(1)[0].topk(3)
         names = [f"{CLASSES[i]} {100 * p:.1f} %" for p, i in zip(top.values, top.indices, strict=True)]
         wanted.append(f"{path}: {', '.join(names)}")
-    main([save(tmp_path / "c.pt", model), *paths])
+    main([save_weights(tmp_path / "c.pt", model), *paths])
     out, err = capsys.readouterr()
     assert out.splitlines() == wanted
     assert err == ""
@@ -238,7 +231,7 @@ def test_three_most_probable_classes_of_each_picture(tmp_path, capsys):
 def test_unreadable_pictures_leave_the_others(tmp_path, capsys):
     Image.fromarray(gradient()).save(tmp_path / "a.png")
     good, bad = str(tmp_path / "a.png"), str(tmp_path)
-    checkpoint = save(tmp_path / "c.pt", build_model("net", 10))
+    checkpoint = save_weights(tmp_path / "c.pt", build_model("net", 10))
     with pytest.raises(SystemExit) as exited:
         main([checkpoint, bad, good, bad, good])
     assert exited.value.code == 2
@@ -258,7 +251,7 @@ def test_dropout_is_off():
 
 def test_synthetic_checkpoint_with_two_classes(tmp_path, capsys):
     Image.fromarray(gradient()).save(tmp_path / "a.png")
-    checkpoint = save(tmp_path / "c.pt", build_model("net", 2), dataset="synthetic", classes=["left", "right"])
+    checkpoint = save_weights(tmp_path / "c.pt", build_model("net", 2), dataset="synthetic", classes=["left", "right"])
     main([checkpoint, str(tmp_path / "a.png")])
     out, err = capsys.readouterr()
     assert out.count(" %") == 2
@@ -268,7 +261,7 @@ def test_synthetic_checkpoint_with_two_classes(tmp_path, capsys):
 
 
 def test_mistakes(tmp_path):
-    checkpoint = save(tmp_path / "c.pt", build_model("net", 10), name="resnet")
+    checkpoint = save_weights(tmp_path / "c.pt", build_model("net", 10), name="resnet")
     for argv, reason in (([checkpoint], "no picture"), ([checkpoint, "x"], "'resnet'"), ([__file__, "x"], "not a che")):
         with pytest.raises(UserError, match=reason):
             main(argv)
