@@ -1,0 +1,139 @@
+"""Export a model for other software: python -m cifar.export CHECKPOINT [--format pt2|onnx|safetensors] [--out FILE]"""
+
+import io
+import json
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from safetensors.torch import save as save_safetensors
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from cifar.checkpoint import read_model
+from cifar.cli import exit_on_error, parse_flags
+from cifar.console import SYNTHETIC_WARNING
+from cifar.data import normalize
+from cifar.errors import UserError, first_line
+from cifar.files import write_atomically
+
+FORMAT_VERSION = 1  # of the metadata
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a program from images, uint8 [n, 3, 32, 32], to class scores (logits), float32 [n, classes].
+
+    The images are normalized in it. Its metadata name the classes; cifar/README.md tells how to load it.
+    """
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """A checkpoint of train_ddp.py, runs/NAME/checkpoints/step-NNNNNNNN.pt."""
+    format: Literal["pt2", "onnx", "safetensors"] = "pt2"
+    """pt2: a program for torch. onnx: for ONNX Runtime and others. safetensors: no program, only the weights."""
+    out: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: beside the checkpoint)")] = None
+    """The file to write; its name ends in .pt2, .onnx or .safetensors. An existing file is replaced."""
+
+
+class Classifier(nn.Module):
+    """A model with the normalization of its images, in eval mode and without gradients, as evaluation runs it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.eval().requires_grad_(False)  # else the scores of the program would require gradients, too
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return class scores (logits), float32 [n, classes], of `images`, uint8 [n, 3, 32, 32]."""
+        return self.model(normalize(images))
+
+
+def describe(content: dict[str, Any]) -> dict[str, str]:
+    """Return the metadata of every format from the checkpoint `content`: `classes` and `config` are JSON texts."""
+    return {
+        "format_version": str(FORMAT_VERSION),
+        "model": content["config"]["model"],
+        "dataset": content["dataset"],
+        "classes": json.dumps(content["classes"]),
+        "config": json.dumps(content["config"]),
+    }
+
+
+def to_pt2(model: nn.Module, metadata: dict[str, str]) -> bytes:
+    """Return what torch.export.load reads; `metadata` are its extra files."""
+    file = io.BytesIO()
+    torch.export.save(_trace(model), file, extra_files=metadata)
+    return file.getvalue()
+
+
+def to_onnx(model: nn.Module, metadata: dict[str, str]) -> bytes:
+    """Return an ONNX model with the input `images` and the output `scores`; `metadata` are its metadata_props.
+
+    Raises:
+        UserError: a package that torch's exporter needs is missing or too old.
+    """
+    try:
+        import onnxscript  # noqa: F401  # torch itself would import it, and with it onnx, only after tracing
+
+        program = torch.onnx.export(
+            _trace(model), input_names=["images"], output_names=["scores"], dynamic_shapes={"images": {0: "n"}},
+            dynamo=True, verbose=False,
+        )  # fmt: skip
+    except ImportError as error:
+        raise UserError(f"--format onnx: {first_line(error)}: pip install -e '.[export]'") from error
+    assert program is not None
+    program.model.metadata_props.update(metadata)
+    return program.model_proto.SerializeToString()
+
+
+def to_safetensors(model: nn.Module, metadata: dict[str, str]) -> bytes:
+    """Return the weights of `model` under the names of its state dict, with `metadata` in the header."""
+    return save_safetensors(model.state_dict(), metadata)
+
+
+def _trace(model: nn.Module) -> ExportedProgram:
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)  # of one image, the size would be taken for a constant
+    return torch.export.export(Classifier(model), (images,), dynamic_shapes={"images": {0: Dim("n")}})
+
+
+FORMATS: dict[str, Callable[[nn.Module, dict[str, str]], bytes]] = {
+    "pt2": to_pt2,
+    "onnx": to_onnx,
+    "safetensors": to_safetensors,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the file, and print a line about it.
+
+    Raises:
+        UserError: the checkpoint cannot be used, the file cannot be written, or a package is missing.
+    """
+    asked = parse_flags(Export, argv, prog="python -m cifar.export")
+    suffix = f".{asked.format}"
+    # The rule also keeps a slip from replacing a checkpoint.
+    if asked.out is not None and asked.out.suffix != suffix:
+        raise UserError(f"--out {asked.out} does not end in {suffix}: rename it, or choose another --format")
+    model, content = read_model(asked.checkpoint)
+    out = asked.out or asked.checkpoint.with_suffix(suffix)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's exporters warn of deprecations in torch itself
+        exported = FORMATS[asked.format](model, describe(content))
+    try:
+        write_atomically(out, lambda file: file.write(exported))
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}): name another file with --out") from error
+    name, classes = content["config"]["model"], content["classes"]
+    print(f"{out}: {name}, {len(classes)} classes of {content['dataset']}, {len(exported) / 1e6:.1f} MB")
+    if content["dataset"] == "synthetic":
+        print(SYNTHETIC_WARNING, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    with exit_on_error("cifar.export"):
+        main()

@@ -1,0 +1,173 @@
+"""python -m cifar.export: the three formats, loaded and run by the guides' own code."""
+
+import contextlib
+import io
+import json
+import sys
+
+import pytest
+import torch
+
+from cifar.checkpoint import load_checkpoint
+from cifar.data import normalize
+from cifar.errors import UserError
+from cifar.export import FORMATS, main
+from cifar.models import MODELS, build_model
+from cifar.models.speed import SpeedNet
+from tests.helpers.checkpoints import content, save_weights
+from tests.helpers.exported import NAME, example, follow
+
+CLASSES = ["Käfer", 'a "dog"', "ship"]
+
+
+def random_images(count):
+    return torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(count))
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return build_model("net", len(CLASSES))
+
+
+@pytest.fixture(scope="module")
+def exported(model, tmp_path_factory):
+    """Return a directory with a checkpoint and its exports in all formats, and what was printed."""
+    folder = tmp_path_factory.mktemp("exported")
+    checkpoint = save_weights(folder / f"{NAME}.pt", model, classes=CLASSES)
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        for name in FORMATS:
+            main([checkpoint, "--format", name])
+    return folder, text.getvalue()
+
+
+def test_one_file_and_one_line_for_each_format(exported):
+    folder, text = exported
+    assert {path.name for path in folder.iterdir()} == {f"{NAME}.{suffix}" for suffix in ("pt", *FORMATS)}
+    for line, name in zip(text.splitlines(), FORMATS, strict=True):
+        size = (folder / f"{NAME}.{name}").stat().st_size
+        assert line == f"{folder / NAME}.{name}: net, 3 classes of cifar10, {size / 1e6:.1f} MB"
+
+
+@pytest.mark.parametrize("count", [1, 2, 1000])
+@pytest.mark.parametrize("name", FORMATS)
+def test_scores_of_any_number_of_images(exported, model, name, count):
+    images = random_images(count)
+    with torch.no_grad():
+        wanted = model.eval()(normalize(images))
+    scores, classes = follow(name, exported[0], images)
+    assert classes == CLASSES
+    assert (scores.dtype, scores.requires_grad) == (torch.float32, False)
+    if name == "onnx":
+        torch.testing.assert_close(scores, wanted, atol=1e-6, rtol=0)
+    else:
+        assert torch.equal(scores, wanted)
+
+
+def test_readme_needs_five_lines(exported, capsys):
+    assert len(example("pt2").split("\n\n")[1].splitlines()) == 4  # and an import
+    scores, _ = follow("pt2", exported[0], random_images(3))
+    assert capsys.readouterr().out == f"{[CLASSES[k] for k in scores.argmax(1)]}\n"
+
+
+def test_metadata(exported):
+    """The same strings in every format."""
+    import onnxruntime
+    from safetensors import safe_open
+
+    config = {"model": "net"}
+    wanted = {"format_version": "1", "model": "net", "dataset": "cifar10", "classes": CLASSES, "config": config}
+    path = exported[0] / NAME
+    extra = dict.fromkeys(wanted, "")
+    torch.export.load(f"{path}.pt2", extra_files=extra)
+    session = onnxruntime.InferenceSession(f"{path}.onnx")
+    with safe_open(f"{path}.safetensors", "pt") as file:
+        header = file.metadata()
+    for metadata in (extra, session.get_modelmeta().custom_metadata_map, header):
+        assert metadata | {name: json.loads(metadata[name]) for name in ("classes", "config")} == wanted
+    (images,), (scores,) = session.get_inputs(), session.get_outputs()
+    assert (images.name, images.shape, images.type) == ("images", ["n", 3, 32, 32], "tensor(uint8)")
+    assert (scores.name, scores.shape, scores.type) == ("scores", ["n", 3], "tensor(float)")
+
+
+def test_program_refuses_other_images(exported):
+    """Floating-point pixels would be normalized twice."""
+    program = torch.export.load(exported[0] / f"{NAME}.pt2").module()
+    with pytest.raises(RuntimeError, match="dtype"):
+        program(torch.rand(2, 3, 32, 32))
+
+
+def test_batchnorm_uses_its_running_statistics(tmp_path, monkeypatch):
+    """Also of one image; exporting a model that is in training mode."""
+    monkeypatch.setitem(MODELS, "tiny", lambda classes: SpeedNet(classes, widths=(4, 8, 8), depth=3))
+    torch.manual_seed(0)
+    model = build_model("tiny", 2)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.uniform_(-1, 1)
+            module.running_var.uniform_(0.5, 2)
+    main([save_weights(tmp_path / f"{NAME}.pt", model, "tiny", classes=["a", "b"])])
+    images = random_images(5)
+    with torch.no_grad():
+        wanted = model.eval()(normalize(images))
+    torch.testing.assert_close(follow("pt2", tmp_path, images)[0], wanted, atol=1e-6, rtol=0)
+    torch.testing.assert_close(follow("pt2", tmp_path, images[:1])[0], wanted[:1], atol=1e-6, rtol=0)
+
+
+def test_weights_are_those_of_the_checkpoint(exported):
+    from safetensors.torch import load_file
+
+    weights = load_checkpoint(exported[0] / f"{NAME}.pt")["state"]["model"]
+    loaded = load_file(exported[0] / f"{NAME}.safetensors")
+    assert loaded.keys() == weights.keys()
+    assert all(torch.equal(loaded[name], weights[name]) for name in weights)
+
+
+def test_out_is_replaced(tmp_path, model, capsys):
+    checkpoint = save_weights(tmp_path / "c.pt", model, dataset="synthetic", classes=CLASSES)
+    (out := tmp_path / "x.safetensors").write_text("old")
+    main([checkpoint, "--format", "safetensors", "--out", str(out)])
+    assert out.stat().st_size > 200_000
+    assert {path.name for path in tmp_path.iterdir()} == {"c.pt", "x.safetensors"}
+    printed = capsys.readouterr()
+    assert "3 classes of synthetic" in printed.out
+    assert "synthetic dataset is not CIFAR-10" in printed.err
+
+
+def test_config_is_that_of_the_run(tmp_path):
+    from safetensors import safe_open
+
+    saved = content()
+    torch.save(saved, tmp_path / "c.pt")
+    main([str(tmp_path / "c.pt"), "--format", "safetensors"])
+    with safe_open(tmp_path / "c.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["config"]) == saved["config"]
+
+
+def test_mistakes(tmp_path, model):
+    checkpoint = save_weights(tmp_path / "c.pt", model, classes=CLASSES)
+    unknown = save_weights(tmp_path / "unknown.pt", model, "resnet", classes=CLASSES)
+    short = ["--format", "safetensors"]
+    for argv, reason in (
+        ([checkpoint, "--out", checkpoint], r"does not end in \.pt2: rename it"),
+        ([checkpoint, "--out", str(tmp_path / "x.onnx")], "another --format"),
+        ([checkpoint, *short, "--out", str(tmp_path / "nowhere" / "x.safetensors")], "No such .*: name another file"),
+        ([str(tmp_path / "missing.pt")], "No such file"),
+        ([__file__], "not a checkpoint"),
+        ([unknown], "'resnet', which this version does not have"),
+    ):
+        with pytest.raises(UserError, match=reason) as caught:
+            main(argv)
+        assert "\n" not in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"c.pt", "unknown.pt"}
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+def test_missing_package_is_one_line(tmp_path, model, monkeypatch, package):
+    for name in [name for name in sys.modules if name.split(".")[0] == "onnxscript"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"{package}.*: pip install -e '.\[export\]'") as caught:
+        main([save_weights(tmp_path / "c.pt", model, classes=CLASSES), "--format", "onnx"])
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "c.onnx").exists()
