@@ -23,6 +23,7 @@ from cifar.errors import UserError, first_line
 from cifar.files import write_atomically
 
 FORMAT_VERSION = 1  # of the metadata
+_PRIVATE = ("data_dir", "data_url", "run_dir", "resume", "evaluate")  # directories of the training machine
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,17 @@ class Classifier(nn.Module):
 
 
 def describe(content: dict[str, Any]) -> dict[str, str]:
-    """Return the metadata of every format from the checkpoint `content`: `classes` and `config` are JSON texts."""
+    """Return the metadata of every format from the checkpoint `content`: `classes` and `config` are JSON texts.
+
+    Of the configuration, paths and the URL are left out: a model may be published.
+    """
+    config = {name: value for name, value in content["config"].items() if name not in _PRIVATE}
     return {
         "format_version": str(FORMAT_VERSION),
-        "model": content["config"]["model"],
+        "model": config["model"],
         "dataset": content["dataset"],
         "classes": json.dumps(content["classes"]),
-        "config": json.dumps(content["config"]),
+        "config": json.dumps(config),
     }
 
 
@@ -121,6 +126,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--out {asked.out} does not end in {suffix}: rename it, or choose another --format")
     model, content = read_model(asked.checkpoint)
     out = asked.out or asked.checkpoint.with_suffix(suffix)
+    if out == asked.checkpoint:
+        raise UserError(f"{out} is the checkpoint itself: name another file with --out")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's exporters warn of deprecations in torch itself
         exported = FORMATS[asked.format](model, describe(content))

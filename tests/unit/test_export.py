@@ -134,24 +134,27 @@ def test_out_is_replaced(tmp_path, model, capsys):
     assert "synthetic dataset is not CIFAR-10" in printed.err
 
 
-def test_config_is_that_of_the_run(tmp_path):
+def test_config_is_that_of_the_run_without_its_paths(tmp_path):
     from safetensors import safe_open
 
     saved = content()
     torch.save(saved, tmp_path / "c.pt")
     main([str(tmp_path / "c.pt"), "--format", "safetensors"])
     with safe_open(tmp_path / "c.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["config"]) == saved["config"]
+        config = json.loads(file.metadata()["config"])
+    assert set(saved["config"]) - set(config) == {"data_dir", "data_url", "run_dir", "resume", "evaluate"}
+    assert config.items() < saved["config"].items()
 
 
 def test_mistakes(tmp_path, model):
     checkpoint = save_weights(tmp_path / "c.pt", model, classes=CLASSES)
     unknown = save_weights(tmp_path / "unknown.pt", model, "resnet", classes=CLASSES)
-    short = ["--format", "safetensors"]
+    short, itself = ["--format", "safetensors"], save_weights(tmp_path / "c.safetensors", model, classes=CLASSES)
     for argv, reason in (
         ([checkpoint, "--out", checkpoint], r"does not end in \.pt2: rename it"),
         ([checkpoint, "--out", str(tmp_path / "x.onnx")], "another --format"),
         ([checkpoint, *short, "--out", str(tmp_path / "nowhere" / "x.safetensors")], "No such .*: name another file"),
+        ([itself, *short], "is the checkpoint itself: name another file"),
         ([str(tmp_path / "missing.pt")], "No such file"),
         ([__file__], "not a checkpoint"),
         ([unknown], "'resnet', which this version does not have"),
@@ -159,7 +162,7 @@ def test_mistakes(tmp_path, model):
         with pytest.raises(UserError, match=reason) as caught:
             main(argv)
         assert "\n" not in str(caught.value)
-    assert {path.name for path in tmp_path.iterdir()} == {"c.pt", "unknown.pt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"c.pt", "c.safetensors", "unknown.pt"}
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])
