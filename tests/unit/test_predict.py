@@ -16,7 +16,8 @@ from cifar.data import normalize
 from cifar.datasets.cifar10 import CLASSES
 from cifar.errors import UserError
 from cifar.models import build_model
-from cifar.predict import main, predict, read_image
+from cifar.pictures import read_image
+from cifar.predict import main, predict
 
 
 def gradient(height=48, width=64):
