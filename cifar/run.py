@@ -259,6 +259,7 @@ class Run:
         """Return what the numbers of a run depend on besides its configuration."""
         return {
             "dataset": self.data.name,
+            "images": self.data.fingerprint,
             "world_size": self.runtime.world_size,
             "accumulation": self.plan.accumulation,
             "steps_per_epoch": self.plan.steps_per_epoch,
