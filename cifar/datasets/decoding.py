@@ -1,6 +1,7 @@
 """Decode many picture files, in processes on all cores."""
 
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,7 @@ class Problem(NamedTuple):
     """Why a file cannot be read as a picture.
 
     Attributes:
-        reason: one line, which names the file.
+        reason: one line, to follow the name of the file.
         passing: whether the file itself may be good: it could not be opened, or there was no memory for it.
     """
 
@@ -52,13 +53,14 @@ def decode(paths: list[Path], show: bool = True) -> Iterator[np.ndarray | Proble
     )
     draw = show and sys.stderr.isatty()
     with tqdm(total=len(paths), unit=" pictures", desc="decoding", disable=not draw) as bar:
-        done = 0
+        done, spoken = 0, time.monotonic()
         try:
             for batch in loader:
                 yield from batch
                 bar.update(len(batch))
                 tenth, done = 10 * done // len(paths), done + len(batch)
-                if show and not draw and workers > 1 and 10 * done // len(paths) > tenth:
+                if show and not draw and 10 * done // len(paths) > tenth and time.monotonic() - spoken > 1:
+                    spoken = time.monotonic()
                     print(f"  {10 * done // len(paths)}0 % of {len(paths):,} pictures", flush=True)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
@@ -75,8 +77,10 @@ class _Pictures(Dataset[np.ndarray | Problem]):
         return len(self._paths)
 
     def __getitem__(self, index: int) -> np.ndarray | Problem:
+        path = self._paths[index]
         try:
-            return read_image(self._paths[index]).numpy()
+            return read_image(path).numpy()
         except UserError as error:
-            cause = error.__cause__  # Pillow raises an OSError without errno for a damaged picture
-            return Problem(str(error), isinstance(cause, MemoryError) or getattr(cause, "errno", None) is not None)
+            reason = str(error).removeprefix(f"{path} ")
+            cause = error.__cause__  # for a damaged picture, Pillow raises an OSError without errno
+            return Problem(reason, isinstance(cause, MemoryError) or getattr(cause, "errno", None) is not None)

@@ -37,7 +37,7 @@ def prepare_folder(data_dir: Path, data_url: str | None = None, show: bool = Tru
     if ignored:
         print(f"{ignored:,} files in {data_dir} are ignored: their names are not those of pictures", flush=True)
     for path in sorted(problems)[:_NAMED]:
-        print(f"WARNING: left out: {problems[path].reason}", flush=True)
+        print(f"WARNING: left out: {data_dir / path} {problems[path].reason}", flush=True)
     if len(problems) > _NAMED:
         print(f"WARNING: left out: {len(problems) - _NAMED:,} more", flush=True)
 
@@ -55,7 +55,7 @@ def load_folder(data_dir: Path) -> Dataset:
     pictures = picture_cache.load(data_dir, files)
     readable, problems = pictures.readable(), pictures.problems
     if 100 * len(problems) > len(files):
-        reasons = [problems[path].reason for path in sorted(problems)]
+        reasons = [f"{data_dir / path} {problems[path].reason}" for path in sorted(problems)]
         raise UserError(
             f"{len(problems):,} of the {len(files):,} pictures in {data_dir} cannot be read, more than 1 %: remove or "
             f"replace them: {_first(reasons, '; ')}"
@@ -64,10 +64,10 @@ def load_folder(data_dir: Path) -> Dataset:
     for row, file in enumerate(readable):
         split, name, _ = file.path.split("/", 2)
         rows[split, name].append(row)
-    classes = _class_names(data_dir / "train")
-    note = ""
-    if not (data_dir / "test").is_dir():
-        note = "no test/: a tenth of train/ is held out, by a hash of each picture's name"
+    classes = sorted({file.path.split("/", 2)[1] for file in files})
+    notes = [f"{len(problems):,} unreadable left out"] if problems else []
+    if not any(file.path.startswith("test/") for file in files):
+        notes.insert(0, "test: a tenth of train/, by a hash of each picture's name")
         for name in classes:
             # Each name decides for itself, so that a new picture moves no other one to the other split.
             hashed = sorted((_hash(readable[row].path.split("/", 2)[2]), row) for row in rows["train", name])
@@ -81,8 +81,8 @@ def load_folder(data_dir: Path) -> Dataset:
                     f"class {name} has one picture that can be read, and one is held out for the test: add pictures, "
                     f"or make {data_dir / 'test'}"
                 )
-    if problems:
-        note += f"{'; ' if note else ''}{len(problems):,} unreadable left out"
+
+    pixels = torch.from_numpy(pictures.pixels).flatten(1)  # whole images are copied faster
 
     def take(split: str) -> Split:
         labels = {row: label for label, name in enumerate(classes) for row in rows[split, name]}
@@ -90,9 +90,10 @@ def load_folder(data_dir: Path) -> Dataset:
             if not rows[split, name]:
                 raise UserError(f"none of the pictures in {data_dir / split / name} can be read: replace them")
         order = sorted(labels, key=lambda row: _hash(readable[row].path))
-        return torch.from_numpy(pictures.pixels[order]), torch.tensor([labels[row] for row in order])
+        images = pixels.index_select(0, torch.tensor(order)).view(-1, 3, 32, 32)
+        return images, torch.tensor([labels[row] for row in order])
 
-    return Dataset(tuple(classes), take("train"), take("test"), note)
+    return Dataset(tuple(classes), take("train"), take("test"), "; ".join(notes))
 
 
 def _hash(text: str) -> int:
@@ -116,20 +117,19 @@ def list_files(data_dir: Path) -> tuple[list[File], int]:
     ignored = 0
     try:
         if not train.is_dir():
-            raise UserError(f"there is no {train}: --dataset folder reads the pictures in --data-dir, train/CLASS/")
+            raise UserError(f"there is no {train}: --dataset folder reads the pictures in {train / 'CLASS'}")
         splits = [train, test] if test.is_dir() else [train]
         _check_classes(data_dir, *map(_class_names, splits))
         for split in splits:
             for name in _class_names(split):
                 before = len(files)
                 for path, status in _walk(split / name):
-                    if os.path.splitext(path)[1].lower() not in suffixes or not (
-                        status is None or stat.S_ISREG(status.st_mode)
-                    ):
+                    kind = stat.S_IFMT(status.st_mode)
+                    # A broken link counts, and cannot be read.
+                    if os.path.splitext(path)[1].lower() in suffixes and kind in (stat.S_IFREG, stat.S_IFLNK):
+                        files.append(File(f"{split.name}/{name}/{path}", status.st_size, status.st_mtime_ns))
+                    else:
                         ignored += 1
-                        continue
-                    size, mtime_ns = (status.st_size, status.st_mtime_ns) if status is not None else (0, 0)
-                    files.append(File(f"{split.name}/{name}/{path}", size, mtime_ns))
                 if len(files) == before:
                     raise UserError(f"there is no picture in {split / name}: add some, or remove the folder")
     except OSError as error:
@@ -162,8 +162,8 @@ def _check_classes(data_dir: Path, train: list[str], test: list[str] | None = No
             )
 
 
-def _walk(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[tuple[str, os.stat_result | None]]:
-    """Yield the path below `folder` of each file that is not hidden, and its status; None for a broken link.
+def _walk(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[tuple[str, os.stat_result]]:
+    """Yield the path below `folder` of each file that is not hidden, and its status; of a broken link, the link's own.
 
     Args:
         above: device and inode of the directories that contain `folder`: a link to one of them is not followed.
@@ -177,8 +177,8 @@ def _walk(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iter
             try:
                 status = entry.stat()
             except OSError:
-                status = None
-            if status is None or not stat.S_ISDIR(status.st_mode):
+                status = entry.stat(follow_symlinks=False)
+            if not stat.S_ISDIR(status.st_mode):
                 yield entry.name, status
             elif (status.st_dev, status.st_ino) not in above:
                 for path, inner in _walk(Path(entry.path), above):

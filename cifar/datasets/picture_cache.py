@@ -184,6 +184,7 @@ def _write(pictures: Pictures, places: Sequence[Path], show: bool) -> None:
     reason: OSError | None = None
     for place in places:
         try:
+            place.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(place, lambda file: file.writelines([_digest(header, pixels), header, pixels]))
         except OSError as error:
             reason = error
