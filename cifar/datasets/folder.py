@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from cifar.datasets import picture_cache
 from cifar.datasets.base import Dataset, Split
-from cifar.datasets.picture_cache import File
+from cifar.datasets.picture_cache import File, load_pictures, prepare_pictures
 from cifar.errors import UserError
 
 MAX_CLASSES = 1000
@@ -31,7 +30,7 @@ def prepare_folder(data_dir: Path, data_url: str | None = None, show: bool = Tru
         UserError: the folder does not have this form, or the decoded pictures cannot be written anywhere.
     """
     files, ignored = list_files(data_dir)
-    problems = picture_cache.prepare(data_dir, files, show).problems
+    problems = prepare_pictures(data_dir, files, show).problems
     if not show:
         return
     if ignored:
@@ -52,7 +51,7 @@ def load_folder(data_dir: Path) -> Dataset:
             the pictures are unreadable.
     """
     files, _ = list_files(data_dir)
-    pictures = picture_cache.load(data_dir, files)
+    pictures = load_pictures(data_dir, files)
     readable, problems = pictures.readable(), pictures.problems
     if 100 * len(problems) > len(files):
         reasons = [f"{data_dir / path} {problems[path].reason}" for path in sorted(problems)]

@@ -50,8 +50,8 @@ class Pictures:
         return [file for file in self.files if file.path not in self.problems]
 
 
-def load(data_dir: Path, files: list[File]) -> Pictures:
-    """Load what `prepare` has decoded on this host.
+def load_pictures(data_dir: Path, files: list[File]) -> Pictures:
+    """Load what `prepare_pictures` has decoded on this host.
 
     Args:
         files: the picture files of `data_dir`, sorted by path.
@@ -65,7 +65,7 @@ def load(data_dir: Path, files: list[File]) -> Pictures:
     return kept
 
 
-def prepare(data_dir: Path, files: list[File], show: bool = True) -> Pictures:
+def prepare_pictures(data_dir: Path, files: list[File], show: bool = True) -> Pictures:
     """Decode the picture files that are new or have changed, on all cores, and keep the pixels for this host.
 
     Launches that share a place take turns. If nothing has changed, nothing is written.
