@@ -323,10 +323,13 @@ def evaluate_checkpoint(config: TrainConfig, model: nn.Module, data: Data, runti
     assert config.evaluate is not None
     content = read_checkpoint(config.evaluate)
     if tuple(content["classes"]) != data.classes:
-        theirs, ours = (", ".join(classes[:5]) for classes in (content["classes"], data.classes))
+        theirs, ours = (
+            ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
+            for classes in (content["classes"], data.classes)
+        )
         raise UserError(
-            f"{config.evaluate} was trained on the classes of {content['dataset']} ({theirs} ...), not on those of "
-            f"{data.name} here ({ours} ...)"
+            f"{config.evaluate} was trained on the classes of {content['dataset']} ({theirs}), not on those of "
+            f"{data.name} here ({ours})"
         )
     load_model(unwrap(model), content, config.model, config.evaluate)
     where = f"{config.evaluate}: {config.model}, trained on {content['dataset']} to step {content['state']['step']:,}"

@@ -171,7 +171,7 @@ def _turn(places: Sequence[Path], show: bool) -> Iterator[None]:
 
 def _no_place(places: Sequence[Path], reason: object) -> UserError:
     names = ", ".join(str(place.parent) for place in places)
-    return UserError(f"the decoded pictures cannot be written to {names} ({reason}): set XDG_CACHE_HOME to a directory")
+    return UserError(f"the decoded pictures cannot be written to any of {names} ({reason}): set XDG_CACHE_HOME")
 
 
 # The file: the SHA-256 of the rest in hexadecimal, a line; what it holds as JSON, a line; the pixels.

@@ -394,6 +394,7 @@ def test_progress_in_plain_lines_and_on_a_terminal(folder, capfd, monkeypatch):
     assert re.search(r"decoding: +100%\|.*200/200 .*pictures/s", shown(lambda: prepare_folder(folder)))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
 @pytest.mark.parametrize("cores", [1, 3])
 def test_workers_change_nothing(folder, monkeypatch, cores):
     padded(folder, 200)
@@ -560,7 +561,7 @@ def test_without_a_users_cache_pixels_last_until_a_reboot(as_reader, capfd):
         kept.chmod(0o777)
 
         def refused(folder):
-            with pytest.raises(UserError, match="the decoded pictures cannot be written"):
+            with pytest.raises(UserError, match="the decoded pictures cannot be written to any of"):
                 load(folder)
 
         assert do(refused) == 0
@@ -686,8 +687,8 @@ def test_evaluate_on_another_folder(folder, trained, tmp_path, capfd):
     with pytest.raises(UserError) as caught:
         train_ddp.main([*FLAGS, "--data-dir", str(other), "--evaluate", str(checkpoint)])
     assert str(caught.value) == (
-        f"{checkpoint} was trained on the classes of folder (ant, bee, cat ...), not on those of folder here (ant, "
-        f"cat, dog ...)"
+        f"{checkpoint} was trained on the classes of folder (ant, bee, cat), not on those of folder here (ant, "
+        f"cat, dog)"
     )
 
 
