@@ -177,6 +177,10 @@ def without_test(folder, count):
     return folder
 
 
+def is_held_out(name):
+    return int(hashlib.sha256(name.encode()).hexdigest()[:16], 16) / 2**64 < 0.1
+
+
 def held_out(dataset):
     return set(contents(dataset.test))
 
@@ -185,7 +189,7 @@ def test_a_tenth_is_held_out_by_the_names(folder, tmp_path):
     without_test(folder, 100)
     before = load(folder)
     assert before.note == "test: a tenth of train/, by a hash of each picture's name"
-    by_hash = [k for k in range(100) if int(hashlib.sha256(f"{k}.png".encode()).hexdigest()[:16], 16) / 2**64 < 0.1]
+    by_hash = [k for k in range(100) if is_held_out(f"{k}.png")]
     wanted = sorted(
         (read_image(folder / "train" / name / f"{k}.png").numpy().tobytes(), label)
         for label, name in enumerate(COLORS)
@@ -205,13 +209,18 @@ def test_a_tenth_is_held_out_by_the_names(folder, tmp_path):
     assert held_out(before) < held_out(after)
 
 
-@pytest.mark.parametrize("count", [2, 3, 4, 5])
-def test_small_classes_have_training_and_test_pictures(folder, count):
+@pytest.mark.parametrize(("low", "sizes"), [(False, (9, 3)), (True, (3, 9))])
+def test_small_classes_have_training_and_test_pictures(folder, low, sizes):
+    """Also where no name, or each name, has a hash that holds it out."""
+    names = [name for name in map("{}.png".format, range(999)) if is_held_out(name) == low][:4]
+    shutil.rmtree(folder / "test")
     shutil.rmtree(folder / "train")
-    dataset = load(without_test(folder, count))
-    for _, labels in (dataset.train, dataset.test):
-        assert labels.unique().tolist() == [0, 1, 2]
-    assert len(dataset.test[0]) == 3
+    for label in COLORS:
+        for k, name in enumerate(names):
+            draw(folder / "train" / label / name, k)
+    dataset = load(folder)
+    for size, (_, labels) in zip(sizes, (dataset.train, dataset.test), strict=True):
+        assert labels.bincount().tolist() == [size // 3] * 3
 
 
 # Mistakes
@@ -307,6 +316,7 @@ def test_one_percent_is_left_out_and_named_each_time(folder, capfd, decoded):
         f"WARNING: left out: {folder}/train/bee/x.png is not a picture in a format that Pillow knows",
         f"WARNING: left out: {folder}/train/cat/y.png cannot be read as a picture: No such file or directory",
     ]
+    written: set[int] = set()
     for start in range(3):
         dataset = load(folder)
         assert dataset.note == "2 unreadable left out"
@@ -315,6 +325,8 @@ def test_one_percent_is_left_out_and_named_each_time(folder, capfd, decoded):
         # A link may lead somewhere one day, without having changed; a damaged picture remains one.
         assert decoded[-1] == "y.png"
         assert len(decoded) == 200 + start
+        written.add((folder / CACHE).stat().st_ino)
+        assert len(written) == 1, "written without need"
     broken(folder / "train" / "bee" / "z.png")
     text = refusal(folder)
     assert text.startswith(f"3 of the 201 pictures in {folder} cannot be read, more than 1 %")
