@@ -65,7 +65,10 @@ class BatchPlan:
                 f"or lower --local-batch-size"
             )
         if size > train_size:
-            raise UserError(f"a global batch of {size} images is more than the {train_size} training images")
+            raise UserError(
+                f"a global batch of {size} images is more than the {train_size} training images: "
+                f"lower --global-batch-size and --local-batch-size"
+            )
         return cls(world_size, local, size, train_size // size)
 
     def smaller_local_batch(self) -> int | None:

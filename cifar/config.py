@@ -74,7 +74,8 @@ class TrainConfig(Recipe):
     dataset: str = "auto"
     """auto: CIFAR-10 if it is on disk or can be downloaded, else the synthetic dataset, with a warning."""
     data_dir: Path = Path("data")
-    """Directory of the dataset. CIFAR-10 is read from, or downloaded into, its cifar-10-batches-py/."""
+    """Directory of the dataset. CIFAR-10 is read from, or downloaded into, its cifar-10-batches-py/;
+    folder: pictures from its train/CLASS/ and test/CLASS/."""
     data_url: str | None = None
     """URL of the dataset's archive (cifar-10-python.tar.gz) to try before the built-in sources."""
     max_steps: int | None = None

@@ -34,7 +34,8 @@ class Console:
             small = f", {pixels} in the first {config.small_epochs} of {config.epochs} epochs"
         lines = {
             "processes": self._runtime.describe(),
-            "dataset": f"{data.name}{where}: {sizes}, {len(data.classes)} classes",
+            "dataset": f"{data.name}{where}: {sizes}, {len(data.classes)} classes"
+            + (f"; {data.note}" if data.note else ""),
             "model": f"{config.model}, {parameters:,} parameters, {self._runtime.describe_precision()}"
             + (", compiled" if config.compile else ""),
             "recipe": f"{config.recipe}, augmentation {config.augment}{small}, seed {config.seed}",

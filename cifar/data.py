@@ -1,7 +1,8 @@
 """A dataset as tensors on the device, behind DistributedSampler loaders."""
 
+import socket
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from cifar.config import TrainConfig
 from cifar.datasets import DATASETS, PREPARE
 from cifar.datasets.download import UnavailableError
 from cifar.distributed.runtime import Runtime
+from cifar.errors import UserError
 
 EVAL_BATCH_SIZE = 1000
 CHUNK = 1024  # images prepared per call; with tiny batches the per-call overhead dominates
@@ -152,6 +154,8 @@ class Data:
         name: of the dataset, "cifar10" for one.
         classes: the class names, in the order of the labels.
         plan: how the training images are divided into batches.
+        note: what the banner says of the dataset besides, or nothing.
+        fingerprint: what identifies the images of each split; see `Dataset.fingerprint`.
     """
 
     name: str
@@ -159,6 +163,8 @@ class Data:
     plan: BatchPlan
     train: TrainLoader
     test: EvalLoader
+    note: str = ""
+    fingerprint: dict[str, str] = field(default_factory=dict)
 
     def sample(self) -> Tensor:
         """Return the first 5,000 training images, normalized: float32 [n, 3, 32, 32] on the CPU."""
@@ -168,10 +174,11 @@ class Data:
 def load_data(config: TrainConfig, runtime: Runtime) -> Data:
     """Load the dataset, the same on every rank, onto the device. Collective.
 
-    Local rank zero downloads it if it has to, while the others wait.
+    Local rank zero downloads or decodes it if it has to, while the others wait.
 
     Raises:
-        UserError: a file is corrupt, the dataset is not available, or the batch sizes do not divide.
+        UserError: a file is corrupt, the dataset is not available, the hosts have different images, or the batch sizes
+            do not divide.
     """
     auto = config.dataset == "auto"
     name, missing = "cifar10" if auto else config.dataset, None
@@ -190,6 +197,8 @@ def load_data(config: TrainConfig, runtime: Runtime) -> Data:
     with runtime.fail_together():
         dataset = DATASETS[name](config.data_dir)
         dataset.check(name)
+    fingerprint = dataset.fingerprint()
+    _check_same(name, fingerprint, runtime)
 
     def to_device(split: tuple[Tensor, Tensor]) -> DeviceImages:
         return DeviceImages(*split, dataset.classes, runtime.device, runtime.memory_format)
@@ -200,4 +209,21 @@ def load_data(config: TrainConfig, runtime: Runtime) -> Data:
         train.augment = CropFlip(len(train), config.seed, runtime.device, config.crop_padding, alternate, config.cutout)
     plan = BatchPlan.make(config, runtime.world_size, len(train))
     train_loader = TrainLoader(train, plan, runtime.rank, config.seed, config.small_epochs, config.small_size)
-    return Data(name, dataset.classes, plan, train_loader, EvalLoader(test, runtime.rank, runtime.world_size))
+    test_loader = EvalLoader(test, runtime.rank, runtime.world_size)
+    return Data(name, dataset.classes, plan, train_loader, test_loader, dataset.note, fingerprint)
+
+
+def _check_same(name: str, fingerprint: dict[str, str], runtime: Runtime) -> None:
+    """Check that all ranks have the same images. Collective.
+
+    Raises:
+        UserError: they do not; names the hosts.
+    """
+    ranks = runtime.gather((fingerprint, socket.gethostname()))
+    for split in fingerprint:
+        found = sorted({(host, theirs[split]) for theirs, host in ranks})
+        if len({images for _, images in found}) > 1:
+            different = " and ".join(f"{images} on {host}" for host, images in found)
+            raise UserError(
+                f"dataset {name}: the hosts have different {split} images: {different}: copy the same files to each"
+            )

@@ -1,23 +1,21 @@
 """Classify picture files: python -m cifar.predict CHECKPOINT IMAGE [IMAGE ...]"""
 
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import torch
 import tyro
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from cifar.checkpoint import read_model
 from cifar.cli import exit_on_error, parse_flags
 from cifar.console import SYNTHETIC_WARNING
 from cifar.data import normalize
-from cifar.errors import UserError, first_line
+from cifar.errors import UserError
+from cifar.pictures import read_image
 
 
 @dataclass(frozen=True)
@@ -28,90 +26,6 @@ class Prediction:
     """A checkpoint of train_ddp.py, runs/NAME/checkpoints/step-NNNNNNNN.pt."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Pictures in any format that Pillow reads; the middle square is scaled to 32 x 32."""
-
-
-def read_image(path: Path) -> Tensor:
-    """Read a picture file as the models expect it: uint8 [3, 32, 32].
-
-    Raises:
-        UserError: the file cannot be read as a picture.
-    """
-    try:
-        if path.exists() and not path.is_file():
-            raise ValueError("it is a directory, a pipe or a device")  # a pipe might never answer
-        with warnings.catch_warnings():
-            # Of large pictures (Pillow refuses those above 179 million pixels) and of details that viewers ignore, too.
-            warnings.simplefilter("ignore")
-            with Image.open(path) as file:
-                upright = _upright(_to_rgb(file), file)
-        pixels = np.asarray(ImageOps.fit(upright, (32, 32), Image.Resampling.LANCZOS))
-    except UnidentifiedImageError as error:
-        raise UserError(f"{path} is not a picture in a format that Pillow knows") from error
-    except Exception as error:  # a damaged or hostile file can make a decoder raise anything
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-        raise UserError(f"{path} cannot be read as a picture: {reason}") from error
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Return `image` as a viewer shows it: deep gray scaled to bytes, where Pillow clips it; transparency on white."""
-    if image.mode.startswith(("I", "F")):
-        return _scale_to_bytes(image).convert("RGB")
-    if image.mode == "La":  # gray that is multiplied by its alpha; Pillow converts it in two steps only
-        image = image.convert("LA")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _scale_to_bytes(image: Image.Image) -> Image.Image:
-    """Scale 16-bit, 32-bit or floating-point gray to bytes.
-
-    No such format says which values are black and white, so it is the first of these ranges that has room for all
-    pixels: 0 to 1 of floating-point numbers, 0 to 255, and 0 to 65535 of 16-bit numbers. If none has, the darkest pixel
-    becomes black and the brightest white. NaN is black.
-
-    Raises:
-        ValueError: no pixel is a finite number.
-    """
-    values = np.asarray(image, np.float64)
-    finite = values[np.isfinite(values)]
-    if not finite.size:
-        raise ValueError("none of its pixels is a finite number")
-    low, high = finite.min(), finite.max()
-    if image.mode == "F":
-        whites = [1, 255]
-    elif image.mode == "I" and image.format not in ("PNG", "PPM"):  # of these, Pillow reads 16 bits as 32
-        whites = [255]
-    else:
-        whites = [255, 65535]
-    if low >= 0 and high <= whites[-1]:
-        low, high = 0, next(white for white in whites if high <= white)
-    levels = np.interp(np.nan_to_num(values, nan=low), (low, high), (0, 255))
-    levels[values == image.info.get("transparency")] = 255  # a PNG's, on white, too
-    return Image.fromarray(np.rint(levels).astype(np.uint8))
-
-
-def _upright(image: Image.Image, file: Image.Image) -> Image.Image:
-    """Turn `image` as the EXIF data of `file` says. EXIF data that cannot be read is ignored, as viewers do.
-
-    (ImageOps.exif_transpose also writes the EXIF data again, which fails if any tag in it is damaged.)
-    """
-    methods: dict[object, Image.Transpose] = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_270,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_90,
-    }
-    try:
-        method = methods.get(file.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # damaged data can make its decoder raise anything
-        return image
-    return image if method is None else image.transpose(method)
 
 
 @torch.no_grad()

@@ -118,6 +118,14 @@ def _find(config: TrainConfig, runtime: Runtime, data: Data, own: bool) -> Resum
         if tuple(content["classes"]) != data.classes:
             raise UserError(f"--resume {run_dir}: the class names of {path.name} are not those of the dataset here")
         finished = content["state"]["step"] >= last and recorded_steps >= last
+    recorded = facts.get("images")
+    if isinstance(recorded, dict):  # earlier versions recorded none
+        for split, now in data.fingerprint.items():
+            if recorded.get(split) != now:
+                raise UserError(
+                    f"--resume {run_dir}: the {split} images have changed since that run began, from "
+                    f"{recorded.get(split)} to {now}: restore them, or start a new run without --resume"
+                )
     if finished and not own:
         raise UserError(
             f"--resume {run_dir}: that run has finished, with step {recorded_steps:,} of {last:,}"

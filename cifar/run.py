@@ -259,6 +259,7 @@ class Run:
         """Return what the numbers of a run depend on besides its configuration."""
         return {
             "dataset": self.data.name,
+            "images": self.data.fingerprint,
             "world_size": self.runtime.world_size,
             "accumulation": self.plan.accumulation,
             "steps_per_epoch": self.plan.steps_per_epoch,
@@ -322,7 +323,14 @@ def evaluate_checkpoint(config: TrainConfig, model: nn.Module, data: Data, runti
     assert config.evaluate is not None
     content = read_checkpoint(config.evaluate)
     if tuple(content["classes"]) != data.classes:
-        raise UserError(f"{config.evaluate} was trained on the classes of {content['dataset']}, not of {data.name}")
+        theirs, ours = (
+            ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
+            for classes in (content["classes"], data.classes)
+        )
+        raise UserError(
+            f"{config.evaluate} was trained on the classes of {content['dataset']} ({theirs}), not on those of "
+            f"{data.name} here ({ours})"
+        )
     load_model(unwrap(model), content, config.model, config.evaluate)
     where = f"{config.evaluate}: {config.model}, trained on {content['dataset']} to step {content['state']['step']:,}"
     runtime.print0(f"{where}; testing on {data.name}")

@@ -6,12 +6,14 @@ from pathlib import Path
 from cifar.datasets.base import Dataset
 from cifar.datasets.cifar10 import load_cifar10, prepare_cifar10
 from cifar.datasets.cifar100 import load_cifar100, prepare_cifar100
+from cifar.datasets.folder import load_folder, prepare_folder
 from cifar.datasets.synthetic import make_synthetic
 
 # For each --dataset, the function that loads it from --data-dir. `Dataset.check` lists what it has to return.
 DATASETS: dict[str, Callable[[Path], Dataset]] = {
     "cifar10": load_cifar10,
     "cifar100": load_cifar100,
+    "folder": load_folder,
     "synthetic": lambda _: make_synthetic(),
 }
 
@@ -19,4 +21,5 @@ DATASETS: dict[str, Callable[[Path], Dataset]] = {
 PREPARE: dict[str, Callable[[Path, str | None, bool], None]] = {
     "cifar10": prepare_cifar10,
     "cifar100": prepare_cifar100,
+    "folder": prepare_folder,
 }

@@ -1,5 +1,7 @@
 """A dataset in memory, and the check of its form."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -17,11 +19,13 @@ class Dataset:
     Attributes:
         classes: name of each class, in the order of the labels.
         train, test: images, uint8 [n, 3, 32, 32], and labels, int64 [n] in [0, len(classes)), on the CPU.
+        note: what the banner says besides, or nothing.
     """
 
     classes: tuple[str, ...]
     train: Split
     test: Split
+    note: str = ""
 
     def check(self, name: str) -> None:
         """Check types, shapes, labels and class names. Reads the labels, not the pixels.
@@ -47,6 +51,16 @@ class Dataset:
                     f"dataset {name}: {split} labels must be in [0, {len(self.classes) - 1}], one for each class name, "
                     f"not in [{low}, {high}]"
                 )
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return the size of each split and a SHA-256 of its images, labels and class names, in words."""
+        words = {}
+        for split, (images, labels) in (("training", self.train), ("test", self.test)):
+            digest = hashlib.sha256(json.dumps(self.classes).encode())
+            for tensor in (images, labels):
+                digest.update(tensor.contiguous().numpy().data)
+            words[split] = f"{len(images):,} images, SHA-256 {digest.hexdigest()[:16]}"
+        return words
 
 
 def _form(value: object) -> str:

@@ -60,7 +60,7 @@ def read(reader: str, archive: Archive, data_dir: Path, classes: tuple[str, ...]
             files = torchvision(data_dir, train=train)
             images = torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous()  # [n, 32, 32, 3] -> [n, 3, 32, 32]
             splits.append((images, torch.tensor(files.targets)))
-        return Dataset(classes or tuple(files.classes), *splits)
+        return Dataset(classes or tuple(files.classes), splits[0], splits[1])
     except RuntimeError as error:
         problem = _corrupt_file(torchvision, archive, data_dir)
         raise UserError(f"{problem}; delete {folder} to download {archive.title} again") from error

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -20,7 +21,7 @@ COLORS = {"blue": (30, 40, 200), "green": (20, 180, 50), "red": (210, 30, 40)}
 
 @pytest.fixture(scope="module")
 def changed(tmp_path_factory):
-    """Return a copy of the program with the examples, and pictures of three classes."""
+    """Return a copy of the program with the examples, and arrays of three classes."""
     folder = tmp_path_factory.mktemp("changed")
     shutil.copytree(ROOT / "cifar", folder / "cifar", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "train_ddp.py", folder)
@@ -38,12 +39,14 @@ def changed(tmp_path_factory):
         text, times = re.subn(rf"(\n{registry}\b.*= {{\n)", lambda found, new=entry: found[1] + new, place.read_text())
         assert times == 1
         place.write_text(text.replace("\nfrom", f"\n{imports}from", 1))
+    arrays = {"classes": list(COLORS)}
     for split, count in (("train", 40), ("test", 5)):
-        for name, color in COLORS.items():
-            pictures = folder / "pictures" / split / name
-            pictures.mkdir(parents=True)
-            for k in range(count):
-                Image.new("RGB", (40 + k, 60), tuple(value + k for value in color)).save(pictures / f"{k}.png")
+        colors = np.array(list(COLORS.values()))[:, None] + np.arange(count)[None, :, None]  # [class, k, channel]
+        images = np.broadcast_to(colors.reshape(-1, 3, 1, 1), (3 * count, 3, 32, 32))
+        arrays |= {f"{split}_images": images.astype(np.uint8), f"{split}_labels": np.arange(3).repeat(count)}
+    (folder / "mine").mkdir()
+    np.savez(folder / "mine" / "arrays.npz", **arrays)
+    Image.new("RGB", (40, 60), COLORS["red"]).save(folder / "mine" / "red.png")
     return folder
 
 
@@ -73,7 +76,7 @@ def output(changed):
 
 
 def test_banner_names_the_dataset_and_its_classes(output):
-    assert re.search(r"^dataset +pictures, from pictures: 120 training, 15 test, 3 classes$", output, re.M)
+    assert re.search(r"^dataset +arrays, from mine: 120 training, 15 test, 3 classes$", output, re.M)
     assert re.search(r"^model +mlp, ", output, re.M)
     assert re.search(r"^recipe +mlp, augmentation crop-flip", output, re.M)
     assert "synthetic" not in output
@@ -82,7 +85,7 @@ def test_banner_names_the_dataset_and_its_classes(output):
 
 def test_records(changed, output):
     got = result(changed / "run")
-    assert (got["recipe"], got["model"], got["dataset"], got["test_total"]) == ("mlp", "mlp", "pictures", 15)
+    assert (got["recipe"], got["model"], got["dataset"], got["test_total"]) == ("mlp", "mlp", "arrays", 15)
     assert got["test_accuracy"] > 0.9
     assert "Accuracy for class: green is 100.0 %" in output
     assert [name for name in COLORS if records(changed / "run", f"test_class/{name}")] == list(COLORS)
@@ -95,15 +98,15 @@ def test_records(changed, output):
 def test_checkpoint_keeps_the_classes_and_predict_prints_them(changed):
     newest = max((changed / "run" / "checkpoints").glob("step-*.pt"))
     content = load_checkpoint(newest)
-    assert (content["dataset"], list(content["classes"])) == ("pictures", list(COLORS))
-    text = run_in(changed, "-m", "cifar.predict", newest, "pictures/test/red/1.png")
+    assert (content["dataset"], list(content["classes"])) == ("arrays", list(COLORS))
+    text = run_in(changed, "-m", "cifar.predict", newest, "mine/red.png")
     assert "red" in text
     assert "plane" not in text
 
 
 def test_help_lists_the_new_names(changed):
     text = run_in(changed, "train_ddp.py", "--help")
-    for flag, name in {"recipe": "mlp", "model": "mlp", "dataset": "pictures"}.items():
+    for flag, name in {"recipe": "mlp", "model": "mlp", "dataset": "arrays"}.items():
         choices = re.search(rf"--{flag} {{(.*?)}}", text, re.S)
         assert choices is not None
         assert name in re.split(r"[,\W]+", choices[1])

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import socket
 from pathlib import Path
 
 import pytest
@@ -160,10 +161,11 @@ def test_normalize_equals_torchvision_bit_for_bit():
 
 @dataclasses.dataclass
 class Rank:
-    """One rank; `others` is what the other ranks report as missing."""
+    """One rank; `others` is what the other ranks report as missing, `images` the fingerprint of another host."""
 
     local_rank: int = 0
     others: list[str | None] = dataclasses.field(default_factory=list)
+    images: dict[str, str] | None = None
     printed: list[str] = dataclasses.field(default_factory=list)
     is_main: bool = True
     rank: int = 0
@@ -175,6 +177,8 @@ class Rank:
         return contextlib.nullcontext()
 
     def gather(self, value):
+        if isinstance(value, tuple):
+            return [value, (self.images or value[0], "elsewhere"), (value[0], "here")]
         return [value, *self.others]
 
     def print0(self, text: str) -> None:
@@ -260,6 +264,19 @@ def test_a_host_without_cifar10_makes_all_use_synthetic(sources):
     rank = Rank(others=[None, "the second host has no disk"])
     assert load("auto", rank).name == "synthetic"
     assert "the second host has no disk" in rank.printed[0]
+
+
+@pytest.mark.parametrize("split", ["training", "test"])
+def test_hosts_with_other_images_are_named(sources, split):
+    own = load("auto", Rank()).fingerprint
+    theirs = own | {split: "9 images, SHA-256 0123456789abcdef"}
+    with pytest.raises(UserError) as caught:
+        load("auto", Rank(images=theirs))
+    text = str(caught.value)
+    assert f"dataset cifar10: the hosts have different {split} images: " in text
+    for words in (f"{own[split]} on here", f"{own[split]} on {socket.gethostname()}", f"{theirs[split]} on elsewhere"):
+        assert words in text
+    assert "\n" not in text
 
 
 def test_only_training_images_are_augmented(sources):

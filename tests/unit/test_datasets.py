@@ -46,6 +46,24 @@ def test_wrong_dataset_is_refused(wrong, message):
     assert str(caught.value) == f"dataset mine: {message}"
 
 
+@pytest.mark.parametrize(
+    ("other", "splits"),
+    [
+        ({}, set()),
+        ({"note": "words"}, set()),
+        ({"train": (IMAGES.clone().permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), LABELS)}, set()),
+        ({"train": (IMAGES + (torch.arange(4) == 3).byte().view(4, 1, 1, 1), LABELS)}, {"training"}),
+        ({"train": (IMAGES, (LABELS + 1) % 3)}, {"training"}),
+        ({"test": (IMAGES[:2], LABELS[:2])}, {"test"}),
+        ({"classes": ("ant", "bee", "dog")}, {"training", "test"}),
+    ],
+)
+def test_fingerprint_tells_datasets_apart(other, splits):
+    mine, theirs = GOOD.fingerprint(), replace(GOOD, **other).fingerprint()
+    assert mine["training"].startswith("4 images, SHA-256 ")
+    assert {split for split in mine if mine[split] != theirs[split]} == splits
+
+
 def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
 

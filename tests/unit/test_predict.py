@@ -15,7 +15,8 @@ from cifar.data import normalize
 from cifar.datasets.cifar10 import CLASSES
 from cifar.errors import UserError
 from cifar.models import build_model
-from cifar.predict import main, predict, read_image
+from cifar.pictures import read_image
+from cifar.predict import main, predict
 from tests.helpers.checkpoints import save_weights
 
 

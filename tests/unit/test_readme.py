@@ -15,7 +15,7 @@ from tests.helpers.processes import ROOT
 GUIDES = [ROOT / name for name in ("README.md", ".github/CONTRIBUTING.md", "launch/README.md", "cifar/README.md",
                                    "tests/README.md", "tests/benchmarks/README.md")]  # fmt: skip
 # Examples in the README that do not exist until they are followed, and paths that exist once a run is there.
-EXAMPLES = {"mlp", "pictures", "cifar/models/mlp.py", "cifar/datasets/pictures.py"}
+EXAMPLES = {"mlp", "arrays", "cifar/models/mlp.py", "cifar/datasets/arrays.py"}
 STARTS = ("python ", "torchrun ", "launch/", "accelerate launch ", "sbatch ", "pytest")
 
 

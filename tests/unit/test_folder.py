@@ -1,0 +1,714 @@
+"""A folder of pictures: which files count, the hold-out, the mistakes, and the cache of the decoded pixels."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from filelock import FileLock
+from PIL import Image
+
+import train_ddp
+from cifar.datasets import decoding, picture_cache
+from cifar.datasets.base import Dataset
+from cifar.datasets.folder import list_files, load_folder, prepare_folder
+from cifar.errors import UserError
+from cifar.pictures import read_image
+from tests.helpers.comparing import traces, wait_for_checkpoints, write_no_report
+from tests.helpers.forking import fork, wait
+from tests.helpers.processes import result
+from tests.helpers.terminal import shown
+
+CACHE = ".cifar-ddp-pictures"
+COLORS = {"ant": 40, "bee": 120, "cat": 200}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Keep the user's cache and the temporary directory of these tests apart."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "tmp").mkdir()
+    for name in ("TORCH_HOME", "CIFAR_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    monkeypatch.setattr(picture_cache, "tempfile", SimpleNamespace(gettempdir=lambda: str(folder / "tmp")))
+    return folder
+
+
+def draw(path, level=0, size=(32, 32), **options):
+    """Write a picture whose pixels are `level` and, if they are many, noise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(level).integers(level, level + 50, (size[1], size[0], 3))
+    Image.fromarray(pixels.astype(np.uint8)).save(path, **options)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Return a folder of three classes with six training and two test pictures each."""
+    for name, level in COLORS.items():
+        for k in range(6):
+            draw(tmp_path / "pets" / "train" / name / f"{k}.png", level + k)
+        for k in range(2):
+            draw(tmp_path / "pets" / "test" / name / f"{k}.png", level + 10 + k)
+    return tmp_path / "pets"
+
+
+def load(folder) -> Dataset:
+    prepare_folder(folder)
+    dataset = load_folder(folder)
+    dataset.check("folder")
+    return dataset
+
+
+def contents(split):
+    """Return the images of a split, as bytes, with their labels, in any order."""
+    images, labels = split
+    return sorted((image.numpy().tobytes(), label) for image, label in zip(images, labels.tolist(), strict=True))
+
+
+def expected(folder, split, names=tuple(COLORS)):
+    return sorted(
+        (read_image(path).numpy().tobytes(), label)
+        for label, name in enumerate(names)
+        for path in (folder / split / name).rglob("*.*")
+    )
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Return the names of the files that are decoded, as they are."""
+    names = []
+    decode = picture_cache.decode
+
+    def spy(paths, show):
+        names.extend(sorted(path.name for path in paths))
+        return decode(paths, show)
+
+    monkeypatch.setattr(picture_cache, "decode", spy)
+    return names
+
+
+def test_images_and_labels(folder):
+    dataset = load(folder)
+    assert dataset.classes == ("ant", "bee", "cat")
+    assert contents(dataset.train) == expected(folder, "train")
+    assert contents(dataset.test) == expected(folder, "test")
+    assert dataset.note == ""
+
+
+def test_formats_sizes_and_modes_are_those_of_predict(tmp_path):
+    """`read_image` itself is tested in test_predict.py."""
+    deep = Image.fromarray(np.linspace(0, 65535, 3200).reshape(40, 80).astype(np.uint16))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for name in ("one", "two"):
+        train = tmp_path / "train" / name
+        for k, suffix in enumerate(("png", "jpg", "JPEG", "gif", "webp", "bmp", "tif")):
+            draw(train / f"x.{suffix}", 10 * k, size=(50 + k, 33))
+        draw(train / "turned.jpg", 5, size=(60, 40), exif=turned)
+        draw(train / "deeper" / "still" / "x.png", 7, size=(1, 300))
+        deep.save(train / "deep.png")
+        draw(tmp_path / "test" / name / "x.png")
+    dataset = load(tmp_path)
+    assert len(dataset.train[0]) == 20
+    assert contents(dataset.train) == expected(tmp_path, "train", ("one", "two"))
+    upright = read_image(tmp_path / "train" / "one" / "turned.jpg").numpy().tobytes()
+    assert (upright, 0) in contents(dataset.train)
+
+
+def test_files_that_count(folder, tmp_path, capfd):
+    ant = folder / "train" / "ant"
+    before = contents(load(folder).train)
+    assert "ignored" not in capfd.readouterr().out
+    (ant / "notes.txt").write_text("text")
+    (ant / "picture").write_bytes((ant / "0.png").read_bytes())
+    os.mkfifo(ant / "pipe.png")
+    draw(ant / ".hidden.png")
+    draw(ant / ".hidden" / "x.png")
+    draw(folder / "train" / ".hidden" / "x.png")
+    draw(folder / "train" / "beside.png")
+    draw(folder / "elsewhere" / "x.png")
+    (ant / "around").symlink_to(ant)  # or to a directory above it
+    assert contents(load(folder).train) == before
+    lines = capfd.readouterr().out.splitlines()
+    assert lines == [f"3 files in {folder} are ignored: their names are not those of pictures"]
+    linked, more = draw(tmp_path / "linked.png", 99), tmp_path / "more"
+    draw(more / "x.png", 98)
+    (ant / "link.png").symlink_to(linked)
+    (ant / "more").symlink_to(more)
+    added = {read_image(path).numpy().tobytes() for path in (linked, more / "x.png")}
+    assert {pixels for pixels, label in contents(load(folder).train) if label == 0} >= added
+
+
+def test_names_of_classes(tmp_path):
+    """As code points sort, in any locale."""
+    names = ["a b", "B", "b", "ä", "猫"]
+    for split in ("train", "test"):
+        for name in reversed(names):
+            draw(tmp_path / split / name / "ü 1.png", 3)
+    assert load(tmp_path).classes == tuple(sorted(names)) == ("B", "a b", "b", "ä", "猫")
+
+
+def test_first_images_are_of_all_classes(tmp_path):
+    """A model that starts from the first 5,000 images (`Data.sample`) sees a random sample."""
+    for name in ("ant", "bee"):
+        for k in range(40):
+            draw(tmp_path / "train" / name / f"{k}.png", k)
+        draw(tmp_path / "test" / name / "0.png")
+    assert 8 <= load(tmp_path).train[1][:40].sum() <= 32
+
+
+# Without test/
+
+
+def without_test(folder, count):
+    shutil.rmtree(folder / "test")
+    for name, level in COLORS.items():
+        for k in range(count):
+            draw(folder / "train" / name / f"{k}.png", level, size=(40, 40 + k % 40))
+    return folder
+
+
+def is_held_out(name):
+    return int(hashlib.sha256(name.encode()).hexdigest()[:16], 16) / 2**64 < 0.1
+
+
+def held_out(dataset):
+    return set(contents(dataset.test))
+
+
+def test_a_tenth_is_held_out_by_the_names(folder, tmp_path):
+    without_test(folder, 100)
+    before = load(folder)
+    assert before.note == "test: a tenth of train/, by a hash of each picture's name"
+    by_hash = [k for k in range(100) if is_held_out(f"{k}.png")]
+    wanted = sorted(
+        (read_image(folder / "train" / name / f"{k}.png").numpy().tobytes(), label)
+        for label, name in enumerate(COLORS)
+        for k in by_hash
+    )
+    assert 5 < len(by_hash) < 15
+    assert contents(before.test) == wanted
+    assert contents((torch.cat([before.train[0], before.test[0]]), torch.cat([before.train[1], before.test[1]]))) == (
+        expected(folder, "train")
+    )
+    # Neither new pictures nor another place move any.
+    for k in range(100, 130):
+        draw(folder / "train" / "ant" / f"{k}.png", k)
+    moved = folder.rename(tmp_path / "moved")
+    after = load(moved)
+    assert set(contents(before.train)) < set(contents(after.train))
+    assert held_out(before) < held_out(after)
+
+
+@pytest.mark.parametrize(("low", "sizes"), [(False, (9, 3)), (True, (3, 9))])
+def test_small_classes_have_training_and_test_pictures(folder, low, sizes):
+    """Also where no name, or each name, has a hash that holds it out."""
+    names = [name for name in map("{}.png".format, range(999)) if is_held_out(name) == low][:4]
+    shutil.rmtree(folder / "test")
+    shutil.rmtree(folder / "train")
+    for label in COLORS:
+        for k, name in enumerate(names):
+            draw(folder / "train" / label / name, k)
+    dataset = load(folder)
+    for size, (_, labels) in zip(sizes, (dataset.train, dataset.test), strict=True):
+        assert labels.bincount().tolist() == [size // 3] * 3
+
+
+# Mistakes
+
+
+def refusal(folder):
+    with pytest.raises(UserError) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def broken(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"no picture")
+
+
+def move_bee(folder):
+    shutil.move(folder / "test" / "bee", folder / "test" / "Bee")
+
+
+def leave(*names, splits=("train", "test")):
+    def change(folder):
+        for split in splits:
+            for path in (folder / split).iterdir():
+                if path.name not in names:
+                    shutil.rmtree(path)
+
+    return change
+
+
+def many(folder):
+    for k in range(1001):
+        (folder / "train" / f"{k}").mkdir()
+
+
+def one_picture(folder):
+    shutil.rmtree(folder / "test")
+    for k in range(1, 6):
+        (folder / "train" / "bee" / f"{k}.png").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (shutil.rmtree, "there is no {}/train: --dataset folder reads the pictures in {}/train/CLASS"),
+        (leave(), "{}/train has 0 classes: it must hold 2 to 1,000 directories of pictures, one for each"),
+        (leave("bee"),
+         "{}/train has one class only, bee: it must hold 2 to 1,000 directories of pictures, one for each"),
+        (many, "{}/train has 1,004 classes: it must hold 2 to 1,000 directories of pictures, one for each"),
+        (leave("ant", "cat", splits=["test"]), "in {}/train but not in {}/test: bee: a class needs pictures in both"),
+        (leave("ant", "cat", splits=["train"]), "in {}/test but not in {}/train: bee: a class needs pictures in both"),
+        (move_bee, "in {}/train but not in {}/test: bee: a class needs pictures in both"),
+        (lambda folder: (folder / "train" / "dog").mkdir(),
+         "in {}/train but not in {}/test: dog: a class needs pictures in both"),
+        (lambda folder: [path.unlink() for path in (folder / "test" / "bee").iterdir()],
+         "there is no picture in {}/test/bee: add some, or remove the folder"),
+        (lambda folder: (folder / "train" / "a\nb").mkdir(),
+         "{}/train: rename the class 'a\\nb': its name cannot be printed"),
+        (lambda folder: os.mkdir(os.fsencode(folder / "train") + b"/\xff"),
+         "{}/train: rename the class '\\udcff': its name cannot be printed"),
+        (one_picture, "class bee has one picture that can be read, and one is held out for the test: add pictures, or "
+         "make {}/test"),
+        (lambda folder: broken(folder / "test" / "bee" / "x.png"),
+         "1 of the 25 pictures in {} cannot be read, more than 1 %: remove or replace them: {}/test/bee/x.png is not a "
+         "picture in a format that Pillow knows"),
+    ],
+)  # fmt: skip
+def test_mistakes(folder, change, message):
+    change(folder)
+    assert refusal(folder) == message.replace("{}", str(folder))
+
+
+def test_unreadable_folder_is_a_mistake(folder, monkeypatch):
+    def scandir(path):
+        raise PermissionError(13, "Permission denied", os.fspath(path))
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert refusal(folder) == f"cannot read {folder / 'train' / 'ant'}: Permission denied"
+
+
+def padded(folder, count):
+    """Add readable pictures until there are `count`."""
+    for k in range(count - 24):
+        draw(folder / "train" / "ant" / f"more-{k}.bmp", k % 200)
+
+
+def test_one_percent_is_left_out_and_named_each_time(folder, capfd, decoded):
+    padded(folder, 198)
+    broken(folder / "train" / "bee" / "x.png")
+    (folder / "train" / "cat" / "y.png").symlink_to("nowhere")
+    lines = [
+        f"WARNING: left out: {folder}/train/bee/x.png is not a picture in a format that Pillow knows",
+        f"WARNING: left out: {folder}/train/cat/y.png cannot be read as a picture: No such file or directory",
+    ]
+    written: set[int] = set()
+    for start in range(3):
+        dataset = load(folder)
+        assert dataset.note == "2 unreadable left out"
+        assert len(dataset.train[0]) + len(dataset.test[0]) == 198
+        assert [line for line in capfd.readouterr().out.splitlines() if line.startswith("WARNING")] == lines
+        # A link may lead somewhere one day, without having changed; a damaged picture remains one.
+        assert decoded[-1] == "y.png"
+        assert len(decoded) == 200 + start
+        written.add((folder / CACHE).stat().st_ino)
+        assert len(written) == 1, "written without need"
+    broken(folder / "train" / "bee" / "z.png")
+    text = refusal(folder)
+    assert text.startswith(f"3 of the 201 pictures in {folder} cannot be read, more than 1 %")
+    assert all(f"{name}.png" in text for name in ("x", "y", "z"))
+    draw(folder / "nowhere.png").rename(folder / "train" / "cat" / "nowhere")
+    for name in ("x", "z"):
+        draw(folder / "train" / "bee" / f"{name}.png")
+    assert load(folder).note == ""
+
+
+def test_many_unreadable_pictures_are_counted(folder, capfd):
+    padded(folder, 100)
+    for k in range(23):
+        broken(folder / "train" / "bee" / f"x{k}.png")
+    prepare_folder(folder)
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("WARNING")]
+    assert len(lines) == 21
+    assert lines[-1] == "WARNING: left out: 3 more"
+
+
+def test_class_of_unreadable_pictures(folder):
+    padded(folder, 300)
+    for path in (folder / "test" / "bee").iterdir():
+        broken(path)
+    assert refusal(folder) == f"none of the pictures in {folder}/test/bee can be read: replace them"
+
+
+# The cache
+
+
+def test_only_what_has_changed_is_decoded_again(folder, decoded):
+    load(folder)
+    assert len(decoded) == 24
+    before = (folder / CACHE).stat()
+    ant = folder / "train" / "ant"
+
+    def again():
+        decoded.clear()
+        assert contents(load(folder).train) == expected(folder, "train")
+        return list(decoded)
+
+    assert again() == []
+    after = (folder / CACHE).stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns), "written without need"
+    draw(ant / "new.png", 77)
+    assert again() == ["new.png"]
+    (ant / "0.png").unlink()
+    assert again() == []
+    times = (ant / "1.png").stat()
+    draw(ant / "1.png", 78)
+    os.utime(ant / "1.png", ns=(times.st_atime_ns, times.st_mtime_ns + 1))
+    assert again() == ["1.png"]
+    draw(ant / "2.png", 79, size=(33, 33))
+    os.utime(ant / "2.png", ns=(times.st_atime_ns, (ant / "3.png").stat().st_mtime_ns))
+    assert again() == ["2.png"]
+    (ant / "3.png").rename(ant / "renamed.png")
+    assert again() == ["renamed.png"]
+    (folder / "train" / "bee").rename(folder / "train" / "bees")
+    (folder / "test" / "bee").rename(folder / "test" / "bees")
+    prepare_folder(folder)
+    assert load_folder(folder).classes == ("ant", "bees", "cat")
+
+
+def test_progress_in_plain_lines_and_on_a_terminal(folder, capfd, monkeypatch):
+    padded(folder, 200)
+    prepare_folder(folder, show=False)
+    assert capfd.readouterr() == ("", "")
+    (folder / CACHE).unlink()
+    monkeypatch.setattr(decoding, "_BATCH", 10)
+    monkeypatch.setattr(time, "monotonic", iter(range(1000)).__next__)
+    prepare_folder(folder)
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == f"decoding 200 pictures in {folder}"
+    assert [line for line in lines if re.fullmatch(r"  \d+ % of 200 pictures", line)][-1] == "  100 % of 200 pictures"
+    monkeypatch.undo()
+    (folder / CACHE).unlink()
+    assert re.search(r"decoding: +100%\|.*200/200 .*pictures/s", shown(lambda: prepare_folder(folder)))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
+@pytest.mark.parametrize("cores", [1, 3])
+def test_workers_change_nothing(folder, monkeypatch, cores):
+    padded(folder, 200)
+    broken(folder / "train" / "bee" / "x.png")
+    monkeypatch.setattr(decoding, "available_cores", lambda: cores)
+    state = torch.get_rng_state()
+    dataset = load(folder)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert contents(dataset.test) == expected(folder, "test")
+    assert len(dataset.train[0]) == 200 - 6
+
+
+def test_killed_worker_is_one_line(folder, monkeypatch):
+    padded(folder, 200)
+    monkeypatch.setattr(decoding, "available_cores", lambda: 2)
+    monkeypatch.setattr(decoding, "read_image", lambda path: os.kill(os.getpid(), 9))
+    assert "a process that decodes pictures was killed" in refusal(folder)
+
+
+def test_flipped_bits_are_noticed(folder, decoded, capfd):
+    """In the digest, in the header and in the pixels; and a file that is cut or is another one."""
+    good = load(folder)
+    raw = (folder / CACHE).read_bytes()
+    start = raw.index(b"\n", 65) + 1
+    damages = [raw[:-1], raw[: start - 5], raw[:30], b"", b"\n" * 100, raw + b"\0", np.arange(9).tobytes()]
+    for bit in [*range(0, 8 * start, 991), *range(8 * start, 8 * len(raw), 7919), 8 * len(raw) - 1]:
+        flipped = bytearray(raw)
+        flipped[bit // 8] ^= 1 << bit % 8
+        damages.append(bytes(flipped))
+    files, _ = list_files(folder)
+    for damaged in damages:
+        (folder / CACHE).write_bytes(damaged)
+        assert picture_cache._find([folder / CACHE], files) is None
+    capfd.readouterr()
+    decoded.clear()
+    dataset = load(folder)
+    assert len(decoded) == 24
+    assert contents(dataset.train) == contents(good.train)
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("WARNING")]
+    assert lines == [f"WARNING: {folder / CACHE} is damaged (its SHA-256 is wrong): its pictures are decoded again"]
+    assert load(folder).fingerprint() == good.fingerprint()
+    assert "WARNING" not in capfd.readouterr().out
+
+
+def test_well_formed_nonsense_is_damage(folder, capfd):
+    load(folder)
+    for content in ({}, [], {"decoder": picture_cache._DECODER, "files": [1], "problems": {}}):
+        header = json.dumps(content).encode() + b"\n"
+        (folder / CACHE).write_bytes(picture_cache._digest(header, memoryview(b"")) + header)
+        load(folder)
+        assert "is damaged" in capfd.readouterr().out
+
+
+def test_another_decoder_reads_all_pictures_again(folder, decoded, monkeypatch, capfd):
+    load(folder)
+    decoded.clear()
+    monkeypatch.setattr(picture_cache, "_DECODER", "2: 64 x 64 pixels")
+    load(folder)
+    assert len(decoded) == 24
+    assert "WARNING" not in capfd.readouterr().out
+
+
+def test_pictures_that_change_meanwhile(folder):
+    prepare_folder(folder)
+    draw(folder / "train" / "ant" / "new.png")
+    with pytest.raises(UserError, match="have changed while they were read: start again"):
+        load_folder(folder)
+
+
+def test_interrupted_write_leaves_the_old_cache(folder, monkeypatch, decoded):
+    load(folder)
+    before = (folder / CACHE).read_bytes()
+    draw(folder / "train" / "ant" / "new.png")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        load(folder)
+    assert (folder / CACHE).read_bytes() == before
+    monkeypatch.undo()
+
+
+# Where the pixels are kept
+
+
+@pytest.fixture
+def as_reader(folder, own_cache):
+    """Return a function that does something in a copy of this process that must not write to the folder.
+
+    Nothing is read-only for root, so that a copy of root becomes nobody, who needs a way to the folder.
+    """
+    reader = 65534 if os.geteuid() == 0 else os.geteuid()
+    with tempfile.TemporaryDirectory(dir="/tmp") as open_to_all:
+        os.chmod(open_to_all, 0o755)
+        moved = folder.rename(f"{open_to_all}/pets")
+        user = own_cache.rename(f"{open_to_all}/user")
+        user.chmod(0o755)
+        (user / "cache").mkdir()
+        for path in (user / "cache", user / "tmp"):
+            os.chown(path, reader, -1)
+
+        def do(work):
+            def in_copy():
+                os.environ["XDG_CACHE_HOME"] = str(user / "cache")
+                picture_cache.tempfile.gettempdir = lambda: str(user / "tmp")
+                if os.geteuid() != reader:
+                    os.setuid(reader)
+                work(moved)
+
+            moved.chmod(0o555)
+            try:
+                return wait(fork(in_copy))
+            finally:
+                moved.chmod(0o755)
+
+        yield do, moved, user
+
+
+def same_as_beside(folder):
+    assert contents(load(folder).train) == expected(folder, "train")
+
+
+def test_read_only_folder_is_kept_in_the_users_cache(as_reader, capfd):
+    do, folder, user = as_reader
+    before = traces(folder)
+    for start in (1, 2):
+        assert do(same_as_beside) == 0
+        text = capfd.readouterr().out
+        assert ("decoding" in text) == (start == 1)
+        assert "WARNING" not in text
+    name = f"pets-{hashlib.sha256(bytes(folder)).hexdigest()[:16]}"
+    assert {path.name for path in (user / "cache" / "torch" / "cifar-ddp").iterdir()} == {name, f"{name}.lock"}
+    assert traces(folder) == before
+    assert list((user / "tmp").iterdir()) == []
+    draw(folder / "train" / "ant" / "new.png", 9)
+    assert do(same_as_beside) == 0
+    assert "decoding 1 new or changed of 25" in capfd.readouterr().out
+
+
+def test_read_only_folder_with_its_pixels_needs_no_other_place(as_reader, capfd):
+    do, folder, user = as_reader
+    load(folder)
+    capfd.readouterr()
+    assert do(same_as_beside) == 0
+    assert capfd.readouterr().out == ""
+    assert [*(user / "cache").iterdir(), *(user / "tmp").iterdir()] == []
+
+
+def test_without_a_users_cache_pixels_last_until_a_reboot(as_reader, capfd):
+    do, folder, user = as_reader
+    (user / "cache").chmod(0o555)
+    os.chown(user / "cache", 0, -1)
+    assert do(same_as_beside) == 0
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("WARNING")]
+    assert lines == [
+        f"WARNING: the pictures are decoded again after a reboot: neither {folder} nor {user}/cache/torch/cifar-ddp "
+        f"can be written"
+    ]
+    assert do(same_as_beside) == 0
+    assert capfd.readouterr().out == ""
+    (kept,) = (user / "tmp").iterdir()
+    shutil.rmtree(kept)
+    kept.mkdir()  # somebody else's: mine, where the reader is not me
+    if os.geteuid() == 0:
+        (user / "tmp").chmod(0o777)
+        kept.chmod(0o777)
+
+        def refused(folder):
+            with pytest.raises(UserError, match="the decoded pictures cannot be written to any of"):
+                load(folder)
+
+        assert do(refused) == 0
+        assert list(kept.iterdir()) == []
+
+
+def test_full_disk_is_not_the_end(folder, own_cache, monkeypatch):
+    """The next place is used, and found the next time."""
+    write = picture_cache.write_atomically
+
+    def fail_beside(path, fill):
+        if path.parent == folder:
+            raise OSError(28, "No space left on device")
+        write(path, fill)
+
+    monkeypatch.setattr(picture_cache, "write_atomically", fail_beside)
+    assert contents(load(folder).test) == expected(folder, "test")
+    assert not (folder / CACHE).exists()
+    assert len(list((own_cache / "cache" / "torch" / "cifar-ddp").iterdir())) == 1
+
+
+def test_stale_pixels_beside_do_not_hide_those_of_the_user(folder, decoded, monkeypatch):
+    load(folder)
+    stale = (folder / CACHE).read_bytes()
+    draw(folder / "train" / "ant" / "new.png", 9)
+    places = picture_cache._places(folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(picture_cache, "_places", lambda _: places[1:])
+        load(folder)
+    assert (folder / CACHE).read_bytes() == stale
+    decoded.clear()
+    assert contents(load(folder).train) == expected(folder, "train")
+    assert decoded == []
+
+
+def test_launches_take_turns(folder, capfd):
+    """The second waits for the first, says so, and decodes nothing."""
+    with FileLock(folder / f"{CACHE}.lock"):
+        child = fork(lambda: prepare_folder(folder))
+        deadline = time.monotonic() + 30
+        text = ""
+        while "waiting for another process" not in text and time.monotonic() < deadline:
+            text += capfd.readouterr().out
+            time.sleep(0.05)
+        files, _ = list_files(folder)
+        places = picture_cache._places(folder)
+        picture_cache._write(picture_cache._update(None, folder, files, False), places, False)
+    assert wait(child) == 0
+    assert "decoding" not in text + capfd.readouterr().out
+
+
+# In a run
+
+FLAGS = ["--dataset", "folder", "--device", "cpu", "--wandb", "disabled", "--local-batch-size", "3", "--epochs", "1",
+         "--checkpoint-steps", "2", "--log-steps", "3"]  # fmt: skip
+
+
+@pytest.fixture
+def trained(folder, tmp_path, monkeypatch):
+    """Return the directory of a run on the folder without test/, stopped after two of five steps."""
+    write_no_report(monkeypatch)
+    wait_for_checkpoints(monkeypatch)
+    without_test(folder, 7)
+    train(folder, tmp_path / "run", "--max-steps", 2)
+    return tmp_path / "run"
+
+
+def train(folder, run_dir, *flags):
+    train_ddp.main([*FLAGS, "--data-dir", str(folder), "--run-dir", str(run_dir), *map(str, flags)])
+
+
+def resume(run_dir, *flags):
+    train_ddp.main(["--resume", str(run_dir), "--max-steps", "5", *map(str, flags)])
+
+
+def test_banner_and_result(folder, trained, capfd):
+    prepare_folder(folder)
+    resume(trained)
+    assert result(trained)["dataset"] == "folder"
+    (line,) = [line for line in capfd.readouterr().out.splitlines() if line.startswith("dataset")]
+    assert line == (
+        f"dataset   folder, from {folder}: 15 training, 6 test, 3 classes; test: a tenth of train/, by a hash of each "
+        f"picture's name"
+    )
+
+
+def test_resume_notices_changed_pictures(folder, trained, tmp_path):
+    facts = json.loads((trained / "config.json").read_text())
+    new = folder / "train" / "ant" / "new.png"
+    draw(new, 9)
+    with pytest.raises(UserError) as caught:
+        resume(trained)
+    now = load_folder(folder).fingerprint()
+    assert str(caught.value) == (
+        f"--resume {trained}: the training images have changed since that run began, from "
+        f"{facts['images']['training']} to {now['training']}: restore them, or start a new run without --resume"
+    )
+    assert now["training"].startswith("16 images, SHA-256 ")
+    new.unlink()
+    moved = folder.rename(tmp_path / "elsewhere")
+    resume(trained, "--data-dir", moved)
+    assert result(trained)["steps"] == 5
+
+
+def test_run_of_an_earlier_version_resumes(folder, trained):
+    facts = json.loads((trained / "config.json").read_text())
+    del facts["images"]
+    (trained / "config.json").write_text(json.dumps(facts))
+    draw(folder / "train" / "ant" / "new.png", 9)
+    resume(trained)
+    assert json.loads((trained / "config.json").read_text())["images"]["training"].startswith("16 images")
+
+
+def test_evaluate_on_another_folder(folder, trained, tmp_path, capfd):
+    (checkpoint,) = (trained / "checkpoints").iterdir()
+    other = shutil.copytree(folder, tmp_path / "other")
+    for name, level in COLORS.items():
+        draw(other / "test" / name / "0.png", level)
+    train_ddp.main([*FLAGS, "--data-dir", str(other), "--evaluate", str(checkpoint)])
+    assert "Accuracy of the network on the 3 test images" in capfd.readouterr().out
+    for split in ("train", "test"):
+        (other / split / "bee").rename(other / split / "dog")
+    with pytest.raises(UserError) as caught:
+        train_ddp.main([*FLAGS, "--data-dir", str(other), "--evaluate", str(checkpoint)])
+    assert str(caught.value) == (
+        f"{checkpoint} was trained on the classes of folder (ant, bee, cat), not on those of folder here (ant, "
+        f"cat, dog)"
+    )
+
+
+def test_batch_larger_than_the_folder(folder, tmp_path):
+    with pytest.raises(UserError) as caught:
+        train(folder, tmp_path / "run", "--local-batch-size", 64)
+    assert str(caught.value) == (
+        "a global batch of 64 images is more than the 18 training images: lower --global-batch-size and "
+        "--local-batch-size"
+    )
+    assert not (tmp_path / "run").exists()
