@@ -1,6 +1,9 @@
 """Decode many picture files, in processes on all cores."""
 
+import multiprocessing
+import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +52,7 @@ def decode(paths: list[Path], show: bool = True) -> Iterator[np.ndarray | Proble
         num_workers=workers if workers > 1 else 0,
         # Arrays, unlike tensors, come through a pipe: the shared memory of a container may be small.
         collate_fn=list,
+        worker_init_fn=_end_with_parent,
         generator=torch.Generator(),  # else it would advance the global one
     )
     draw = show and sys.stderr.isatty()
@@ -67,6 +71,20 @@ def decode(paths: list[Path], show: bool = True) -> Iterator[np.ndarray | Proble
                 raise
             reason = f"a process that decodes pictures was killed, maybe for lack of memory: {first_line(error)}"
             raise UserError(reason) from error
+
+
+def _end_with_parent(_: int) -> None:
+    """End this worker when the process that started it is gone, be it killed.
+
+    torch's workers do not if the pipe is full, and would hold the lock that they have inherited.
+    """
+
+    def wait() -> None:
+        if (parent := multiprocessing.parent_process()) is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class _Pictures(Dataset[np.ndarray | Problem]):

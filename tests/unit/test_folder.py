@@ -10,6 +10,7 @@ import time
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from filelock import FileLock
@@ -23,7 +24,7 @@ from cifar.errors import UserError
 from cifar.pictures import read_image
 from tests.helpers.comparing import traces, wait_for_checkpoints, write_no_report
 from tests.helpers.forking import fork, wait
-from tests.helpers.processes import result
+from tests.helpers.processes import left_of, result
 from tests.helpers.terminal import shown
 
 CACHE = ".cifar-ddp-pictures"
@@ -424,6 +425,26 @@ def test_killed_worker_is_one_line(folder, monkeypatch):
     monkeypatch.setattr(decoding, "available_cores", lambda: 2)
     monkeypatch.setattr(decoding, "read_image", lambda path: os.kill(os.getpid(), 9))
     assert "a process that decodes pictures was killed" in refusal(folder)
+
+
+def test_workers_end_with_the_process_that_is_killed(folder, monkeypatch):
+    """Else they would hold its lock forever: torch's wait until somebody reads what they have decoded."""
+    padded(folder, 500)
+    monkeypatch.setattr(decoding, "available_cores", lambda: 2)
+    child = fork(lambda: prepare_folder(folder, show=False))
+    process, deadline = psutil.Process(child), time.monotonic() + 30
+    while len(process.children()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    workers = process.children()
+    process.suspend()
+    time.sleep(0.5)
+    process.kill()
+    assert wait(child) == -9
+    left = left_of(workers, timeout=10)
+    for worker in left:
+        worker.kill()
+    assert (len(workers), left) == (2, [])
+    assert contents(load(folder).test) == expected(folder, "test")
 
 
 def test_flipped_bits_are_noticed(folder, decoded, capfd):
