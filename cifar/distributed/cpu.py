@@ -9,6 +9,10 @@ from pathlib import Path
 import torch
 
 SMALL_BATCH = 4  # images up to which native convolutions are faster than oneDNN's
+# Parameters x images of such a batch up to which one thread is as fast as two. The operations are so short that two
+# threads mostly wait for each other, and if a core is busy otherwise, for the scheduler: a step of the tutorial's Net
+# takes 3.2 ms with one thread and 3.1 with two, but beside one busy process 3.0 and 178 (two cores, torch 2.14).
+SMALL_WORK = 1_000_000
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from <malloc.h>
 

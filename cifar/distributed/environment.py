@@ -206,14 +206,18 @@ def quiet_profiler() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
-def threads_per_process(local_world_size: int) -> int:
-    """Return the number of CPU threads for each process of a host: OMP_NUM_THREADS, else usable cores / processes.
+def chosen_threads() -> int | None:
+    """Return the number of CPU threads that the user has chosen by OMP_NUM_THREADS, or None.
 
-    An OMP_NUM_THREADS of 1 does not count: torchrun sets it when the user did not set any.
+    A 1 does not count: torchrun sets it when the user did not set any.
     """
     outermost = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list has a number for each level
-    wanted = int(outermost) if outermost.isdecimal() else 1
-    return wanted if wanted > 1 else max(1, available_cores() // local_world_size)
+    return int(outermost) if outermost.isdecimal() and int(outermost) > 1 else None
+
+
+def threads_per_process(local_world_size: int) -> int:
+    """Return the number of CPU threads for each process of a host: the chosen one, else usable cores / processes."""
+    return chosen_threads() or max(1, available_cores() // local_world_size)
 
 
 def _missing() -> list[str]:

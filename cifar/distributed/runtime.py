@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from cifar.config import TrainConfig
 from cifar.distributed import rendezvous
-from cifar.distributed.cpu import SMALL_BATCH, available_cores, keep_freed_memory, native_convolutions
+from cifar.distributed.cpu import SMALL_BATCH, SMALL_WORK, available_cores, keep_freed_memory, native_convolutions
 from cifar.distributed.device import check_compiler, choose_device, choose_precision, computes_in_bf16
-from cifar.distributed.environment import Launch, quiet_nccl_watchdog, threads_per_process
+from cifar.distributed.environment import Launch, chosen_threads, quiet_nccl_watchdog, threads_per_process
 from cifar.distributed.heartbeat import Heartbeat
 from cifar.errors import LocalError, UserError
 
@@ -104,6 +104,8 @@ class Runtime:
         small = config.local_batch_size <= SMALL_BATCH and self.precision == "fp32"
         self._native_convolutions = self.device.type == "cpu" and small
         self.memory_format = torch.contiguous_format if self._native_convolutions else torch.channels_last
+        self._threads_before: int | None = None
+        self._small_batch = config.local_batch_size if self._native_convolutions and config.evaluate is None else None
         # Host-side messages use gloo, so that they never wait for a GPU's stream, nor a stream for them.
         self._host_group: Any = None
         self._vote_group: Any = None
@@ -147,6 +149,11 @@ class Runtime:
         The bare module, `unwrap(...)`, is moved in place and keeps its parameters.
         """
         model.to(self.device).to(memory_format=self.memory_format)
+        if self._small_batch is not None and chosen_threads() is None:
+            work = self._small_batch * sum(parameter.numel() for parameter in model.parameters())
+            if work <= SMALL_WORK:
+                self._threads_before = torch.get_num_threads()
+                torch.set_num_threads(1)
         if compile:
             model.compile()  # in place: the names in the state dict stay the same
         with warnings.catch_warnings():
@@ -246,7 +253,9 @@ class Runtime:
         return f", {threads} thread{'s' if threads > 1 else ''} each" if self.device.type == "cpu" else ""
 
     def close(self) -> None:
-        """Leave the process group in order."""
+        """Leave the process group in order, and give the next run of this process its CPU threads back."""
+        if self._threads_before is not None:
+            torch.set_num_threads(self._threads_before)
         if self._heartbeat is not None:
             self._heartbeat.stop()
         if dist.is_initialized():

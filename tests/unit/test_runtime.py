@@ -1,5 +1,7 @@
 """The device that is chosen, and the collectives of a single process."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from cifar.distributed.device import choose_device, choose_precision
 from cifar.distributed.environment import Launch
 from cifar.distributed.runtime import Runtime
 from cifar.errors import UserError
+from cifar.models import build_model
 
 
 def have(monkeypatch, gpus=0, mps=False):
@@ -86,5 +89,33 @@ def test_one_process_has_torchs_threads_within_the_quota(monkeypatch, own, cores
     try:
         Runtime(TrainConfig(device="cpu"))
         assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "omp", "expected"),
+    [
+        ("net", {}, None, 1),
+        ("net", {}, "1", 1),  # torchrun's
+        ("net", {}, "2", 2),  # the user's
+        ("net", {"local_batch_size": 5}, None, 2),
+        ("net-wide", {}, None, 2),
+        ("net", {"evaluate": Path("step.pt")}, None, 2),
+    ],
+)
+def test_tiny_batches_of_a_small_model_train_on_one_thread(monkeypatch, model, fields, omp, expected):
+    before = torch.get_num_threads()
+    monkeypatch.setattr("cifar.distributed.runtime.available_cores", lambda: 2)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if omp is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    torch.set_num_threads(2)
+    try:
+        runtime = Runtime(TrainConfig(device="cpu", **fields))
+        runtime.prepare(build_model(model, 10))
+        assert torch.get_num_threads() == expected
+        runtime.close()
+        assert torch.get_num_threads() == 2, "the next run of this process may need them"
     finally:
         torch.set_num_threads(before)
