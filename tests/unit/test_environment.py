@@ -131,8 +131,9 @@ def test_process_id_depends_on_no_clock_and_no_host_name(monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has /proc")
-@pytest.mark.parametrize("path", ["/proc/sys/kernel/random/boot_id", f"/proc/{os.getpid()}/stat", "/proc/self/ns/pid"])
+@pytest.mark.parametrize("path", ["/proc/sys/kernel/random/boot_id", "/proc/PID/stat", "/proc/self/ns/pid"])
 def test_process_id_tells_boots_starts_and_containers_apart(monkeypatch, path):
+    path = path.replace("PID", f"{os.getpid()}")
     before = process_id(os.getpid())
     read_text, readlink = Path.read_text, os.readlink
     earlier = "1 (a (b) c) " + " ".join(["0"] * 50)  # the name of a process may hold anything

@@ -55,6 +55,7 @@ def test_a_run_that_ends_before_step_10(tiny, tmp_path, capsys):
     assert "no profile: training ended before step 10 of this process\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_resumed_run_counts_its_own_steps(tiny, tmp_path, capsys):
     train_ddp.main([*FLAGS, "--run-dir", str(tmp_path / "run"), "--max-steps", "25"])
     train_ddp.main(["--resume", str(tmp_path / "run"), "--profile", "--max-steps", "50", "--wandb", "disabled"])

@@ -88,7 +88,7 @@ def stop_after(monkeypatch):
     return ask
 
 
-@pytest.mark.parametrize("flags", [RUN, MUON], ids=["sgd", "muon"])
+@pytest.mark.parametrize("flags", [RUN, pytest.param(MUON, marks=pytest.mark.slow)], ids=["sgd", "muon"])
 def test_stopped_after_every_step(undisturbed, tmp_path, stop_after, flags):
     if flags is MUON:
         undisturbed = tmp_path / "undisturbed"

@@ -26,6 +26,7 @@ def wait_until(reached):
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_first_signal_and_its_echo_are_only_noted(number):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup themselves
     handlers = [signal.getsignal(stop) for stop in STOP_SIGNALS]
     with StopRequest(Launch()) as request:
         assert request.name is None

@@ -5,12 +5,14 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from cifar.cli import parse_args
 from tests.helpers.processes import ROOT, run
 
 
+@pytest.mark.slow
 def test_every_command_of_the_wandb_sweep_parses():
     """As W&B's agent makes it."""
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args

@@ -223,7 +223,7 @@ def finish_with_model(runtime, run_dir, monkeypatch):
     return [artifact for artifact in read_back(newest)["artifact"] if artifact["type"] == "model"]
 
 
-@pytest.mark.parametrize("value", ["end", "checkpoint"])
+@pytest.mark.parametrize("value", ["end", pytest.param("checkpoint", marks=pytest.mark.slow)])
 def test_best_checkpoint_becomes_a_model_artifact(runtime, tmp_path, wandb, monkeypatch, capfd, value):
     """Also after a kill between its record and the end of the run: then the new record replaces the old one."""
     monkeypatch.setenv("WANDB_LOG_MODEL", value)
