@@ -139,6 +139,8 @@ def _figure(records: Records, result: dict[str, Any], test: Evaluation) -> Figur
     axes["A"].set_title("Test accuracy, %")
     _draw_class_accuracies(axes["C"], test)
     _draw_confusion(axes["M"], test)
+    classes = len(test.classes)
+    axes["M"].set_title("Confusion matrix, " + ("images" if classes <= MANY_CLASSES else f"{classes:,} classes"))
     figure.text(0.012, 0.97, _headline(result), fontsize=17, fontweight="bold", va="top")
     figure.text(0.012, 0.905, "   |   ".join(_facts(result)), fontsize=10.5, color=_SOFT, va="top")
     if result["dataset"] == "synthetic":
@@ -209,8 +211,7 @@ def _draw_confusion(axes: Axes, test: Evaluation) -> None:
     else:
         axes.set_xticks([])
         axes.set_yticks([])
-    what = "images" if n <= MANY_CLASSES else f"{n} classes"
-    axes.set(title=f"Confusion matrix, {what}", xlabel="predicted class", ylabel="true class")
+    axes.set(xlabel="predicted class", ylabel="true class")
     axes.grid(False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
