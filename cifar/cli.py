@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TextIO, TypeVar
 import torch.distributed as dist
 import tyro
 
+from cifar.checkpoint import read_checkpoint
 from cifar.config import MAY_CHANGE, TrainConfig, differences, flag, read_config
 from cifar.datasets import DATASETS
 from cifar.distributed.environment import Launch, accelerate_fields, is_rank_zero
@@ -74,16 +75,19 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") ->
         UserError: a value is out of range or, with `--resume`, conflicts with the run's own.
         SystemExit: after `--help`, or after tyro has explained an unknown flag or value (status 2).
     """
-    # --recipe and --resume decide the defaults of all other flags, so they are parsed first.
+    # --recipe, --resume and --evaluate decide the defaults of other flags, so they are parsed first.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--recipe", default="tutorial")
     first.add_argument("--resume", type=Path)
+    first.add_argument("--evaluate", type=Path)
     try:
         early, _ = first.parse_known_args(argv)
     except argparse.ArgumentError:  # a flag without its value, which tyro will explain
-        early = argparse.Namespace(recipe="tutorial", resume=None)
+        early = argparse.Namespace(recipe="tutorial", resume=None, evaluate=None)
     if early.resume is None:
         own = config_from_recipe(early.recipe if early.recipe in RECIPES else "tutorial")  # tyro will list the choices
+        if early.evaluate is not None and _expand(early.evaluate).is_file():
+            own = dataclasses.replace(own, **_from_checkpoint(_expand(early.evaluate)))
     else:
         own = read_config(_expand(early.resume))
         for name, choices in _choices().items():
@@ -91,7 +95,7 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") ->
                 raise UserError(f"--resume {early.resume}: this version has no {name} {getattr(own, name)!r}")
 
     flags = _flags_class()
-    parsed = parse_flags(flags, argv, prog, flags(**vars(own) | _from_environment(early.resume is not None)))
+    parsed = parse_flags(flags, argv, prog, flags(**vars(own) | _from_environment(own, early)))
     config = TrainConfig(**vars(parsed))
     config.check()
     if config.evaluate is not None and not config.evaluate.is_file():  # known before a download
@@ -106,10 +110,30 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") ->
     return config
 
 
-def _from_environment(resuming: bool) -> dict[str, Any]:
-    """Return the fields that variables decide, unless a flag does; if `resuming`, only those that may change."""
+def _from_checkpoint(path: Path) -> dict[str, Any]:
+    """Return the fields for testing a checkpoint: its model and its dataset.
+
+    Raises:
+        UserError: the file is not a checkpoint.
+    """
+    content = read_checkpoint(path)
+    config = content["config"]
+    fields = {"model": config.get("model"), "dataset": content["dataset"]}
+    fields = {name: value for name, value in fields.items() if value in _choices()[name]}
+    if fields.get("dataset") == "folder" and "data_dir" in config:
+        fields["data_dir"] = Path(config["data_dir"])
+    return fields
+
+
+def _from_environment(own: TrainConfig, early: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields that variables decide, unless a flag does; of a resumed run, only those that may change.
+
+    CIFAR_DATA_DIR holds CIFAR-10: it does not replace the folder of pictures that a run or a checkpoint names.
+    """
     fields: dict[str, Any] = accelerate_fields()
-    if data_dir := os.environ.get("CIFAR_DATA_DIR"):
+    resuming = early.resume is not None
+    named = own.dataset == "folder" and (resuming or early.evaluate is not None)
+    if (data_dir := os.environ.get("CIFAR_DATA_DIR")) and not named:
         fields["data_dir"] = Path(data_dir)
     return {name: value for name, value in fields.items() if not resuming or name in MAY_CHANGE}
 

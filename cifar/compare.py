@@ -14,7 +14,7 @@ from cifar.metrics import Series, read_metrics, seconds_of_training, series
 
 _COLUMNS = (
     "accuracy", "with TTA", "seconds", "first step", "images/s", "steps", "processes", "batch", "lr", "precision",
-    "seed", "recipe", "run",
+    "seed", "recipe", "dataset", "run",
 )  # fmt: skip
 
 
@@ -131,6 +131,7 @@ def table(runs: Sequence[Run]) -> list[str]:
                 run.precision,
                 f"{run.seed}",
                 run.recipe,
+                run.dataset,
                 run.name + ("" if run.finished else " (not finished)"),
             )
         )
@@ -145,9 +146,10 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     with default_style():
         figure = Figure(figsize=(13, 5), layout="constrained")
         axes = figure.subplots(1, 2, sharey=True)
-        for run in runs:
+        for number, run in enumerate(runs):
+            line = ("o-", "s--", "^:", "v-.")[number // 10 % 4]  # there are ten colors
             for axis, points in zip(axes, (run.by_seconds, run.by_images), strict=True):
-                axis.plot([x for x, _ in points], [100 * y for _, y in points], "o-", label=run.name, markersize=4)
+                axis.plot([x for x, _ in points], [100 * y for _, y in points], line, label=run.name, markersize=4)
         axes[0].set(xlabel="seconds of training", ylabel="test accuracy, %")
         axes[1].set(xlabel="training images seen")
         axes[1].xaxis.set_major_formatter(EngFormatter())

@@ -105,7 +105,7 @@ class TrainConfig(Recipe):
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: online if a W&B key is configured, else offline; never a prompt."""
     evaluate: Path | None = None
-    """Print the test accuracy of this checkpoint instead of training."""
+    """Print the test accuracy of this checkpoint, on its own dataset by default, instead of training."""
 
     lr_batch_size: int = 4
     """The recipe's own global batch, for which lr is stated; not a flag."""

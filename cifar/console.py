@@ -111,13 +111,16 @@ def print_test(runtime: Runtime, dataset: str, test: Evaluation, tta_test: Evalu
             f"with test-time augmentation: {100 * tta_test.accuracy:.2f} %, without: {100 * test.accuracy:.2f} %"
         )
     accuracies = test.class_accuracies()
+    lowest: dict[str, float] = {}
     if len(accuracies) > MANY_CLASSES:
         half = MANY_CLASSES // 2
         lowest, highest = test.lowest_and_highest(half)
         accuracies = lowest | highest
         runtime.print0(f"The {half} lowest and the {half} highest accuracies of {len(test.classes)} classes:")
     width = max(map(len, accuracies))
-    for name, accuracy in accuracies.items():
+    for number, (name, accuracy) in enumerate(accuracies.items()):
+        if number == len(lowest):
+            runtime.print0("...")
         runtime.print0(f"Accuracy for class: {name:{width}s} is {100 * accuracy:.1f} %")
     if dataset == "synthetic":
         runtime.print0(SYNTHETIC_WARNING)

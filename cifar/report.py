@@ -206,11 +206,10 @@ def _draw_confusion(axes: Axes, test: Evaluation) -> None:
                 color = "white" if shares[i, j] > 0.65 else _INK if count else "#c4ccd4"
                 weight = "bold" if i == j else "normal"
                 axes.text(j, i, f"{count}", ha="center", va="center", fontsize=8.5, color=color, fontweight=weight)
-        axes.set_xticks(range(n), test.classes, rotation=45, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(n), test.classes)
-    else:
-        axes.set_xticks([])
-        axes.set_yticks([])
+    named = range(0, n, math.ceil(n / MANY_CLASSES))
+    names = [test.classes[k] for k in named]
+    axes.set_xticks(named, names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(named, names)
     axes.set(xlabel="predicted class", ylabel="true class")
     axes.grid(False)
     axes.tick_params(length=0)

@@ -209,7 +209,7 @@ def check_log_model(print0: Callable[[str], None]) -> None:
             "WARNING: WANDB_LOG_MODEL=checkpoint: only the best checkpoint is logged, at the end of the run, as by end"
         )
     elif value.lower() not in ("end", "true", "1", "false", "0", ""):
-        print0(f"WARNING: WANDB_LOG_MODEL={value} is none of end, checkpoint and false: no model is logged")
+        print0(f"WARNING: WANDB_LOG_MODEL={value} is none of end, true, checkpoint and false: no model is logged")
 
 
 def log_model(run: Any, best: Path, metadata: dict[str, Any]) -> None:

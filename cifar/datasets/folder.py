@@ -4,7 +4,7 @@ import hashlib
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
 
 import torch
@@ -34,11 +34,18 @@ def prepare_folder(data_dir: Path, data_url: str | None = None, show: bool = Tru
     if not show:
         return
     if ignored:
-        print(f"{ignored:,} files in {data_dir} are ignored: their names are not those of pictures", flush=True)
+        number = "1 file" if ignored == 1 else f"{ignored:,} files"
+        print(f"{number} in {data_dir} ignored: no format of pictures has such a suffix", flush=True)
+    if _too_many(problems, files):  # load_folder says so
+        return
     for path in sorted(problems)[:_NAMED]:
         print(f"WARNING: left out: {data_dir / path} {problems[path].reason}", flush=True)
     if len(problems) > _NAMED:
         print(f"WARNING: left out: {len(problems) - _NAMED:,} more", flush=True)
+
+
+def _too_many(problems: Sized, files: Sized) -> bool:
+    return 100 * len(problems) > len(files)
 
 
 def load_folder(data_dir: Path) -> Dataset:
@@ -53,7 +60,7 @@ def load_folder(data_dir: Path) -> Dataset:
     files, _ = list_files(data_dir)
     pictures = load_pictures(data_dir, files)
     readable, problems = pictures.readable(), pictures.problems
-    if 100 * len(problems) > len(files):
+    if _too_many(problems, files):
         reasons = [f"{data_dir / path} {problems[path].reason}" for path in sorted(problems)]
         raise UserError(
             f"{len(problems):,} of the {len(files):,} pictures in {data_dir} cannot be read, more than 1 %: remove or "
@@ -66,7 +73,7 @@ def load_folder(data_dir: Path) -> Dataset:
     classes = sorted({file.path.split("/", 2)[1] for file in files})
     notes = [f"{len(problems):,} unreadable left out"] if problems else []
     if not any(file.path.startswith("test/") for file in files):
-        notes.insert(0, "test: a tenth of train/, by a hash of each picture's name")
+        notes.insert(0, "test: a tenth of train/, by a hash of each picture's name, at least one of each class")
         for name in classes:
             # Each name decides for itself, so that a new picture moves no other one to the other split.
             hashed = sorted((_hash(readable[row].path.split("/", 2)[2]), row) for row in rows["train", name])
@@ -130,7 +137,7 @@ def list_files(data_dir: Path) -> tuple[list[File], int]:
                     else:
                         ignored += 1
                 if len(files) == before:
-                    raise UserError(f"there is no picture in {split / name}: add some, or remove the folder")
+                    raise UserError(f"there is no picture in {split / name}: add some, or remove the class everywhere")
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
     return sorted(files), ignored
@@ -157,7 +164,7 @@ def _check_classes(data_dir: Path, train: list[str], test: list[str] | None = No
     for here, there in (("train", "test"), ("test", "train")):
         if test is not None and (alone := sorted(set(names[here]) - set(names[there]))):
             raise UserError(
-                f"in {data_dir / here} but not in {data_dir / there}: {_first(alone)}: a class needs pictures in both"
+                f"in {data_dir / here} but not in {data_dir / there}: {_first(alone)} (a class needs pictures in both)"
             )
 
 

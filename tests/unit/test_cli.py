@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from cifar.checkpoint import save_checkpoint
 from cifar.cli import exit_on_error, launch, parse_args
 from cifar.config import Recipe, TrainConfig
 from cifar.datasets import DATASETS
 from cifar.distributed.environment import Launch
 from cifar.errors import LocalError, StoppedError, TrainingDivergedError, UserError
-from cifar.models import MODELS
+from cifar.models import MODELS, build_model
 from cifar.recipes import RECIPES
+from tests.helpers.checkpoints import save_weights, small
 from tests.helpers.processes import rank_variables
 
 
@@ -80,10 +82,33 @@ def test_checkpoint_to_evaluate_is_missed_at_once(tmp_path):
         parse_args(["--evaluate", str(tmp_path)])
 
 
+def test_a_checkpoint_is_evaluated_as_what_it_is(monkeypatch, tmp_path):
+    """Its model and dataset are the defaults; CIFAR_DATA_DIR does not replace the folder that its run has recorded."""
+    monkeypatch.setenv("CIFAR_DATA_DIR", "cifar")
+    content = small() | {"config": {"model": "net-wide", "data_dir": "pets"}, "dataset": "folder"}
+    path = tmp_path / "x.pt"
+    save_checkpoint(path, content)
+
+    def parsed(*flags: str) -> tuple[str, str, str]:
+        config = parse_args(["--evaluate", str(path), *flags])
+        return config.model, config.dataset, str(config.data_dir)
+
+    assert parsed() == ("net-wide", "folder", "pets")
+    assert parsed("--data-dir", "elsewhere", "--model", "net") == ("net", "folder", "elsewhere")
+    assert parsed("--dataset", "cifar10", "--data-dir", "data") == ("net-wide", "cifar10", "data")
+    save_checkpoint(path, content | {"dataset": "cifar100"})
+    assert parsed() == ("net-wide", "cifar100", "cifar")
+    save_checkpoint(path, content | {"dataset": "made-up"})  # which this version does not have
+    assert parsed() == ("net-wide", "auto", "cifar")
+    path.write_text("no checkpoint")
+    with pytest.raises(UserError, match="not a checkpoint"):
+        parsed()
+
+
 def test_tilde_is_the_home_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("CIFAR_DATA_DIR", "~/data")
-    (tmp_path / "x.pt").touch()
+    save_weights(tmp_path / "x.pt", build_model("net", 10))
     config = parse_args(["--run-dir=~/run", "--evaluate", "~/x.pt"])
     assert (config.run_dir, config.evaluate, config.data_dir) == (
         tmp_path / "run",
@@ -199,11 +224,13 @@ def test_resume_takes_the_recorded_configuration(recorded, tmp_path):
     assert (config.epochs, config.wandb, config.device, config.lr) == (12, "disabled", "cpu", 0.3)
 
 
-@pytest.mark.usefixtures("recorded")
-def test_resume_reads_the_data_where_they_are_now(tmp_path, monkeypatch):
+def test_resume_reads_the_data_where_they_are_now(recorded, tmp_path, monkeypatch):
     monkeypatch.setenv("CIFAR_DATA_DIR", "moved")
     assert parse_args(["--resume", str(tmp_path)]).data_dir == Path("moved")
     assert parse_args(["--resume", str(tmp_path), "--data-dir", "flag"]).data_dir == Path("flag")
+    config = dataclasses.replace(recorded, dataset="folder", data_dir=Path("pets"))
+    (tmp_path / "config.json").write_text(json.dumps({"config": config.to_json()}))
+    assert parse_args(["--resume", str(tmp_path)]).data_dir == Path("pets"), "the variable is for CIFAR-10"
     monkeypatch.setenv("HOME", str(tmp_path.parent))
     assert parse_args(["--resume", f"~/{tmp_path.name}"]).resume == tmp_path
 

@@ -243,7 +243,7 @@ def test_no_model_artifact_unless_asked_for(runtime, tmp_path, wandb, monkeypatc
     monkeypatch.setenv("WANDB_LOG_MODEL", "best")
     assert finish_with_model(runtime, tmp_path, monkeypatch) == []
     (warning,) = capfd.readouterr().out.splitlines()
-    assert warning == "WARNING: WANDB_LOG_MODEL=best is none of end, checkpoint and false: no model is logged"
+    assert warning == "WARNING: WANDB_LOG_MODEL=best is none of end, true, checkpoint and false: no model is logged"
 
 
 def test_missing_package_costs_one_warning(runtime, tmp_path, monkeypatch, capsys):
