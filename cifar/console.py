@@ -119,7 +119,7 @@ def print_test(runtime: Runtime, dataset: str, test: Evaluation, tta_test: Evalu
         runtime.print0(f"The {half} lowest and the {half} highest accuracies of {len(test.classes)} classes:")
     width = max(map(len, accuracies))
     for number, (name, accuracy) in enumerate(accuracies.items()):
-        if number == len(lowest):
+        if lowest and number == len(lowest):
             runtime.print0("...")
         runtime.print0(f"Accuracy for class: {name:{width}s} is {100 * accuracy:.1f} %")
     if dataset == "synthetic":

@@ -35,6 +35,7 @@ def test_accuracies_in_the_tutorials_words(synthetic, runtime, capsys):
     for name, accuracy in zip(("plane", "car  ", "bird "), test.class_accuracies().values(), strict=False):
         assert f"Accuracy for class: {name} is {100 * accuracy:.1f} %\n" in text
     assert "WARNING" not in text
+    assert "..." not in text
 
 
 def test_of_a_hundred_classes_the_lowest_and_the_highest(runtime, capsys):
