@@ -70,20 +70,13 @@ def test_same_curve_and_accuracy_as_one_process(runs, processes):
     assert result(runs[processes][0])["test_loss"] == pytest.approx(result(runs[1][0])["test_loss"], abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("processes", "reason"),
-    [(2, "4 of the 333 pictures in .* cannot be read"), (3, "in .*train but not in .*test: ant")],
-)
-def test_mistake_is_printed_once(tmp_path, processes, reason):
-    """One that all ranks find, and one that local rank zero finds while the others wait."""
+def test_mistake_is_printed_once(tmp_path):
     folder = draw(tmp_path / "pets")
-    if processes == 3:
-        (folder / "test" / "ant").rename(folder / "test" / "Ant")
     for k in range(4):
         (folder / "train" / "bee" / f"{k}.png").write_bytes(b"no picture")
-    output = train(*FLAGS, "--data-dir", folder, cwd=tmp_path, processes=processes)
+    output = train(*FLAGS, "--data-dir", folder, cwd=tmp_path, processes=2)
     (line,) = [line for line in output.stderr.splitlines() if "error:" in line]
-    assert re.search(f"train_ddp.py: error: {reason}", line)
+    assert re.search("train_ddp.py: error: 4 of the 333 pictures in .* cannot be read", line)
     assert "exitcode  : 2" in output.stderr
     assert "Traceback" not in output.stderr.split(line)[0]
     assert not (tmp_path / "runs").exists()
@@ -109,27 +102,22 @@ def test_resume_at_another_number_of_processes(runs, tmp_path):
     assert dict(records(run_dir, "train/loss")) == pytest.approx(dict(records(runs[1][0], "train/loss")), abs=1e-4)
 
 
-@pytest.mark.parametrize("seeds", [(0, 0), (0, 1)])
-def test_two_hosts_with_folders_of_their_own(tmp_path, seeds):
-    """Each decodes its own; with other pictures, they are refused. (Both are this machine.)"""
+def test_two_hosts_with_other_pictures_are_refused(tmp_path):
+    """Each decodes its own folder. (Both are this machine.)"""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ranks = []
-    for rank, seed in enumerate(seeds):
-        folder = draw(tmp_path / f"host-{rank}" / "pets", seed)
+    for rank in (0, 1):
+        folder = draw(tmp_path / f"host-{rank}" / "pets", seed=rank)
         place = rank_variables(rank, 2, port) | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         command = [sys.executable, ROOT / "train_ddp.py", *FLAGS, "--data-dir", folder, "--run-dir", tmp_path / "run",
                    "--device", "cpu", "--wandb", "disabled"]  # fmt: skip
         ranks.append(subprocess.Popen([str(part) for part in command], cwd=tmp_path, env=clean_environment(**place),
                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))  # fmt: skip
-    (out, error), (other_out, other_error) = (rank.communicate(timeout=200) for rank in ranks)
+    (_, error), (other_out, other_error) = (rank.communicate(timeout=200) for rank in ranks)
     assert (tmp_path / "host-1" / "pets" / ".cifar-ddp-pictures").exists()
     assert other_out == ""
-    if seeds[0] == seeds[1]:
-        assert [rank.returncode for rank in ranks] == [0, 0], error + other_error
-        assert "Accuracy of the network on the 33 test images" in out
-        return
     assert [rank.returncode for rank in ranks] == [2, 2]
     (line,) = error.splitlines()
     assert "dataset folder: the hosts have different training images: 300 images, SHA-256 " in line
