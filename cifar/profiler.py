@@ -59,6 +59,8 @@ class StepProfiler:
             finished.export_chrome_trace(str(self._path))
         except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
             print(f"WARNING: rank {self._runtime.rank} cannot write {self._path}: {error}", flush=True)
+        if not self._runtime.is_main:
+            return
         events = list(finished.key_averages(group_by_input_shape=True))
         tables = {"operations": [event for event in events if event.device_type == DeviceType.CPU]}
         if self._on_gpu:

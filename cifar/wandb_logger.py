@@ -201,6 +201,9 @@ def define_metrics(run: Any) -> None:
     run.define_metric("test_class/*", step_metric="epoch", summary="last")
 
 
+_LOG_MODEL = ("end", "checkpoint", "true", "1")  # values of WANDB_LOG_MODEL by which the best checkpoint is logged
+
+
 def check_log_model(print0: Callable[[str], None]) -> None:
     """Warn of a WANDB_LOG_MODEL whose documented effect is not what will happen."""
     value = os.environ.get("WANDB_LOG_MODEL", "false")
@@ -208,7 +211,7 @@ def check_log_model(print0: Callable[[str], None]) -> None:
         print0(
             "WARNING: WANDB_LOG_MODEL=checkpoint: only the best checkpoint is logged, at the end of the run, as by end"
         )
-    elif value.lower() not in ("end", "true", "1", "false", "0", ""):
+    elif value.lower() not in (*_LOG_MODEL, "false", "0", ""):
         print0(f"WARNING: WANDB_LOG_MODEL={value} is none of end, true, checkpoint and false: no model is logged")
 
 
@@ -220,7 +223,7 @@ def log_model(run: Any, best: Path, metadata: dict[str, Any]) -> None:
     """
     import wandb
 
-    if os.environ.get("WANDB_LOG_MODEL", "false").lower() in ("end", "checkpoint", "true", "1"):
+    if os.environ.get("WANDB_LOG_MODEL", "false").lower() in _LOG_MODEL:
         artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata=metadata)
         artifact.add_file(str(best))
         run.log_artifact(artifact, aliases=["best", "latest"])
