@@ -31,17 +31,23 @@ from cifar.run import Run, evaluate_checkpoint
 def train_step(
     model: nn.Module,
     batches: Sequence[tuple[Tensor, Tensor]],  # micro-batches: images, float32 [n, 3, 32, 32]; labels, int64 [n]
+    global_batch_size: int,  # images of the micro-batches of all ranks together
     optimizer: torch.optim.Optimizer,
     runtime: Runtime,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Update the model once and return this rank's mean cross-entropy, a float32 scalar on the device."""
+    """Update the model once and return this rank's part of the loss, a float32 scalar on the device.
+
+    Its mean over the ranks is the mean cross-entropy of the global batch.
+    """
     optimizer.zero_grad()  # backward adds to .grad: without this, the last step's gradients would stay in
     total = torch.zeros((), device=runtime.device)
     for images, labels in runtime.accumulate(model, batches):  # DDP averages the gradients in the last backward
         loss = F.cross_entropy(model(images), labels, label_smoothing=label_smoothing)
-        runtime.backward(loss / len(batches))  # loss.backward(), with the loss scaled under fp16
-        total += loss.detach()
+        # Every image counts the same, in whichever micro-batch: DDP's average divides by the ranks only.
+        divisor = global_batch_size / (len(images) * runtime.world_size)
+        runtime.backward(loss / divisor)  # loss.backward(), with the loss scaled under fp16
+        total.add_(loss.detach(), alpha=len(batches) / divisor)
     runtime.step(optimizer)  # optimizer.step(), skipped under fp16 if a gradient overflowed
     return total / len(batches)
 

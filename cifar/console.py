@@ -128,9 +128,13 @@ def print_test(runtime: Runtime, dataset: str, test: Evaluation, tta_test: Evalu
 
 def describe(config: TrainConfig, plan: BatchPlan) -> tuple[str, str]:
     """Return the arithmetic of the batches and of the learning rate, a line each."""
+    size, processes = plan.global_batch_size, count(plan.world_size, "process", "es")
+    largest = plan.micro_batch_sizes(rank=0)[0]
+    # Where the global batch does not divide evenly, some micro-batches have an image less.
+    missing = largest * plan.world_size * plan.accumulation - size
     batches = (
-        f"{plan.local_batch_size} local x {count(plan.world_size, 'process', 'es')} x {plan.accumulation} accumulated "
-        f"= {plan.global_batch_size} global; {plan.steps_per_epoch:,} steps an epoch, {count(config.epochs, 'epoch')}"
+        f"{largest} local x {processes} x {plan.accumulation} accumulated{f' - {missing}' if missing else ''} "
+        f"= {size} global; {plan.steps_per_epoch:,} steps an epoch, {count(config.epochs, 'epoch')}"
     )
     base = base_learning_rate(config, plan)
     if config.lr_scaling == "none":

@@ -30,6 +30,7 @@ class CudaGraph:
         self,
         model: nn.Module,
         batches: Sequence[tuple[Tensor, Tensor]],
+        global_batch_size: int,
         optimizer: torch.optim.Optimizer,
         runtime: Runtime,
         label_smoothing: float,
@@ -41,7 +42,7 @@ class CudaGraph:
             # On the stream that will capture, so that no memory is shared with the default stream.
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
-                loss = self._train_step(model, batches, optimizer, runtime, label_smoothing)
+                loss = self._train_step(model, batches, global_batch_size, optimizer, runtime, label_smoothing)
             torch.cuda.current_stream().wait_stream(self._stream)
             self._eager_steps += 1
             return loss
@@ -52,7 +53,9 @@ class CudaGraph:
             optimizer.zero_grad()  # so that the gradients, too, are allocated in the graph's memory pool
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, stream=self._stream):
-                self._loss = self._train_step(model, self._batches, optimizer, runtime, label_smoothing)
+                self._loss = self._train_step(
+                    model, self._batches, global_batch_size, optimizer, runtime, label_smoothing
+                )
         else:
             for (images, labels), (new_images, new_labels) in zip(self._batches, batches, strict=True):
                 images.copy_(new_images)

@@ -3,6 +3,7 @@
 import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from cifar.distributed.runtime import Runtime
 from cifar.errors import UserError
 
 EVAL_BATCH_SIZE = 1000
-CHUNK = 1024  # images prepared per call; with tiny batches the per-call overhead dominates
+CHUNK = 1024  # images prepared at once; with tiny batches, the overhead of a call dominates
 _SAMPLE = 5000  # training images for data-dependent initialization
 
 
@@ -73,36 +74,45 @@ def normalize(images: Tensor) -> Tensor:
 
 
 class BatchedDistributedSampler(DistributedSampler[Tensor]):
-    """torch's DistributedSampler, yielding the indices of whole micro-batches: int64 [batch], on the device.
+    """torch's DistributedSampler, yielding the indices of whole micro-batches: int64 [n], on the device.
 
-    The k-th micro-batches of all ranks together are the k-th slice of one permutation, at every world size.
+    The k-th optimizer step takes the k-th slice of one permutation, at every world size W, and rank r every W-th image
+    of it. An item has several micro-batches, of about `CHUNK` images together.
 
     Attributes:
-        first: the micro-batch of the epoch to begin at.
-        chunk: micro-batches per item.
+        first: the optimizer step of the epoch to begin at.
+        micro_batch_sizes: those of a step of this rank.
+        chunk: micro-batches in an item.
     """
 
-    def __init__(self, dataset: DeviceImages, rank: int, world_size: int, batch_size: int, seed: int) -> None:
-        super().__init__(dataset, num_replicas=world_size, rank=rank, seed=derive_seed(seed, "shuffle"), drop_last=True)
-        self.batch_size = batch_size
+    def __init__(self, dataset: DeviceImages, plan: BatchPlan, rank: int, seed: int) -> None:
+        seed = derive_seed(seed, "shuffle")
+        super().__init__(dataset, num_replicas=plan.world_size, rank=rank, seed=seed, drop_last=True)
         self.first = 0
-        self.chunk = 1
+        self.micro_batch_sizes = plan.micro_batch_sizes(rank)
+        self.chunk = max(1, CHUNK // self.micro_batch_sizes[0])
         self.device = dataset.labels.device
+        self._plan = plan
 
     def __len__(self) -> int:
-        return self.num_samples // self.batch_size  # micro-batches
+        return self._plan.steps_per_epoch
 
     def __iter__(self) -> Iterator[Tensor]:
         # As DistributedSampler.__iter__, without a Python list of 50,000 numbers.
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(len(self.dataset), generator=generator)  # type: ignore[arg-type]
-        shard = order[self.rank : self.total_size : self.num_replicas].to(self.device)
-        shard = shard[self.first * self.batch_size : len(self) * self.batch_size]
-        yield from shard.split(self.chunk * self.batch_size) if len(shard) else ()
+        steps = order[: len(self) * self._plan.global_batch_size].view(len(self), -1)
+        shares = steps[self.first :, self.rank :: self.num_replicas].to(self.device)  # [steps, share]
+        yield from shares.flatten().split([sum(item) for item in self.items()])
+
+    def items(self) -> list[list[int]]:
+        """Return the sizes of the micro-batches in each item."""
+        sizes = self.micro_batch_sizes * (len(self) - self.first)
+        return [sizes[k : k + self.chunk] for k in range(0, len(sizes), self.chunk)]
 
 
 class TrainLoader(DataLoader[Any]):
-    """The micro-batches of this rank, reshuffled every epoch; in the first `small_epochs`, of small images."""
+    """The steps of this rank, reshuffled every epoch; in the first `small_epochs`, of small images."""
 
     sampler: BatchedDistributedSampler
     dataset: DeviceImages
@@ -111,17 +121,21 @@ class TrainLoader(DataLoader[Any]):
         self, dataset: DeviceImages, plan: BatchPlan, rank: int, seed: int, small_epochs: int = 0, small_size: int = 32
     ) -> None:
         self._small_epochs, self._small_size = small_epochs, small_size
-        sampler = BatchedDistributedSampler(dataset, rank, plan.world_size, plan.local_batch_size, seed)
+        sampler = BatchedDistributedSampler(dataset, plan, rank, seed)
         super().__init__(dataset, batch_size=None, sampler=sampler)
-        sampler.chunk = max(1, CHUNK // plan.local_batch_size)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
-        size = self.sampler.batch_size
-        for images, labels in super().__iter__():
-            yield from zip(images.split(size), labels.split(size), strict=True)
+    def __iter__(self) -> Iterator[list[tuple[Tensor, Tensor]]]:  # type: ignore[override]
+        """Yield the micro-batches of each optimizer step: images and labels, as `DeviceImages` returns them."""
+        micro_batches = self._micro_batches()
+        while step := list(islice(micro_batches, len(self.sampler.micro_batch_sizes))):
+            yield step
+
+    def _micro_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for (images, labels), sizes in zip(super().__iter__(), self.sampler.items(), strict=True):
+            yield from zip(images.split(sizes), labels.split(sizes), strict=True)
 
     def set_epoch(self, epoch: int, first: int = 0) -> None:
-        """Select the permutation, augmentation and image size of `epoch`, and begin at its micro-batch `first`."""
+        """Select the permutation, augmentation and image size of `epoch`, and begin at its optimizer step `first`."""
         self.sampler.set_epoch(epoch)
         self.sampler.first = first
         self.dataset.size = self._small_size if epoch < self._small_epochs else None

@@ -47,10 +47,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         net = build_model(config.model, len(data.classes), data.sample)
         model = runtime.prepare(net)
         optimizer = build_optimizer(model, config)
-        images, labels = next(iter(data.train))
+        images, labels = next(iter(data.train))[0]
 
         def forward_backward() -> Tensor:
-            return train_step(model, [(images, labels)], _NoUpdate(), runtime)  # type: ignore[arg-type]
+            return train_step(model, [(images, labels)], len(images) * runtime.world_size, _NoUpdate(), runtime)  # type: ignore[arg-type]
 
         explain_forward(net, images, labels, data, runtime)
         if runtime.world_size > 1:

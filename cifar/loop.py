@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable
-from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +37,8 @@ def train_epoch(
     config, plan, runtime, state = run.config, run.plan, run.runtime, run.state
     began, images = time.perf_counter(), 0  # before the epoch's random numbers are drawn, which is part of training
     epoch, done = divmod(state.step, plan.steps_per_epoch)
-    loader.set_epoch(epoch, first=done * plan.accumulation)
-    micro_batches = iter(loader)
+    loader.set_epoch(epoch, first=done)
+    steps = iter(loader)
     last = min(plan.steps_per_epoch, plan.last_step(config) - epoch * plan.steps_per_epoch)
     model.train()
 
@@ -47,9 +46,11 @@ def train_epoch(
         lr = learning_rate(config, plan, state.step)
         set_learning_rate(optimizer, lr)
         try:
-            batches = list(islice(micro_batches, plan.accumulation))
+            batches = next(steps)
             with runtime.convolutions():
-                state.running_loss += train_step(model, batches, optimizer, runtime, config.label_smoothing)
+                state.running_loss += train_step(
+                    model, batches, plan.global_batch_size, optimizer, runtime, config.label_smoothing
+                )
         except RuntimeError as error:
             if (lack := out_of_memory(error)) is None:
                 raise
@@ -86,9 +87,9 @@ def train_epoch(
 
 def _advice(plan: BatchPlan) -> str:
     """Return the local batch that memory does not suffice for, and what to do."""
-    local, smaller = plan.local_batch_size, plan.smaller_local_batch()
+    local = plan.micro_batch_sizes(rank=0)[0]
     remedy = "use a smaller model"
-    if smaller is not None:
-        flags = f"--local-batch-size {smaller} --global-batch-size {plan.global_batch_size}"
+    if local > 1:
+        flags = f"--local-batch-size {local // 2} --global-batch-size {plan.global_batch_size}"
         remedy = f"use {flags}, which accumulates gradients over the same global batch"
     return f"a local batch of {local}: {remedy}, or end the other programs that use it"

@@ -101,8 +101,6 @@ def _find(config: TrainConfig, runtime: Runtime, data: Data, own: bool) -> Resum
     changes = [f"{flag(name)} {old} -> {new}" for name, new, old in differences(config, before)]
     if facts["world_size"] != runtime.world_size:
         changes.append(f"world size {facts['world_size']} -> {runtime.world_size}")
-    if plan.local_batch_size != config.local_batch_size:
-        changes.append(f"--local-batch-size {config.local_batch_size} -> {plan.local_batch_size}")
 
     last, recorded_steps = plan.last_step(config), _recorded_steps(run_dir)
     path, content = found or (None, {})

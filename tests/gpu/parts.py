@@ -62,21 +62,21 @@ class Parts:
         self.optimizer = build_optimizer(self.model, config)
         self.state = TrainState(unwrap(self.model), self.optimizer, self.runtime.scaler)
         self.train_step = CudaGraph(train_step) if graph else train_step
-        self.micro_batches = self._endless()
+        self.batches = self._endless()
         self.model.train()
 
-    def _endless(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _endless(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
         while True:
             epoch, done = divmod(self.state.step, self.plan.steps_per_epoch)
-            self.loader.set_epoch(epoch, first=done * self.plan.accumulation)
+            self.loader.set_epoch(epoch, first=done)
             yield from self.loader
 
     def steps(self, count: int) -> "Parts":
         """Run `count` training steps from where the state is."""
         for _ in range(count):
             set_learning_rate(self.optimizer, learning_rate(self.config, self.plan, self.state.step))
-            batches = [next(self.micro_batches) for _ in range(self.plan.accumulation)]
-            loss = self.train_step(self.model, batches, self.optimizer, self.runtime, self.config.label_smoothing)
+            size, smoothing = self.plan.global_batch_size, self.config.label_smoothing
+            loss = self.train_step(self.model, next(self.batches), size, self.optimizer, self.runtime, smoothing)
             self.state.running_loss += loss
             self.state.step += 1
         return self

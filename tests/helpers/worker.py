@@ -56,9 +56,9 @@ def check_one_exchange_per_step(config: TrainConfig, runtime: Runtime, data: Dat
         return work.get_future().then(lambda done: done.value()[0])
 
     model.register_comm_hook(None, average)
-    optimizer, micro_batches = build_optimizer(net, config), iter(data.train)
+    optimizer, steps = build_optimizer(net, config), iter(data.train)
     for _ in range(3):
-        train_step(model, [next(micro_batches) for _ in range(4)], optimizer, runtime)
+        train_step(model, next(steps), 64, optimizer, runtime)
     assert sum(exchanged) == 3 * sum(parameter.numel() for parameter in net.parameters())
     weights = torch.cat([parameter.flatten() for parameter in net.parameters()]).detach()
     assert torch.equal(runtime.mean(weights.clone()), weights), "the ranks' weights differ"

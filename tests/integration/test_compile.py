@@ -20,7 +20,7 @@ def trained(runtime, synthetic, compile):
     assert list(net.state_dict()) == names, "checkpoints of both fit both"
     optimizer = build_optimizer(net, TrainConfig(lr=0.05))
     for rows in torch.arange(40).split(8):
-        train_step(model, [synthetic.train.dataset[rows]], optimizer, runtime)
+        train_step(model, [synthetic.train.dataset[rows]], 8, optimizer, runtime)
     return torch.cat([parameter.flatten() for parameter in net.parameters()]).detach()
 
 

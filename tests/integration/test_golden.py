@@ -1,4 +1,4 @@
-"""The first losses of all recipes, in one process and in two, and net-fast in full."""
+"""The first losses of all recipes, in one process and in several, and net-fast in full."""
 
 import json
 import sys
@@ -19,8 +19,9 @@ def losses(tmp_path_factory):
     return json.loads(done.stdout.split("LOSSES")[-1])
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "world_size"), [(name, size) for name, case in CASES.items() for size in case.world_sizes]
+)
 def test_golden_losses(losses, name, world_size):
     assert_golden(name, world_size, losses[name][str(world_size)])
 

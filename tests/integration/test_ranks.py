@@ -58,13 +58,13 @@ def test_separate_copies_are_found(tmp_path):
 def test_out_of_memory_on_some_rank_is_one_line(tmp_path, ranks):
     driver = tmp_path / "driver.py"
     driver.write_text(
-        "import torch, cifar.cli, train_ddp\n"
+        "import os, torch, cifar.cli, train_ddp\n"
         "step, steps = train_ddp.train_step, []\n"
-        "def train_step(model, batches, optimizer, runtime, smoothing):\n"
+        "def train_step(model, batches, *others):\n"
         "    steps.append(None)\n"
-        f"    if len(steps) == 5 and str(runtime.rank) in {ranks!r}:\n"
+        f"    if len(steps) == 5 and os.environ['RANK'] in {ranks!r}:\n"
         "        torch.empty(10**15)\n"
-        "    return step(model, batches, optimizer, runtime, smoothing)\n"
+        "    return step(model, batches, *others)\n"
         "train_ddp.train_step = train_step\n"
         "with cifar.cli.exit_on_error('driver'):\n"
         "    train_ddp.main()\n"
@@ -76,6 +76,27 @@ def test_out_of_memory_on_some_rank_is_one_line(tmp_path, ranks):
     assert any(f"[rank {rank} on host " in line for rank in ranks)
     assert "exitcode  : 2" in output.stderr
     assert "Traceback" not in output.stderr.split(line)[0]
+
+
+def test_random_layers_of_each_rank_draw_other_numbers(tmp_path):
+    driver = tmp_path / "driver.py"
+    driver.write_text(
+        "import os, torch, train_ddp\n"
+        "from cifar.models import MODELS\n"
+        "class Noise(torch.nn.Linear):\n"
+        "    def forward(self, images):\n"
+        "        noise = torch.rand(())\n"
+        "        if self.training and len(images) == 4:\n"
+        "            print('rank', os.environ['RANK'], 'draws', noise.item(), flush=True)\n"
+        "        return super().forward(images.flatten(1))\n"
+        "MODELS['net'] = lambda classes: Noise(3072, classes)\n"
+        "train_ddp.main()\n"
+    )
+    output = torchrun(2, "--dataset", "synthetic", "--max-steps", 3, cwd=tmp_path, script=[driver])
+    assert output.returncode == 0, output.stderr
+    lines = [line.split(" draws ") for line in output.stdout.splitlines() if " draws " in line]
+    assert sorted(rank for rank, _ in lines) == ["rank 0"] * 3 + ["rank 1"] * 3
+    assert len({noise for _, noise in lines}) == 6
 
 
 def test_infinite_loss_ends_all_ranks(tmp_path):

@@ -1,13 +1,9 @@
-"""The batch arithmetic: local batch x world size x accumulation = global batch."""
-
-import dataclasses
-from pathlib import Path
+"""The batch arithmetic: the division of a global batch among processes and into micro-batches."""
 
 import pytest
 
 from cifar.batch_plan import BatchPlan
 from cifar.cli import parse_args
-from cifar.config import TrainConfig
 from cifar.console import describe
 from cifar.errors import UserError
 from cifar.optim import base_learning_rate
@@ -21,62 +17,53 @@ def plan_of(flags, world_size=1):
 @pytest.mark.parametrize(
     ("flags", "world_size", "expected"),
     [
-        ("--local-batch-size 8", 3, (8, 24, 1, 2083)),
-        ("--local-batch-size 8 --global-batch-size 96", 3, (8, 96, 4, 520)),
+        ("--local-batch-size 8", 3, (24, 1, 2083)),
+        ("--local-batch-size 8 --global-batch-size 96", 3, (96, 4, 520)),
         # A recipe that states its global batch keeps it at any number of processes.
-        ("--recipe speed94", 1, (2000, 2000, 1, 25)),
-        ("--recipe speed94", 2, (1000, 2000, 1, 25)),
-        ("--recipe speed94", 3, (666, 1998, 1, 25)),
-        ("--recipe speed94 --local-batch-size 500", 2, (500, 2000, 2, 25)),
+        ("--recipe speed94", 1, (2000, 1, 25)),
+        ("--recipe speed94", 3, (2000, 1, 25)),
+        ("--recipe speed94 --local-batch-size 500", 2, (2000, 2, 25)),
+        ("--recipe speed94 --local-batch-size 500", 3, (2000, 2, 25)),
+        ("--recipe net-fast", 64, (64, 1, 781)),
     ],
 )
 def test_arithmetic(flags, world_size, expected):
     _, plan = plan_of(flags, world_size)
-    assert (plan.local_batch_size, plan.global_batch_size, plan.accumulation, plan.steps_per_epoch) == expected
-
-
-@pytest.mark.parametrize(
-    ("flags", "world_size", "words"),
-    [
-        ("--local-batch-size 4 --global-batch-size 10", 2, ["10", "4", "2", "8", "8 or 16"]),
-        ("--local-batch-size 4 --global-batch-size 6", 2, ["6", "4", "2", "8", "--local-batch-size"]),
-        ("--local-batch-size 50001", 1, ["50001", "50000"]),
-    ],
-)
-def test_size_that_does_not_divide_names_the_numbers(flags, world_size, words):
-    with pytest.raises(UserError) as mistake:
-        plan_of(flags, world_size)
-    assert all(word in str(mistake.value) for word in words)
-
-
-@pytest.mark.parametrize(
-    ("size", "world_size", "fits"), [(4, 3, "2 or 4"), (4, 5, "4"), (1, 2, "1"), (2000, 7, "5 or 8"), (6, 4, "3 or 6")]
-)
-def test_resumed_run_names_the_numbers_of_processes_that_fit(size, world_size, fits):
-    config = TrainConfig(global_batch_size=size, resume=Path("run"))
-    with pytest.raises(UserError, match=rf"^--resume run: .* {world_size} processes: continue it on {fits}$"):
-        BatchPlan.make(config, world_size, 50_000)
-    for number in map(int, fits.split(" or ")):
-        assert BatchPlan.make(config, number, 50_000).global_batch_size == size
+    assert (plan.global_batch_size, plan.accumulation, plan.steps_per_epoch) == expected
 
 
 @pytest.mark.parametrize(
     ("flags", "world_size", "expected"),
     [
-        ("--local-batch-size 512", 1, 256),
-        ("--local-batch-size 512", 4, 256),
-        ("--recipe speed94", 3, 333),
-        ("--local-batch-size 7 --global-batch-size 42", 2, 3),
-        ("--local-batch-size 11", 1, 1),
-        ("--local-batch-size 1 --global-batch-size 8", 2, None),
+        ("--local-batch-size 4 --global-batch-size 16", 2, [[4, 4], [4, 4]]),
+        ("--recipe net-fast", 2, [[32], [32]]),
+        ("--recipe net-fast", 3, [[22], [21], [21]]),
+        ("--local-batch-size 64 --global-batch-size 65", 1, [[33, 32]]),
+        ("--local-batch-size 4 --global-batch-size 10", 2, [[3, 2], [3, 2]]),
+        ("--local-batch-size 1 --global-batch-size 3", 2, [[1, 1], [1]]),
+        ("--local-batch-size 4 --global-batch-size 3", 3, [[1], [1], [1]]),
     ],
 )
-def test_smaller_local_batch_keeps_the_global_batch(flags, world_size, expected):
+def test_shares_and_micro_batches_differ_by_one_image_at_most(flags, world_size, expected):
     config, plan = plan_of(flags, world_size)
-    assert plan.smaller_local_batch() == expected
-    if expected is not None:
-        more = dataclasses.replace(config, local_batch_size=expected, global_batch_size=plan.global_batch_size)
-        assert BatchPlan.make(more, world_size, 50_000) == dataclasses.replace(plan, local_batch_size=expected)
+    sizes = [plan.micro_batch_sizes(rank) for rank in range(world_size)]
+    assert sizes == expected
+    assert sum(map(sum, sizes)) == plan.global_batch_size
+    assert max(map(max, sizes)) <= config.local_batch_size
+
+
+@pytest.mark.parametrize(
+    ("flags", "world_size", "words"),
+    [
+        ("--recipe net-fast", 65, ["64 images", "65 processes", "at most 64"]),
+        ("--global-batch-size 1", 2, ["1 image ", "2 processes", "at most 1"]),
+        ("--local-batch-size 50001", 1, ["50001", "50000"]),
+    ],
+)
+def test_size_that_cannot_be_divided_names_the_numbers(flags, world_size, words):
+    with pytest.raises(UserError) as mistake:
+        plan_of(flags, world_size)
+    assert all(word in str(mistake.value) for word in words)
 
 
 def test_lr_scales_with_the_global_batch():
@@ -92,4 +79,5 @@ def test_banner_shows_the_arithmetic():
     batches, rate = describe(*plan_of("--global-batch-size 16", world_size=2))
     assert "4 local x 2 processes x 2 accumulated = 16 global" in batches
     assert "0.001 x 16 / 4 = 0.004" in rate
+    assert "22 local x 3 processes x 1 accumulated - 2 = 64 global" in describe(*plan_of("--recipe net-fast", 3))[0]
     assert "not scaled" in describe(*plan_of("--lr-scaling none", world_size=2))[1]

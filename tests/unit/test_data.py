@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import socket
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -34,11 +35,17 @@ def numbered() -> DeviceImages:
 DATASET = numbered()
 
 
-def micro_batches(rank: int, world_size: int, batch_size: int, epoch: int, seed: int = 0, first: int = 0):
-    sampler = BatchedDistributedSampler(DATASET, rank, world_size, batch_size, seed)
+def plan(world_size: int = 1, batch_size: int = 8, global_batch_size: int | None = None) -> BatchPlan:
+    return BatchPlan.make(
+        TrainConfig(local_batch_size=batch_size, global_batch_size=global_batch_size), world_size, SIZE
+    )
+
+
+def steps(rank: int, plan: BatchPlan, epoch: int, seed: int = 0) -> list[torch.Tensor]:
+    """Return the indices of each step of a rank."""
+    sampler = BatchedDistributedSampler(DATASET, plan, rank, seed)
     sampler.set_epoch(epoch)
-    sampler.first = first
-    return list(sampler)
+    return list(torch.cat(list(sampler)).split(sum(sampler.micro_batch_sizes)))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -53,22 +60,23 @@ def test_sampler_equals_torchs_in_batches(world_size, batch_size):
             theirs.set_epoch(epoch)
             whole = len(theirs) // batch_size
             expected = torch.tensor(list(theirs))[: whole * batch_size].view(whole, batch_size)
-            assert torch.equal(torch.stack(micro_batches(rank, world_size, batch_size, epoch, seed=3)), expected)
-            assert len(BatchedDistributedSampler(DATASET, rank, world_size, batch_size, 3)) == whole
+            assert torch.equal(torch.stack(steps(rank, plan(world_size, batch_size), epoch, seed=3)), expected)
+            assert len(BatchedDistributedSampler(DATASET, plan(world_size, batch_size), rank, 3)) == whole
 
 
-@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 12), (2, 6), (3, 4), (4, 3), (1, 4), (2, 3), (1, 1)])
+@pytest.mark.parametrize(
+    ("world_size", "batch_size"), [(1, 12), (2, 6), (3, 4), (4, 3), (1, 4), (2, 3), (1, 1), (5, 12), (7, 1), (12, 2)]
+)
 def test_kth_global_batch_is_the_kth_slice_of_one_permutation(world_size, batch_size):
-    """At each world size, with and without accumulation to the global batch of 12."""
-    epoch, global_batch = 2, 12
+    """At each world size, with and without accumulation to the global batch of 12, also if it does not divide."""
+    epoch, divided = 2, plan(world_size, batch_size, 12)
     draws = torch.Generator().manual_seed(derive_seed(0, "shuffle") + epoch)
     permutation = torch.randperm(SIZE, generator=draws)
-    accumulation = global_batch // (world_size * batch_size)
-    ranks = [micro_batches(rank, world_size, batch_size, epoch) for rank in range(world_size)]
-    for step in range(SIZE // global_batch):
-        own = [batch for rank in ranks for batch in rank[step * accumulation : (step + 1) * accumulation]]
-        expected = permutation[step * global_batch : (step + 1) * global_batch]
-        assert torch.equal(torch.cat(own).sort().values, expected.sort().values)
+    ranks = [steps(rank, divided, epoch) for rank in range(world_size)]
+    for k, shares in enumerate(zip(*ranks, strict=True)):
+        for rank, share in enumerate(shares):
+            assert share.tolist() == permutation[12 * k : 12 * (k + 1)][rank::world_size].tolist()
+    assert k == SIZE // 12 - 1
 
 
 def test_first_epochs_have_small_images():
@@ -76,7 +84,7 @@ def test_first_epochs_have_small_images():
     loader = TrainLoader(dataset, plan(), rank=0, seed=0, small_epochs=2, small_size=24)
     for epoch, size in enumerate((24, 24, 32)):
         loader.set_epoch(epoch, first=1)
-        images, indices = next(iter(loader))
+        ((images, indices),) = next(iter(loader))
         expected = normalize(DATASET.images[indices])
         if size < 32:
             expected = F.interpolate(expected, size=(size, size), mode="bilinear", antialias=True)
@@ -86,38 +94,39 @@ def test_first_epochs_have_small_images():
 
 
 def test_epochs_and_seeds_have_different_permutations():
-    orders = [torch.cat(micro_batches(0, 1, 10, epoch, seed)) for epoch in range(3) for seed in range(3)]
+    orders = [torch.cat(steps(0, plan(), epoch, seed)) for epoch in range(3) for seed in range(3)]
     assert all(order.sort().values.equal(torch.arange(SIZE)) for order in orders)
     assert len({tuple(order.tolist()) for order in orders}) == 9
 
 
-def plan(world_size: int = 1, batch_size: int = 8) -> BatchPlan:
-    return BatchPlan.make(TrainConfig(local_batch_size=batch_size), world_size, SIZE)
-
-
-def test_train_loader():
-    loader = TrainLoader(numbered(), plan(2), rank=1, seed=0)
+@pytest.mark.parametrize("chunk", [1, 10, 1024])
+@pytest.mark.parametrize("divided", [plan(2), plan(2, 8, 33), plan(3, 4, 40)])
+def test_train_loader(monkeypatch, chunk, divided):
+    """However many images are prepared at once."""
+    monkeypatch.setattr(cifar.data, "CHUNK", chunk)
+    loader = TrainLoader(numbered(), divided, rank=1, seed=0)
     loader.set_epoch(1)
-    batches = list(loader)
-    assert len(batches) == len(loader) == 62
-    for (images, labels), indices in zip(batches, micro_batches(1, 2, 8, epoch=1), strict=True):
-        assert (images.shape, images.dtype, labels.dtype) == ((8, 3, 32, 32), torch.float32, torch.int64)
+    loaded = list(loader)
+    assert len(loaded) == len(loader) == divided.steps_per_epoch
+    for batches, indices in zip(loaded, steps(1, divided, epoch=1), strict=True):
+        assert [len(labels) for _, labels in batches] == divided.micro_batch_sizes(1)
+        images, labels = map(torch.cat, zip(*batches, strict=True))
+        assert (images.shape[1:], images.dtype, labels.dtype) == ((3, 32, 32), torch.float32, torch.int64)
         assert torch.equal(labels, indices)
         assert torch.equal(images, normalize(DATASET.images[indices]))
 
 
 def test_train_loader_begins_within_an_epoch():
-    loader = TrainLoader(numbered(), plan(), rank=0, seed=0)
-    loader.set_epoch(0)
-    whole = [labels for _, labels in loader]
-    loader.set_epoch(0, first=100)
-    rest = [labels for _, labels in loader]
-    assert len(rest) == len(whole) - 100
-    assert all(a.equal(b) for a, b in zip(rest, whole[100:], strict=True))
-    loader.set_epoch(0, first=len(whole))
-    assert list(loader) == []
-    loader.set_epoch(1)
-    assert len(list(loader)) == len(whole)
+    loader = TrainLoader(numbered(), plan(1, 3, 8), rank=0, seed=0)
+
+    def labels_of_epoch(epoch, first=0):
+        loader.set_epoch(epoch, first)
+        return [[labels.tolist() for _, labels in batches] for batches in loader]
+
+    whole = labels_of_epoch(0)
+    assert labels_of_epoch(0, first=100) == whole[100:]
+    assert labels_of_epoch(0, first=len(whole)) == []
+    assert len(labels_of_epoch(1)) == len(whole)
 
 
 def test_augmentation_is_the_same_at_every_world_size():
@@ -130,7 +139,7 @@ def test_augmentation_is_the_same_at_every_world_size():
             dataset.augment = CropFlip(SIZE, 0, CPU)
             loader = TrainLoader(dataset, plan(world_size, batch_size=50), rank, seed=0)
             loader.set_epoch(3)
-            for images, labels in loader:
+            for images, labels in chain.from_iterable(loader):
                 assert torch.equal(images, normalize(expected(DATASET.images[labels], labels)))
 
 

@@ -30,7 +30,7 @@ def test_bf16_keeps_the_weights_in_fp32(synthetic):
     model, dtypes = runtime.prepare(net), set()
     net.conv1.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
     images, labels = synthetic.train.dataset[torch.arange(8)]
-    loss = train_step(model, [(images, labels)], build_optimizer(net, config), runtime)
+    loss = train_step(model, [(images, labels)], 8, build_optimizer(net, config), runtime)
     assert dtypes == {torch.bfloat16}
     assert loss.dtype == model(images).dtype == torch.float32, "losses are computed in fp32"
     assert {parameter.dtype for parameter in net.parameters()} == {torch.float32}

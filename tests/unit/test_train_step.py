@@ -47,7 +47,7 @@ def test_sgd_update(net, images, runtime):
     buffers = {name: torch.zeros_like(parameter) for name, parameter in net.named_parameters()}
     for _ in range(3):
         before = copy.deepcopy(net.state_dict())
-        loss = train_step(net, [images[torch.arange(8)]], optimizer, runtime)
+        loss = train_step(net, [images[torch.arange(8)]], 8, optimizer, runtime)
         for name, parameter in net.named_parameters():
             buffers[name] = 0.9 * buffers[name] + parameter.grad
             assert torch.allclose(optimizer.state[parameter]["momentum_buffer"], buffers[name], atol=1e-7)
@@ -64,7 +64,7 @@ def test_without_zero_grad_earlier_gradients_are_repeated(net, images, runtime):
         if not zero_grad:
             optimizer.zero_grad = lambda: None
         for k in range(steps):
-            train_step(own, [images[torch.arange(8 * k, 8 * k + 8)]], optimizer, runtime)
+            train_step(own, [images[torch.arange(8 * k, 8 * k + 8)]], 8, optimizer, runtime)
         return own.fc3.weight.detach()
 
     right, wrong = weights(2, zero_grad=True), weights(2, zero_grad=False)
@@ -73,17 +73,18 @@ def test_without_zero_grad_earlier_gradients_are_repeated(net, images, runtime):
     assert torch.allclose(wrong, right + first_update, atol=1e-6)
 
 
-def test_k_micro_batches_equal_one_batch_k_times_as_large(net, images, runtime):
+@pytest.mark.parametrize("sizes", [8, [11, 11, 10], [20, 12]])
+def test_micro_batches_of_any_sizes_equal_one_batch(net, images, runtime, sizes):
     """4, second half."""
 
-    def trained(local):
+    def trained(sizes):
         own = copy.deepcopy(net)
         optimizer = build_optimizer(own, TrainConfig(lr=0.1))
-        steps = [[images[rows] for rows in step.split(local)] for step in torch.arange(96).split(32)]
-        losses = [train_step(own, batches, optimizer, runtime, label_smoothing=0.1) for batches in steps]
+        steps = [[images[rows] for rows in step.split(sizes)] for step in torch.arange(96).split(32)]
+        losses = [train_step(own, batches, 32, optimizer, runtime, label_smoothing=0.1) for batches in steps]
         return torch.stack(losses), torch.cat([parameter.detach().flatten() for parameter in own.parameters()])
 
-    (losses, weights), (losses_of_parts, weights_of_parts) = trained(32), trained(8)
+    (losses, weights), (losses_of_parts, weights_of_parts) = trained(32), trained(sizes)
     assert torch.allclose(losses, losses_of_parts, atol=1e-5)
     assert torch.allclose(weights, weights_of_parts, atol=1e-6)
     start = torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
@@ -100,7 +101,7 @@ def test_no_host_device_sync(net, images, runtime, monkeypatch):
             raise AssertionError(f"Tensor.{name} in a training step")
 
         monkeypatch.setattr(torch.Tensor, name, read)
-    train_step(net, batches, optimizer, runtime)
+    train_step(net, batches, 16, optimizer, runtime)
 
 
 class TutorialNet(nn.Module):
