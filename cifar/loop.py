@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from cifar.augment import derive_seed
 from cifar.batch_plan import BatchPlan
 from cifar.data import TrainLoader
 from cifar.errors import LocalError, TrainingDivergedError, out_of_memory
@@ -39,6 +40,7 @@ def train_epoch(
     epoch, done = divmod(state.step, plan.steps_per_epoch)
     loader.set_epoch(epoch, first=done)
     steps = iter(loader)
+    layer_seed = derive_seed(config.seed, "layers", runtime.rank)  # ranks draw different masks for dropout
     last = min(plan.steps_per_epoch, plan.last_step(config) - epoch * plan.steps_per_epoch)
     model.train()
 
@@ -47,6 +49,7 @@ def train_epoch(
         set_learning_rate(optimizer, lr)
         try:
             batches = next(steps)
+            runtime.seed_layers(layer_seed + state.step)
             with runtime.convolutions():
                 state.running_loss += train_step(
                     model, batches, plan.global_batch_size, optimizer, runtime, config.label_smoothing

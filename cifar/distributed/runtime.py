@@ -161,6 +161,13 @@ class Runtime:
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             return self.accelerator.prepare_model(model)
 
+    def seed_layers(self, seed: int) -> None:
+        """Seed the generators that random layers, such as dropout, draw from."""
+        # torch.manual_seed, for all devices, takes 0.3 ms where CUDA has not been initialized.
+        torch.default_generator.manual_seed(seed)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(seed)
+
     def accumulate(self, model: nn.Module, batches: Sequence[T]) -> Iterator[T]:
         """Yield the micro-batches of a step; DDP exchanges the gradients in the backward pass of the last one only."""
         for batch in batches[:-1]:

@@ -1,5 +1,6 @@
 """Resume: from any step to the same bits; changes are printed; what cannot continue is refused."""
 
+import copy
 import dataclasses
 import json
 import re
@@ -7,11 +8,13 @@ import shutil
 import signal
 
 import pytest
+from torch import nn
 
 import train_ddp
 from cifar.checkpoint import checkpoint_path, checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
 from cifar.datasets import DATASETS
 from cifar.errors import StoppedError, UserError
+from cifar.models import MODELS
 from tests.helpers.comparing import make_runs_tiny, numbers, same, tiny_dataset, traces
 from tests.helpers.processes import records, result
 
@@ -119,6 +122,19 @@ def test_stopped_once(undisturbed, tmp_path, stop_after, step):
         resume(run_dir)
     else:
         train_ddp.main([*RUN, "--run-dir", str(run_dir)])
+    assert_same_run(run_dir, undisturbed)
+
+
+def test_random_layers_draw_the_same_after_a_resume(tmp_path, monkeypatch, stop_after):
+    layers = nn.Flatten(), nn.Dropout(), nn.Linear(3072, 10)
+    monkeypatch.setitem(MODELS, "net", lambda _: nn.Sequential(*copy.deepcopy(layers)))
+    undisturbed, run_dir = tmp_path / "undisturbed", tmp_path / "run"
+    train_ddp.main([*RUN, "--run-dir", str(undisturbed)])
+    stop_after(7)
+    with pytest.raises(StoppedError):
+        train_ddp.main([*RUN, "--run-dir", str(run_dir)])
+    stop_after(None)
+    resume(run_dir)
     assert_same_run(run_dir, undisturbed)
 
 
