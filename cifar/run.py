@@ -63,6 +63,7 @@ class Run:
         if config.small_epochs:
             with runtime.fail_together():
                 _check_image_size(config, unwrap(model), runtime.device)
+        runtime.settle_buckets(model, data.train.dataset.images[:2])
         self.state = TrainState(unwrap(model), optimizer, runtime.scaler)
         self._last_step = self.plan.last_step(config)
         self._facts = self._environment()

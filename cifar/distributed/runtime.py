@@ -161,6 +161,26 @@ class Runtime:
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             return self.accelerator.prepare_model(model)
 
+    def settle_buckets(self, model: nn.Module, images: Tensor) -> None:
+        """Let DDP lay out the buckets of the gradients as in all later steps. Collective; trains nothing.
+
+        DDP fills them in the order of definition in its first step, and in the order in which the gradients become
+        ready in the others. With three ranks or more, the place of a gradient decides at which rank its sum begins, and
+        so its last bits: the first step after a resume would differ from the same step of a run that was not stopped.
+        It also connects the ranks, which NCCL does in the first exchange.
+
+        Args:
+            images: the shape of this batch is what the model gets.
+        """
+        if self.world_size == 1:
+            return
+        buffers = [buffer.clone() for buffer in model.buffers()]  # the statistics of BatchNorm
+        with torch.compiler.set_stance("force_eager"):  # compiled code would be specialized to this batch
+            model(torch.zeros_like(images, dtype=torch.float32)).sum().backward()
+        for buffer, before in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        model.zero_grad()
+
     def seed_layers(self, seed: int) -> None:
         """Seed the generators that random layers, such as dropout, draw from."""
         # torch.manual_seed, for all devices, takes 0.3 ms where CUDA has not been initialized.
@@ -300,8 +320,9 @@ def _ddp_kwargs(comm_hook: str) -> DistributedDataParallelKwargs:
         # deadlock (seen over gloo, torch 2.15): one bucket for all gradients.
         bucket_cap_mb=4096 if powersgd else 25,
         comm_hook=_COMM_HOOKS[comm_hook],
-        # Vogels et al. 2019 (arXiv 1905.13727). The first steps' gradients are the least alike and are sent whole.
-        comm_state_option={"matrix_approximation_rank": 4, "start_powerSGD_iter": 20} if powersgd else {},
+        # Vogels et al. 2019 (arXiv 1905.13727). The first steps' gradients are the least alike and are sent whole: 20
+        # of them, besides those that `Runtime.settle_buckets` drops.
+        comm_state_option={"matrix_approximation_rank": 4, "start_powerSGD_iter": 21} if powersgd else {},
     )
 
 
