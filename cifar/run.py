@@ -120,6 +120,7 @@ class Run:
         return resumed
 
     def __enter__(self) -> "Run":
+        self.runtime.end_start()  # W&B may have kept rank zero waiting
         self._request.__enter__()
         self._console.start_bar(self.state)
         if self.config.profile:

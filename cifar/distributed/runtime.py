@@ -25,7 +25,7 @@ from cifar.errors import LocalError, UserError
 
 T = TypeVar("T")
 
-# Ranks wait on the host for a download that local rank zero makes; the slowest known source needs an hour.
+# At the start, ranks wait for a download that local rank zero makes; the slowest known source needs an hour.
 _HOST_TIMEOUT = timedelta(hours=3)
 
 
@@ -235,6 +235,11 @@ class Runtime:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self._host_group)
         return values
+
+    def end_start(self) -> None:
+        """Wait for all ranks; from now on, one that does not answer within `--timeout` ends the run. Collective."""
+        self.gather(None)
+        self._host_group = self._vote_group
 
     def from_main(self, value: T | None) -> T:
         """Return rank zero's `value` on every rank. Uses host memory only."""

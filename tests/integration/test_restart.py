@@ -28,8 +28,8 @@ def scenarios(tmp_path_factory):
 
 
 def short_soak(folder):
-    """Disturb a run SOAK_DISTURBANCES times; by hand: python -m tests.helpers.soak."""
-    return soak(folder, int(os.environ.get("SOAK_DISTURBANCES", 3)), seed=1, seconds=600)
+    """Disturb three ranks SOAK_DISTURBANCES times; by hand: python -m tests.helpers.soak."""
+    return soak(folder, int(os.environ.get("SOAK_DISTURBANCES", 3)), seed=1, seconds=600, ranks=3)
 
 
 def test_run_disturbed_at_random_equals_the_undisturbed_one(scenarios):
