@@ -20,7 +20,7 @@ class Recipe:
     epochs: int = 4
     """Passes over the training images."""
     local_batch_size: int = 4
-    """Images that one process runs at once (a micro-batch)."""
+    """The most images that one process runs at once (a micro-batch)."""
     global_batch_size: int | None = None
     """Images that one optimizer step sees. More than local batch x world size accumulates gradients."""
     lr: float = 0.001

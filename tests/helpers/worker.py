@@ -172,7 +172,19 @@ def check_stop_after_the_same_step(runtime: Runtime) -> None:
     assert len(set(runtime.gather(stopped))) == 1
 
 
+def check_missing_rank_is_waited_for_no_longer_than_the_timeout() -> None:
+    """While a run trains; at the start, ranks wait for a download."""
+    runtime = Runtime(TrainConfig(device="cpu", timeout=5))
+    runtime.end_start()
+    if runtime.rank == 1:
+        time.sleep(8)
+        return
+    with pytest.raises(RuntimeError, match="Timed out"):
+        runtime.gather(None)
+
+
 if __name__ == "__main__":
     synthetic.TRAIN_SIZE, synthetic.TEST_SIZE = 2_000, 1_001
     fork_ranks(2, check_two_ranks)
+    fork_ranks(2, check_missing_rank_is_waited_for_no_longer_than_the_timeout)
     fork_ranks(2, lambda: explain.main(["--dataset", "synthetic", "--device", "cpu"]))

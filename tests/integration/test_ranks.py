@@ -78,6 +78,20 @@ def test_out_of_memory_on_some_rank_is_one_line(tmp_path, ranks):
     assert "Traceback" not in output.stderr.split(line)[0]
 
 
+def test_slow_start_of_wandb_does_not_end_the_run(tmp_path):
+    driver = tmp_path / "driver.py"
+    driver.write_text(
+        "import time, cifar.tracking, train_ddp\n"
+        "def start_wandb(config, runtime, run_dir):\n"
+        "    time.sleep(8 * runtime.is_main)\n"
+        "cifar.tracking.start_wandb = start_wandb\n"
+        "train_ddp.main()\n"
+    )
+    flags = ["--dataset", "synthetic", "--max-steps", 3, "--timeout", 5]
+    output = torchrun(2, *flags, cwd=tmp_path, script=[driver])
+    assert output.returncode == 0, output.stderr
+
+
 def test_random_layers_of_each_rank_draw_other_numbers(tmp_path):
     driver = tmp_path / "driver.py"
     driver.write_text(
