@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cifar.datasets.cifar10 import CLASSES
 from cifar.errors import UserError
 from cifar.files import write_atomically
 from cifar.models import MODELS, build_model
@@ -36,7 +35,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Verify and load a checkpoint. Checkpoints of earlier versions are converted to `FORMAT`.
+    """Verify and load a checkpoint.
 
     Every record is compared with its CRC-32, which torch.save writes and torch.load ignores. Nothing in the file is
     executed: unpickling is limited to plain data.
@@ -65,28 +64,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # a malicious file can make the unpickler raise anything
         raise DamagedCheckpointError(f"{path}: holds more than tensors and plain data; not executed") from error
     try:
-        if content.get("format", 1) not in (1, FORMAT):
+        if content["format"] != FORMAT:
             raise UserError(f"{path} has checkpoint format {content['format']!r}: load it with a later version")
-        if "format" not in content:
-            content = _upgrade(content)
         config, dataset, classes, state = (content[key] for key in ("config", "dataset", "classes", "state"))
         valid = isinstance(config, dict) and isinstance(state, dict) and isinstance(classes, list) and len(classes) > 0
         valid = valid and all(isinstance(name, str) for name in (dataset, *classes))
-    except (AttributeError, LookupError, TypeError, ZeroDivisionError):
+    except (LookupError, TypeError):
         valid = False
     if not valid:
         raise DamagedCheckpointError(f"{path}: not a checkpoint of this program")
     return content
-
-
-def _upgrade(content: dict[str, Any]) -> dict[str, Any]:
-    # Format 1 knew only CIFAR-10's classes, and summed the loss over micro-batches instead of steps.
-    state = dict(content["state"])
-    accumulation = state.pop("accumulation")
-    state["model"] = state.pop("net")
-    state["running_loss"] = [loss / accumulation for loss in state.pop("window_loss")]
-    state["running_steps"] = state.pop("window_steps")
-    return content | {"format": FORMAT, "classes": list(CLASSES), "state": state}
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -53,7 +53,6 @@ class TrainState:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.running_loss.fill_(state["running_loss"])
-        state = {"first_step_seconds": 0.0} | state  # older checkpoints lack it
         for name in _NUMBERS:
             setattr(self, name, state[name])
 

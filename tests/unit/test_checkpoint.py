@@ -100,7 +100,6 @@ def test_malicious_file_is_refused_and_not_executed(tmp_path, form):
         small() | {"classes": "abc"},
         small() | {"classes": ["a", 1]},
         {"config": {}, "dataset": "", "state": {}},
-        {"config": {}, "dataset": "", "state": {"net": {}, "window_loss": [1.0], "window_steps": 1, "accumulation": 0}},
     ],
 )
 def test_other_content_is_refused(tmp_path, value):
@@ -123,20 +122,6 @@ def test_later_format_is_refused(tmp_path):
     save_checkpoint(path, small() | {"format": 3})
     with pytest.raises(UserError, match=r"step-00000002.pt has checkpoint format 3: load it with a later version"):
         newest_checkpoint(tmp_path)  # resuming from an earlier one would lose steps
-
-
-def test_format_1_is_converted(tmp_path):
-    new = content(5)
-    old = {name: new[name] for name in ("config", "dataset")}
-    old["state"] = dict(new["state"])
-    old["state"]["net"] = old["state"].pop("model")
-    old["state"]["window_loss"] = [4 * loss for loss in old["state"].pop("running_loss")]
-    old["state"]["window_steps"] = old["state"].pop("running_steps")
-    old["state"]["accumulation"] = 4
-    seal = b"cifar-ddp checkpoint 1, sha256 " + 64 * b"0"  # the archive's comment
-    raw = zip_of(old)[:-2] + len(seal).to_bytes(2, "little") + seal
-    (tmp_path / "c.pt").write_bytes(raw)
-    assert same(load_checkpoint(tmp_path / "c.pt"), new)
 
 
 def test_weights_of_another_model_are_refused(tmp_path):

@@ -12,13 +12,9 @@ import torch
 
 import train_ddp
 from cifar.checkpoint import checkpoint_path, checkpoints, load_checkpoint
-from cifar.config import TrainConfig
 from cifar.data import TrainLoader
 from cifar.errors import LocalError, TrainingDivergedError, UserError
-from cifar.models import MODELS, build_model
-from cifar.optim import build_optimizer
-from cifar.train_state import TrainState
-from tests.helpers.checkpoints import content
+from cifar.models import MODELS
 from tests.helpers.comparing import make_runs_tiny
 from tests.helpers.processes import records, result
 
@@ -119,13 +115,6 @@ def test_only_the_first_step_and_log_points_wait_for_the_device(tmp_path, clock)
     train_ddp.main([*FLAGS, "--epochs", "1", "--log-steps", "5", "--run-dir", str(tmp_path / "run")])
     waited_after = [step for step, (a, b) in enumerate(pairwise(clock.reads_before), 1) if b > a]
     assert waited_after == [1, 5]
-
-
-def test_older_checkpoint_has_no_seconds_of_the_first_step():
-    model = build_model("net", 10)
-    state = TrainState(model, build_optimizer(model, TrainConfig()), torch.amp.GradScaler("cpu", enabled=False))
-    state.load_state_dict(content()["state"] | {"running_loss": 0.0})
-    assert (state.train_seconds, state.first_step_seconds) == (4.5, 0.0)
 
 
 @pytest.mark.parametrize(
