@@ -53,10 +53,6 @@ class Recipe:
     """Pixels by which a random crop may shift an image."""
     cutout: int = 0
     """Side in pixels of the gray square cut out of each training image; 0 for none (DeVries & Taylor 2017)."""
-    small_share: float = 0.0
-    """Share of the epochs, from the first, that train on smaller images, which costs less; the model must take them."""
-    small_size: int = 24
-    """Side in pixels of the smaller images."""
     tta: Literal["none", "flip", "crop"] = "none"
     """Test-time augmentation at the end of the run: average over mirrored, and over shifted and mirrored images."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
@@ -129,11 +125,6 @@ class TrainConfig(Recipe):
         if self.nesterov and self.momentum == 0:
             raise UserError("--nesterov needs a --momentum above 0")
 
-    @property
-    def small_epochs(self) -> int:
-        """Return the number of epochs with smaller images."""
-        return round(self.small_share * self.epochs)
-
     def to_json(self) -> dict[str, Any]:
         """Return every field as a JSON value; paths become strings."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
@@ -146,6 +137,7 @@ class TrainConfig(Recipe):
             UserError: a field is missing, unknown or of the wrong type.
         """
         paths = {k: Path(fields[k]) for k in ("data_dir", "run_dir", "resume", "evaluate") if fields.get(k)}
+        fields = {name: value for name, value in fields.items() if (name, value) not in _REMOVED}
         try:
             config = cls(**(fields | paths))
         except TypeError as error:
@@ -156,6 +148,9 @@ class TrainConfig(Recipe):
         return config
 
 
+# Fields of version 0.2.0 that are no more, with the values that changed nothing.
+_REMOVED = {("small_share", 0.0), ("small_size", 24)}
+
 # The allowed values of a field, by a predicate that is false for NaN, and in words.
 _Allowed = tuple[Callable[[float], bool], str]
 _COUNT: _Allowed = (lambda x: x >= 1, "at least 1")
@@ -165,10 +160,9 @@ _ALLOWED: dict[str, _Allowed] = {
     **dict.fromkeys(("epochs", "max_steps", "local_batch_size", "global_batch_size"), _COUNT),
     **dict.fromkeys(("log_steps", "checkpoint_steps", "keep_checkpoints"), _COUNT),
     **dict.fromkeys(("lr", "muon_lr", "bias_lr_scale"), _POSITIVE),
-    **dict.fromkeys(("momentum", "muon_momentum", "label_smoothing", "small_share"), _FRACTION),
+    **dict.fromkeys(("momentum", "muon_momentum", "label_smoothing"), _FRACTION),
     "weight_decay": (lambda x: 0 <= x < math.inf, "at least 0"),
     "crop_padding": (lambda x: 0 <= x <= 31, "from 0 to 31"),
-    "small_size": (lambda x: 8 <= x <= 32, "from 8 to 32"),
     "cutout": (lambda x: 0 <= x <= 32, "from 0 to 32"),
     "seed": (lambda x: 0 <= x < 2**63, "at least 0 and below 2**63"),
     "timeout": (lambda x: 5 <= x <= 86_400, "from 5 seconds to a day"),

@@ -28,17 +28,13 @@ class Console:
         data, config = self._data, self._config
         where = "" if data.name == "synthetic" else f", from {config.data_dir}"
         sizes = f"{len(data.train.dataset):,} training, {len(data.test.dataset):,} test"
-        small = ""
-        if config.small_epochs:
-            pixels = f"{config.small_size} x {config.small_size} pixels"
-            small = f", {pixels} in the first {config.small_epochs} of {config.epochs} epochs"
         lines = {
             "processes": self._runtime.describe(),
             "dataset": f"{data.name}{where}: {sizes}, {len(data.classes)} classes"
             + (f"; {data.note}" if data.note else ""),
             "model": f"{config.model}, {parameters:,} parameters, {self._runtime.describe_precision()}"
             + (", compiled" if config.compile else ""),
-            "recipe": f"{config.recipe}, augmentation {config.augment}{small}, seed {config.seed}",
+            "recipe": f"{config.recipe}, augmentation {config.augment}, seed {config.seed}",
             "batches": batches,
             "lr": rate,
             "run": run_dir,

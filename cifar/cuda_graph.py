@@ -13,7 +13,7 @@ _EAGER_STEPS = 3  # in which the libraries choose their kernels and the optimize
 class CudaGraph:
     """A training step that runs eagerly a few times, is captured once, and is replayed from then on.
 
-    When the size of the images changes, it begins again. Every step is one of the run's: none is spent on warming up.
+    Every step is one of the run's: none is spent on warming up.
     Inputs that change between steps (images, labels, learning rates) are tensors at fixed addresses.
     """
 
@@ -21,7 +21,6 @@ class CudaGraph:
         self._train_step = train_step
         self._stream = torch.cuda.Stream()
         self._eager_steps = 0
-        self._shape: torch.Size | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._batches: list[tuple[Tensor, Tensor]] = []
         self._loss: Tensor
@@ -36,8 +35,6 @@ class CudaGraph:
         label_smoothing: float,
     ) -> Tensor:
         """Run one training step, with the arguments and the result of `train_step`."""
-        if self._shape != batches[0][0].shape:
-            self._shape, self._graph, self._eager_steps = batches[0][0].shape, None, 0
         if self._eager_steps < _EAGER_STEPS:
             # On the stream that will capture, so that no memory is shared with the default stream.
             self._stream.wait_stream(torch.cuda.current_stream())

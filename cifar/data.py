@@ -7,7 +7,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -32,7 +31,6 @@ class DeviceImages(Dataset[tuple[Tensor, Tensor]]):
         labels: int64 [n].
         classes: the class names, in the order of the labels.
         augment: applied to every batch before normalization, or None.
-        size: side in pixels to which images are reduced after augmentation, or None.
     """
 
     def __init__(
@@ -47,25 +45,18 @@ class DeviceImages(Dataset[tuple[Tensor, Tensor]]):
         self.labels = labels.to(device)
         self.classes = classes
         self.augment: CropFlip | None = None
-        self.size: int | None = None
         self._memory_format = memory_format
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return images, float32 [batch, 3, 32, 32] in [-1, 1], and labels, int64 [batch], of int64 [batch] indices.
-
-        With `size`, the images are [batch, 3, size, size].
-        """
+        """Return images, float32 [batch, 3, 32, 32] in [-1, 1], and labels, int64 [batch], of int64 [batch] indices."""
         # index_select copies whole images where [indices] would gather single bytes, but it ignores memory formats.
         images = self.images.permute(0, 2, 3, 1).index_select(0, indices).permute(0, 3, 1, 2)
         if self.augment is not None:
             images = self.augment(images, indices)
-        images = normalize(images.contiguous(memory_format=self._memory_format))
-        if self.size is not None:
-            images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
-        return images, self.labels[indices]
+        return normalize(images.contiguous(memory_format=self._memory_format)), self.labels[indices]
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -112,15 +103,12 @@ class BatchedDistributedSampler(DistributedSampler[Tensor]):
 
 
 class TrainLoader(DataLoader[Any]):
-    """The steps of this rank, reshuffled every epoch; in the first `small_epochs`, of small images."""
+    """The steps of this rank, reshuffled every epoch."""
 
     sampler: BatchedDistributedSampler
     dataset: DeviceImages
 
-    def __init__(
-        self, dataset: DeviceImages, plan: BatchPlan, rank: int, seed: int, small_epochs: int = 0, small_size: int = 32
-    ) -> None:
-        self._small_epochs, self._small_size = small_epochs, small_size
+    def __init__(self, dataset: DeviceImages, plan: BatchPlan, rank: int, seed: int) -> None:
         sampler = BatchedDistributedSampler(dataset, plan, rank, seed)
         super().__init__(dataset, batch_size=None, sampler=sampler)
 
@@ -135,10 +123,9 @@ class TrainLoader(DataLoader[Any]):
             yield from zip(images.split(sizes), labels.split(sizes), strict=True)
 
     def set_epoch(self, epoch: int, first: int = 0) -> None:
-        """Select the permutation, augmentation and image size of `epoch`, and begin at its optimizer step `first`."""
+        """Select the permutation and the augmentation of `epoch`, and begin at its optimizer step `first`."""
         self.sampler.set_epoch(epoch)
         self.sampler.first = first
-        self.dataset.size = self._small_size if epoch < self._small_epochs else None
         if self.dataset.augment is not None:
             self.dataset.augment.set_epoch(epoch)
 
@@ -222,7 +209,7 @@ def load_data(config: TrainConfig, runtime: Runtime) -> Data:
         alternate = config.augment == "crop-altflip"
         train.augment = CropFlip(len(train), config.seed, runtime.device, config.crop_padding, alternate, config.cutout)
     plan = BatchPlan.make(config, runtime.world_size, len(train))
-    train_loader = TrainLoader(train, plan, runtime.rank, config.seed, config.small_epochs, config.small_size)
+    train_loader = TrainLoader(train, plan, runtime.rank, config.seed)
     test_loader = EvalLoader(test, runtime.rank, runtime.world_size)
     return Data(name, dataset.classes, plan, train_loader, test_loader, dataset.note, fingerprint)
 

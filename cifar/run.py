@@ -60,9 +60,6 @@ class Run:
             StoppedError: torchrun has restarted a run that had finished.
         """
         self.runtime, self.data, self.plan = runtime, data, data.plan
-        if config.small_epochs:
-            with runtime.fail_together():
-                _check_image_size(config, unwrap(model), runtime.device)
         runtime.settle_buckets(model, data.train.dataset.images[:2])
         self.state = TrainState(unwrap(model), optimizer, runtime.scaler)
         self._last_step = self.plan.last_step(config)
@@ -295,25 +292,6 @@ class Run:
             "best_step": state.best_step,
             "checkpoint_seconds": self._writer.waited_seconds,
         }
-
-
-def _check_image_size(config: TrainConfig, model: nn.Module, device: torch.device) -> None:
-    """Check that the model takes the small images.
-
-    Raises:
-        UserError: it does not.
-    """
-    was_training = model.training
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            model.eval()(torch.zeros(1, 3, config.small_size, config.small_size, device=device))
-    except Exception as error:  # what it raises is up to the model
-        raise UserError(
-            f"--small-share {config.small_share:g}: model {config.model} does not take images of {config.small_size} x "
-            f"{config.small_size} pixels ({first_line(error)}): leave it out, or use another --model"
-        ) from error
-    finally:
-        model.train(was_training)
 
 
 def evaluate_checkpoint(config: TrainConfig, model: nn.Module, data: Data, runtime: Runtime) -> None:

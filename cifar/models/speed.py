@@ -44,7 +44,7 @@ class SpeedNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits, float [batch, num_classes], of normalized images, float [batch, 3, 32, 32]."""
         x = F.gelu(self.whiten(images))  # [batch, 24, 31, 31]
-        x = self.groups(x)  # [batch, 256, 3, 3], or smaller
+        x = self.groups(x)  # [batch, 256, 3, 3]
         x = F.max_pool2d(x, x.shape[2:]).flatten(1)
         return self.head(x) / x.shape[1]
 

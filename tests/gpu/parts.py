@@ -55,7 +55,7 @@ class Parts:
                 count, config.seed, self.runtime.device, config.crop_padding, alternate, config.cutout
             )
         self.plan = BatchPlan.make(config, 1, count)
-        self.loader = TrainLoader(self.train, self.plan, 0, config.seed, config.small_epochs, config.small_size)
+        self.loader = TrainLoader(self.train, self.plan, 0, config.seed)
         data = Data("random", CLASSES, self.plan, self.loader, EvalLoader(self.train, 0, 1))
         torch.manual_seed(config.seed)
         self.model = self.runtime.prepare(build_model(config.model, 10, data.sample), compile)

@@ -48,8 +48,8 @@ class Case(NamedTuple):
     world_sizes: tuple[int, ...] = (1, 2)
 
 
-# Recipes whose precision is auto would train in bf16 on some machines; and all on whole images.
-_FP32 = ("--precision", "fp32", "--small-share", "0")
+# Recipes whose precision is auto would train in bf16 on some machines.
+_FP32 = ("--precision", "fp32")
 
 CASES = {
     "tutorial": Case("tutorial", 30, sure_steps=30, world_sizes=(1, 2, 3)),

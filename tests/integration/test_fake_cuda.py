@@ -23,7 +23,3 @@ def test_every_recipe_has_a_ceiling():
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_hot_loop_never_waits_and_launches_few_kernels(recipe, precision):
     assert exceeded(recipe, precision, measure(recipe, precision)) == []
-
-
-def test_smaller_images_of_the_first_epochs():
-    assert exceeded("speed94", "bf16", measure("speed94", "bf16", small_share=0.5)) == []

@@ -149,7 +149,7 @@ def test_unknown_flags_and_values(flags, named, capsys, be_rank):
     [
         "--epochs 0", "--local-batch-size -4", "--global-batch-size 0", "--max-steps 0", "--checkpoint-steps 0",
         "--log-steps 0", "--lr 0", "--lr nan", "--lr inf", "--momentum 1", "--warmup-epochs 5", "--weight-decay -1",
-        "--seed -1", "--timeout 1", "--cutout 33", "--small-share 1", "--small-size 4",
+        "--seed -1", "--timeout 1", "--cutout 33",
     ],
 )  # fmt: skip
 def test_value_out_of_range_is_named_in_one_line(flags):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils.data import DistributedSampler
 from torchvision.transforms import Compose, Normalize, ToTensor
 
@@ -77,20 +76,6 @@ def test_kth_global_batch_is_the_kth_slice_of_one_permutation(world_size, batch_
         for rank, share in enumerate(shares):
             assert share.tolist() == permutation[12 * k : 12 * (k + 1)][rank::world_size].tolist()
     assert k == SIZE // 12 - 1
-
-
-def test_first_epochs_have_small_images():
-    dataset = numbered()
-    loader = TrainLoader(dataset, plan(), rank=0, seed=0, small_epochs=2, small_size=24)
-    for epoch, size in enumerate((24, 24, 32)):
-        loader.set_epoch(epoch, first=1)
-        ((images, indices),) = next(iter(loader))
-        expected = normalize(DATASET.images[indices])
-        if size < 32:
-            expected = F.interpolate(expected, size=(size, size), mode="bilinear", antialias=True)
-        assert images.shape[2:] == (size, size)
-        assert torch.equal(images, expected)
-        assert images.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_epochs_and_seeds_have_different_permutations():

@@ -1,6 +1,5 @@
 """A run in one process: its log points, checkpoints and records, and how it ends."""
 
-import itertools
 import json
 import math
 import sys
@@ -13,8 +12,7 @@ import torch
 import train_ddp
 from cifar.checkpoint import checkpoint_path, checkpoints, load_checkpoint
 from cifar.data import TrainLoader
-from cifar.errors import LocalError, TrainingDivergedError, UserError
-from cifar.models import MODELS
+from cifar.errors import LocalError, TrainingDivergedError
 from tests.helpers.comparing import make_runs_tiny
 from tests.helpers.processes import records, result
 
@@ -147,27 +145,6 @@ def test_out_of_memory_names_a_smaller_batch(tmp_path, monkeypatch, local, remed
     if local != "1":
         train_ddp.main(["--resume", str(run_dir), *remedy.removeprefix("use ").split(",")[0].split()])
         assert batches == [2, 2, 2, *[4] * 8]
-
-
-def test_smaller_images_in_the_first_epochs(tmp_path, monkeypatch, capsys):
-    """A model that takes any size sees them; one that does not is refused before anything is written."""
-    sizes = []
-
-    class AnySize(torch.nn.Linear):
-        def forward(self, images):
-            sizes.append(images.shape[2])
-            return super().forward(images.mean((2, 3)))
-
-    monkeypatch.setitem(MODELS, "any-size", lambda classes: AnySize(3, classes))
-    flags = [*FLAGS, "--epochs", "3", "--small-share", "0.7", "--small-size", "16"]
-    train_ddp.main([*flags, "--model", "any-size", "--run-dir", str(tmp_path / "run")])
-    assert "16 x 16 pixels in the first 2 of 3 epochs" in capsys.readouterr().out
-    assert sizes.pop(0) == 16, "the check"
-    assert [size for size, _ in itertools.groupby(sizes)] == [16, 32, 16, 32], "tests are of whole images"
-    assert sizes.count(16) == 40, "20 steps of two micro-batches"
-    with pytest.raises(UserError, match=r"^--small-share 0.7: model net does not take images of 16 x 16 pixels \("):
-        train_ddp.main([*flags, "--run-dir", str(tmp_path / "refused")])
-    assert not (tmp_path / "refused").exists()
 
 
 def test_max_steps_ends_with_records_as_usual(tmp_path, capsys):

@@ -218,6 +218,20 @@ def test_changes_are_printed_once(run_dir, capsys):
     assert result(run_dir)["steps"] == 30
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_flags_of_an_earlier_version_matter_only_if_they_were_used(undisturbed, run_dir, share):
+    killed(run_dir, after=12)
+    facts = json.loads((run_dir / "config.json").read_text())
+    facts["config"] |= {"small_share": share, "small_size": 24}
+    (run_dir / "config.json").write_text(json.dumps(facts))
+    if share:
+        with pytest.raises(UserError, match=r"another version of cifar-ddp: .*'small_share'"):
+            resume(run_dir)
+    else:
+        resume(run_dir)
+        assert_same_run(run_dir, undisturbed)
+
+
 def test_running_losses_of_two_ranks_continue_in_one(undisturbed, run_dir):
     """Step 8 is between log points. Each of two ranks has the sum of its own losses; their mean is the run's."""
     path = checkpoint_path(killed(run_dir, after=8), 8)
