@@ -276,6 +276,7 @@ def _wait_for_the_cause() -> None:
     with contextlib.suppress(KeyboardInterrupt):
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         time.sleep(_REPORT_FIRST_SECONDS)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this process leaves in a moment
 
 
 def _interface(text: str) -> str:

@@ -37,7 +37,7 @@ _CLAIM_SECONDS = 2.0
 _MAY_DIFFER = ("data_dir", "data_url", "run_dir")  # between hosts; only rank zero uses the last
 _REMEDIES = {
     "program": "copy the same train_ddp.py and cifar/ to every host",
-    "torch": "install the same version on every host",
+    "torch version": "install the same version on every host",
     "device": "use --device cpu on all of them, or start only hosts where PyTorch finds a GPU",
     "precision": "use --precision fp32 or bf16",
 }
@@ -47,7 +47,7 @@ _store: dist.Store | None = None  # of this start, without the keys of earlier o
 
 def init_method(config: TrainConfig) -> str:
     """Return the URL of this rendezvous for a process with this configuration, its device and precision resolved."""
-    facts: dict[str, Any] = {"program": _program(), "torch": torch.__version__.partition("+")[0]}
+    facts: dict[str, Any] = {"program": _program(), "torch version": torch.__version__.partition("+")[0]}
     facts |= dict.fromkeys(("device", "precision", "recipe"))  # compared before the rest
     facts |= {name: value for name, value in config.to_json().items() if name not in _MAY_DIFFER}
     return f"{_SCHEME}://{quote(json.dumps(facts), safe='')}"
