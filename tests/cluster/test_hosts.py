@@ -133,7 +133,7 @@ def test_hosts_that_would_not_run_the_same_both_say_so(hosts, tmp_path, other, f
             environment = {"MAX_RESTARTS": "0", "PYTHONPATH": str(roots[host])}
             flags = [*FLAGS, "--run-dir", tmp_path / "run", *own[host]]
             started.append(Started(hosts, host, "2", *flags, cwd=tmp_path, root=roots[host], **environment))
-        assert [one.process.wait(60) for one in started] == [1, 1]
+        assert [one.process.wait(120) for one in started] == [1, 1]
     finally:
         for one in started:
             one.kill()

@@ -4,7 +4,9 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -485,6 +487,24 @@ def test_rank_with_the_cause_speaks_before_those_that_lost_it(capfd):
     fork_ranks(3, start)
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
     assert "No space left on device (28) [rank 2 on host " in line
+
+
+def test_rank_that_torchrun_ends_says_at_once_why(capfd):
+    """Rank one is killed, and torchrun sends SIGTERM to the other one, which had lost its peer."""
+
+    def start():
+        runtime = Runtime(TrainConfig())
+        if runtime.rank == 1:
+            os._exit(0)
+        began, exit_ = time.monotonic(), os._exit
+        os._exit = lambda status: exit_(status - 1 + (time.monotonic() - began > 4))
+        threading.Timer(1, os.kill, [os.getpid(), signal.SIGTERM]).start()
+        with exit_on_error("prog"):
+            runtime.gather(None)
+
+    fork_ranks(2, start)
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
+    assert line.startswith("prog: error: another process of this run is gone or does not answer (Connection ")
 
 
 @pytest.mark.parametrize(
