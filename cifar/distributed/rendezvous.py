@@ -1,7 +1,6 @@
 """A rendezvous at which all ranks learn what differs between them, and which ignores the keys of earlier restarts."""
 
 import contextlib
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -36,10 +35,10 @@ _CLAIM_SECONDS = 2.0
 
 _MAY_DIFFER = ("data_dir", "data_url", "run_dir")  # between hosts; only rank zero uses the last
 _REMEDIES = {
-    "program": "copy the same train_ddp.py and cifar/ to every host",
-    "torch version": "install the same version on every host",
-    "device": "use --device cpu on all of them, or start only hosts where PyTorch finds a GPU",
-    "precision": "use --precision fp32 or bf16",
+    "the program": "copy the same train_ddp.py and cifar/ to every host",
+    "the torch version": "install the same version on every host",
+    "the device": "use --device cpu on all of them, or start only hosts where PyTorch finds a GPU",
+    "the precision": "use --precision fp32 or bf16",
 }
 
 _store: dist.Store | None = None  # of this start, without the keys of earlier ones
@@ -47,9 +46,9 @@ _store: dist.Store | None = None  # of this start, without the keys of earlier o
 
 def init_method(config: TrainConfig) -> str:
     """Return the URL of this rendezvous for a process with this configuration, its device and precision resolved."""
-    facts: dict[str, Any] = {"program": _program(), "torch version": torch.__version__.partition("+")[0]}
-    facts |= dict.fromkeys(("device", "precision", "recipe"))  # compared before the rest
-    facts |= {name: value for name, value in config.to_json().items() if name not in _MAY_DIFFER}
+    facts = {"the program": _program(), "the torch version": torch.__version__.partition("+")[0]}
+    facts |= {"the device": config.device, "the precision": config.precision, "--recipe": config.recipe}
+    facts |= {flag(name): value for name, value in config.to_json().items() if name not in _MAY_DIFFER}
     return f"{_SCHEME}://{quote(json.dumps(facts), safe='')}"
 
 
@@ -102,7 +101,7 @@ def compare(store: dist.Store, rank: int, world_size: int, facts: dict[str, Any]
 
     Args:
         store: of this start.
-        facts: of this rank: what would be the same everywhere, or {"mistake": why it does not run}.
+        facts: of this rank: what has to be the same everywhere, in order, or {"mistake": why it does not run}.
 
     Raises:
         UserError: the first mistake or difference from rank zero; the same on all ranks.
@@ -126,13 +125,11 @@ def _difference(ranks: list[dict[str, Any]]) -> str:
     for place, facts in zip(places, ranks, strict=True):
         if "mistake" in facts:
             return f"{facts['mistake']} [{place}]"
-    first, options = ranks[0], {field.name for field in dataclasses.fields(TrainConfig)} - _REMEDIES.keys()
-    for name, value in first.items():
+    for name, value in ranks[0].items():
         for place, facts in zip(places, ranks, strict=True):
             if facts.get(name) != value:
-                what = flag(name) if name in options else f"the {name}"
                 remedy = _REMEDIES.get(name, "start all of them with the same flags")
-                return f"{what} is {value} for {places[0]}, but {facts.get(name)} for {place}: {remedy}"
+                return f"{name} is {value} for {places[0]}, but {facts.get(name)} for {place}: {remedy}"
     return ""
 
 

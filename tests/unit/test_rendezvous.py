@@ -96,7 +96,7 @@ def compare(connect, everyone):
         return list(pool.map(begin, range(len(everyone))))
 
 
-CPU, GPU = {"device": "cpu", "seed": 0}, {"device": "cuda", "seed": 0}
+CPU, GPU = {"the device": "cpu", "--seed": 0}, {"the device": "cuda", "--seed": 0}
 
 
 def test_first_difference_is_named_on_every_rank_at_every_start(torchruns_store, monkeypatch):
@@ -104,15 +104,18 @@ def test_first_difference_is_named_on_every_rank_at_every_start(torchruns_store,
     for everyone, expected in (
         ([CPU, CPU, CPU], "None"),
         (
-            [CPU, GPU | {"seed": 1}],
+            [CPU, GPU | {"--seed": 1}],
             r"the device is cpu for rank 0 on host host-\d, but cuda for rank 1 on host .*: use",
         ),
-        ([CPU, CPU, CPU | {"seed": 1}], r"--seed is 0 for rank 0 .*, but 1 for rank 2 on host host-\d: start all of"),
+        ([CPU, CPU, CPU | {"--seed": 1}], r"--seed is 0 for rank 0 .*, but 1 for rank 2 on host host-\d: start all of"),
         (
-            [{"torch version": "2.14.1"}, {"torch version": "2.14.0"}],
+            [{"the torch version": "2.14.1"}, {"the torch version": "2.14.0"}],
             r"the torch version is 2.14.1 .*, but 2.14.0 .*: install the same",
         ),
-        ([{"program": "a", "old": 1}, {"program": "b", "new": 1}], "the program is a .*, but b .*: copy the same"),
+        (
+            [{"the program": "a", "old": 1}, {"the program": "b", "new": 1}],
+            "the program is a .*, but b .*: copy the same",
+        ),
         ([GPU, GPU], "None"),
         ([CPU, GPU, {"mistake": "no such file"}], r"no such file \[rank 2 on host host-\d\]$"),
     ):
