@@ -5,13 +5,13 @@ import contextlib
 import dataclasses
 import io
 import os
-import re
+import signal
 import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import torch.distributed as dist
 import tyro
@@ -19,10 +19,20 @@ import tyro
 from cifar.checkpoint import read_checkpoint
 from cifar.config import MAY_CHANGE, TrainConfig, differences, flag, read_config
 from cifar.datasets import DATASETS
-from cifar.distributed.environment import Launch, accelerate_fields, is_rank_zero
-from cifar.distributed.rendezvous import claim_report
+from cifar.distributed.environment import Launch, accelerate_fields, is_local_rank_zero, is_rank_zero
+from cifar.distributed.rendezvous import announce, claim_report
 from cifar.distributed.runtime import Runtime
-from cifar.errors import LocalError, StoppedError, TrainingDivergedError, UserError, out_of_memory
+from cifar.errors import (
+    LocalError,
+    StoppedError,
+    TrainingDivergedError,
+    UsageError,
+    UserError,
+    is_network_error,
+    lost_peer,
+    one_line,
+    out_of_memory,
+)
 from cifar.models import MODELS
 from cifar.output import safe_output
 from cifar.recipes import RECIPES, config_from_recipe
@@ -32,14 +42,6 @@ C = TypeVar("C")
 
 # torchrun ends all ranks as soon as one has left: the others wait for the one that prints the line.
 _REPORT_FIRST_SECONDS = 5
-
-# Error messages of gloo, NCCL and torch's store for a peer that is gone; most are plain RuntimeErrors.
-_PEER_LOST = re.compile(
-    r"Connection (closed|reset) by peer|Timed out waiting \d+ms|Connection refused|Broken pipe|Connection was likely "
-    r"closed|remote process exited|wait timeout after|Socket Timeout|NCCL communicator was aborted|NCCL error|"
-    r"collective operation timeout",
-    re.IGNORECASE,
-)
 
 
 @contextlib.contextmanager
@@ -73,7 +75,8 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") ->
 
     Raises:
         UserError: a value is out of range or, with `--resume`, conflicts with the run's own.
-        SystemExit: after `--help`, or after tyro has explained an unknown flag or value (status 2).
+        UsageError: tyro has explained an unknown flag or value.
+        SystemExit: after `--help`.
     """
     # --recipe, --resume and --evaluate decide the defaults of other flags, so they are parsed first.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -160,18 +163,27 @@ def _flags_class() -> type[TrainConfig]:
 
 
 def parse_flags(cls: type[C], argv: Sequence[str] | None, prog: str, defaults: C | None = None) -> C:
-    """Return a `cls` from the command line; `--help` and tyro's complaints are printed by rank zero only.
+    """Return a `cls` from the command line; `--help` and tyro's complaints are printed once on every host.
 
     A `~` at the beginning of a path is the home directory, also where no shell has seen it: `--run-dir=~/run`.
 
     Raises:
-        SystemExit: after `--help` (status 0) or a complaint (status 2).
+        UsageError: tyro has complained.
+        SystemExit: after `--help`.
     """
     default = tyro.MISSING_NONPROP if defaults is None else defaults
-    main = is_rank_zero()
-    # tyro 1.0 prints its complaints about values even without console_outputs.
-    with contextlib.nullcontext() if main else contextlib.redirect_stderr(io.StringIO()):
-        parsed = tyro.cli(cls, prog=prog, args=argv, default=default, console_outputs=main)
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            parsed = tyro.cli(cls, prog=prog, args=argv, default=default, console_outputs=is_local_rank_zero())
+    except SystemExit as exit_:
+        if not exit_.code:
+            raise
+        if is_local_rank_zero():
+            print(complaint.getvalue(), end="", file=sys.stderr, flush=True)
+        # The first part of the frame that tyro draws, below its title.
+        reason = complaint.getvalue().partition("\n")[2].partition("│ ─")[0]
+        raise UsageError(" ".join(reason.replace("│", "").split())) from None
     return dataclasses.replace(parsed, **{name: _expand(value) for name, value in vars(parsed).items()})  # type: ignore[type-var]
 
 
@@ -184,49 +196,96 @@ def _expand(value: Any) -> Any:
 
 @contextlib.contextmanager
 def exit_on_error(prog: str) -> Iterator[None]:
-    """Report an expected failure as one line on stderr, and set the exit status.
+    """Report a failure as one line on stderr, and set the exit status; a program error keeps its traceback.
 
-    Rank zero reports what all ranks know, and of a LocalError the first rank that has it.
+    Rank zero reports what all ranks know; before they have joined, local rank zero of every host does. What only some
+    ranks know, the first of them reports. torchrun's report of the failed processes repeats the reason.
     """
     with safe_output():
         try:
             yield
         except StoppedError as stop:
-            _print0(str(stop), sys.stdout)
+            if is_rank_zero():
+                print(stop, flush=True)
             raise SystemExit(stop.status) from None
-        except LocalError as error:
-            if claim_report():
-                print(f"{prog}: error: {error}{_place()}", file=sys.stderr, flush=True)
-            else:
-                time.sleep(_REPORT_FIRST_SECONDS)
-            if dist.is_initialized():
-                _leave_at_once(error.status)
-            raise SystemExit(error.status) from None
-        except (UserError, TrainingDivergedError) as error:
-            _print0(f"{prog}: error: {error}", sys.stderr)
-            _wait_for_rank_zero()
-            if dist.is_initialized():  # all ranks come here; NCCL's destructor would add a warning of its own
-                dist.destroy_process_group()
-            raise SystemExit(error.status) from None
-        except SystemExit as exit_:  # tyro's, which has printed its complaint on rank zero
-            if exit_.code:
-                _wait_for_rank_zero()
-            raise
-        except RuntimeError as error:
-            lost = _PEER_LOST.search(str(error))
-            if lost is None or "RANK" not in os.environ:
-                raise
-            reason = f"another process of this run is gone or does not answer ({lost[0]})"
-            if is_rank_zero() and claim_report():  # else that process has said why
-                print(f"{prog}: error: {reason}; the launcher's report names it", file=sys.stderr, flush=True)
-            _leave_at_once(1)
         except KeyboardInterrupt:  # before training began; during training it becomes a StoppedError
             raise SystemExit(130) from None
+        except Exception as error:
+            if (status := _report(prog, error)) is None:
+                raise
+            if dist.is_initialized():
+                _leave_at_once(status)
+            raise SystemExit(status) from None
 
 
-def _print0(text: str, file: TextIO) -> None:
-    if is_rank_zero():
-        print(text, file=file, flush=True)
+def _report(prog: str, error: Exception) -> int | None:
+    """Report a failure once, and return the exit status; None for a program error, which Python reports."""
+    if isinstance(error, UserError | TrainingDivergedError):
+        _tell_torchrun(error.with_traceback(None))
+        if isinstance(error, LocalError):
+            _print_first(f"{prog}: error: {error}{_place()}")
+            return error.status
+        speaks = is_rank_zero() if dist.is_initialized() else is_local_rank_zero()
+        if speaks and not isinstance(error, UsageError):
+            print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
+        announce(str(error))
+        if not speaks:
+            time.sleep(_REPORT_FIRST_SECONDS)
+        if dist.is_initialized():  # all ranks come here; NCCL's destructor would add a warning of its own
+            dist.destroy_process_group()
+        return error.status
+    if not (isinstance(error, RuntimeError) and is_network_error(error) and "RANK" in os.environ):
+        _tell_torchrun(error)
+        return None
+    if (lost := lost_peer(error)) is None:
+        variable = _interface(str(error))
+        _tell_torchrun(error.with_traceback(None) if variable else error)
+        _print_first(f"{prog}: error: {one_line(str(error))}{variable}{_place()}")
+    else:
+        _wait_for_the_cause()
+        if is_rank_zero() and claim_report():  # else the process with the cause has said why
+            reason = f"another process of this run is gone or does not answer ({lost})"
+            print(f"{prog}: error: {reason}; the launcher's report names it", file=sys.stderr, flush=True)
+    _leave_at_once(1)
+
+
+def _tell_torchrun(error: Exception) -> None:
+    """Write the error that is being handled to the file from which torchrun reports it, if torchrun has started this.
+
+    Without a traceback, an expected failure is one line there, too.
+    """
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        if error.__traceback__ is None:
+            error.__cause__ = None
+        with contextlib.suppress(OSError):
+            get_error_handler().record_exception(error)
+
+
+def _print_first(line: str) -> None:
+    """Print `line`, unless another rank has reported a failure: then give it time."""
+    if claim_report():
+        print(line, file=sys.stderr, flush=True)
+    else:
+        time.sleep(_REPORT_FIRST_SECONDS)
+
+
+def _wait_for_the_cause() -> None:
+    """Give the process that knows why this run ends time to say so: until torchrun ends this one, but a few seconds."""
+    with contextlib.suppress(KeyboardInterrupt):
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        time.sleep(_REPORT_FIRST_SECONDS)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this process leaves in a moment
+
+
+def _interface(text: str) -> str:
+    """Return the variable that names the network interface of which an error of gloo or NCCL complains, or nothing."""
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        value = os.environ.get(name)
+        if value and name[:4] in text.upper() and (value in text or "socket interface" in text):
+            return f" ({name}={value} in the environment: correct or unset it)"
+    return ""
 
 
 def _place() -> str:
@@ -235,12 +294,7 @@ def _place() -> str:
     return f" [rank {launch.rank} on host {socket.gethostname()}]" if launch.world_size > 1 else ""
 
 
-def _leave_at_once(status: int) -> None:
+def _leave_at_once(status: int) -> NoReturn:
     """Exit without destructors: those of gloo and NCCL wait for the other processes, or abort this one."""
     sys.stdout.flush()
     os._exit(status)
-
-
-def _wait_for_rank_zero() -> None:
-    if not is_rank_zero():
-        time.sleep(_REPORT_FIRST_SECONDS)

@@ -3,6 +3,7 @@
 import re
 
 import torch
+import torch.distributed as dist
 
 # Messages of plain RuntimeErrors: torch's own class is that of its allocator on GPUs.
 _OUT_OF_MEMORY = re.compile(
@@ -10,11 +11,25 @@ _OUT_OF_MEMORY = re.compile(
     r"MPS backend out of memory"
 )
 
+# Errors of gloo are plain RuntimeErrors; those of NCCL and of the store have a class.
+_GLOO = re.compile(r"\bgloo/|\bGloo ")
+# What gloo, NCCL and the store say to a process whose peer is gone, frozen or hung: the cause is elsewhere.
+_PEER_LOST = re.compile(
+    r"Connection (closed|reset) by (remote )?peer|Timed out waiting \d+ms|Broken pipe|Connection was likely closed|"
+    r"remote process exited|wait timeout after|Socket Timeout|NCCL communicator was aborted|"
+    r"collective operation timeout",
+    re.IGNORECASE,
+)
+
 
 class UserError(Exception):
     """A wrong flag, file or environment: one line that says what to do, exit status 2."""
 
     status = 2
+
+
+class UsageError(UserError):
+    """A UserError that tyro has already explained on this host."""
 
 
 class LocalError(UserError):
@@ -52,6 +67,25 @@ def out_of_memory(error: RuntimeError) -> str | None:
         numbers.append(f"{free[2]} of {free[1]} free")
     place = "this host" if "DefaultCPUAllocator" in text else "the GPU"
     return f"{place} is out of memory" + (f" ({', '.join(numbers)})" if numbers else "")
+
+
+def is_network_error(error: RuntimeError) -> bool:
+    """Return whether `error` is NCCL's, gloo's or the store's."""
+    return isinstance(error, dist.DistError) or _GLOO.search(str(error)) is not None
+
+
+def lost_peer(error: RuntimeError) -> str | None:
+    """Return what a network error says of a peer that is gone or does not answer; None if it has another cause."""
+    text = str(error)
+    if (lost := _PEER_LOST.search(text)) is None:
+        return None
+    # NCCL calls an unreachable peer an exited one; its last line tells which.
+    return one_line(text.partition("Last error:")[2]) or lost[0]
+
+
+def one_line(text: str) -> str:
+    """Return `text` without line breaks, and without the stack of C++ functions that torch may have added."""
+    return " ".join(text.partition("Exception raised from")[0].split())
 
 
 def first_line(error: BaseException) -> str:

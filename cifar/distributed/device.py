@@ -7,10 +7,11 @@ import torch
 from cifar.distributed.environment import Launch
 from cifar.errors import UserError
 
+Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
-def choose_device(wanted: str, launch: Launch) -> str:
+def choose_device(wanted: Device, launch: Launch) -> Device:
     """Return the type of device to train on: "cuda", "mps" or "cpu".
 
     Raises:
@@ -52,7 +53,9 @@ def computes_in_bf16() -> bool:
     """
     names = ("avx512_bf16", "amx_bf16", "bf16")  # of x86 and of ARM
     capabilities = torch.cpu.get_capabilities()
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and any(capabilities.get(name) for name in names)
+    # Without oneDNN, as on a Mac, torch.ops.mkldnn is empty.
+    uses_them = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return uses_them and any(capabilities.get(name) for name in names)
 
 
 def check_compiler(device: torch.device) -> None:

@@ -68,7 +68,7 @@ class Launch:
         if missing := _missing():
             _, world_size, rank = _other_launcher()
             if world_size > 1 or len(missing) == len(_TORCHRUN):
-                return cls(rank=rank, world_size=world_size, local_world_size=world_size)
+                return cls(rank=rank, local_rank=rank, world_size=world_size, local_world_size=world_size)
             if "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" in missing:
                 # `accelerate launch --cpu --num_processes 2` sets only the address (accelerate 1.15).
                 raise UserError(
@@ -174,6 +174,14 @@ def is_rank_zero() -> bool:
     """
     try:
         return Launch.from_environment().rank == 0
+    except UserError:
+        return True
+
+
+def is_local_rank_zero() -> bool:
+    """Return whether this process is the one of its host that prints before the ranks have met."""
+    try:
+        return Launch.from_environment().local_rank == 0
     except UserError:
         return True
 

@@ -1,6 +1,7 @@
 """Processes and devices: accelerate's `Accelerator`, checked against the launcher's environment."""
 
 import contextlib
+import dataclasses
 import socket
 import sys
 import warnings
@@ -46,8 +47,8 @@ class Runtime:
         """Join the other processes.
 
         Raises:
-            UserError: the device or precision is not available, there are more processes than GPUs, some hosts have
-                GPUs and others none, or accelerate would train with another number of processes than the launcher
+            UserError: the device or precision is not available, there are more processes than GPUs, the ranks
+                would not run the same, or accelerate would train with another number of processes than the launcher
                 started.
             LocalError: this rank's device does not support bf16.
         """
@@ -74,7 +75,10 @@ class Runtime:
                 kwargs_handlers=[
                     _ddp_kwargs(config.comm_hook),
                     InitProcessGroupKwargs(
-                        init_method=rendezvous.init_method(device_type), timeout=timedelta(seconds=config.timeout)
+                        init_method=rendezvous.init_method(
+                            dataclasses.replace(config, device=device_type, precision=self.precision)
+                        ),
+                        timeout=timedelta(seconds=config.timeout),
                     ),
                 ],
             )
@@ -114,9 +118,6 @@ class Runtime:
             self._host_group = dist.new_group(backend="gloo", timeout=_HOST_TIMEOUT)
             self._vote_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout))
             self._heartbeat = Heartbeat(self.rank, self.world_size, config.timeout, *launch.store(), self.gather)
-        others = {f"{precision} on {host}" for precision, host in self.gather((self.precision, socket.gethostname()))}
-        if config.precision == "auto" and len({text.split()[0] for text in others}) > 1:
-            raise UserError(f"--precision auto means {' and '.join(sorted(others))}: use --precision fp32 or bf16")
         if self.precision == "bf16" and self.device.type == "cpu" and not computes_in_bf16():
             self.print0(
                 "WARNING: this CPU has no bfloat16 instructions: bf16 is emulated, and many times slower than fp32"

@@ -36,12 +36,15 @@ def hosts():
 class Started:
     """`launch/multi_node.sh` on one host, with its output in a file."""
 
-    def __init__(self, hosts: Hosts, host: int, nodes: str, *flags: object, cwd: Path, root: Path = ROOT) -> None:
+    def __init__(
+        self, hosts: Hosts, host: int, nodes: str, *flags: object, cwd: Path, root: Path = ROOT, **environment: str
+    ) -> None:
         self.log = cwd / f"host-{host}.txt"
         with self.log.open("w") as output:
             self.process = subprocess.Popen(
                 hosts.on(host, root / "launch" / "multi_node.sh", ADDRESSES[0], nodes, *flags),
-                cwd=cwd, env=clean_environment(PATH=PATH, CUDA_VISIBLE_DEVICES=""), stdin=subprocess.DEVNULL,
+                cwd=cwd, env=clean_environment(PATH=PATH, CUDA_VISIBLE_DEVICES="", **environment),
+                stdin=subprocess.DEVNULL,
                 stdout=output, stderr=subprocess.STDOUT,
             )  # fmt: skip
 
@@ -105,6 +108,40 @@ def test_host_that_is_cut_off_and_returns(hosts, tmp_path):
     steps = [step for step, _ in records(tmp_path / "run", "train/loss")]
     assert steps == list(range(20, 6001, 20)), "a step is missing or recorded twice"
     assert result(tmp_path / "run")["steps"] == 6000
+
+
+@pytest.mark.parametrize(
+    ("other", "first", "second"),
+    [
+        ("--seed 1", "error: --seed is 0 for rank 0 on host ", "error: --seed is 0 for rank 0 on host "),
+        ("--eppochs 3", "error: Unrecognized options: --eppochs, 3 [rank 1 on host ", "Perhaps you meant:"),
+        ("another program", "error: the program is ", "error: the program is "),
+    ],
+)
+def test_hosts_that_would_not_run_the_same_both_say_so(hosts, tmp_path, other, first, second):
+    roots = [ROOT, ROOT]
+    if other == "another program":
+        roots[1] = tmp_path / "copy"
+        for part in ("cifar", "launch", "train_ddp.py"):
+            (shutil.copytree if (ROOT / part).is_dir() else shutil.copy)(ROOT / part, roots[1] / part)
+        with (roots[1] / "cifar" / "loop.py").open("a") as file:
+            file.write("# another one\n")
+    own = [[], other.split() if other.startswith("--") else []]
+    started = []
+    try:
+        for host in (0, 1):
+            environment = {"MAX_RESTARTS": "0", "PYTHONPATH": str(roots[host])}
+            flags = [*FLAGS, "--run-dir", tmp_path / "run", *own[host]]
+            started.append(Started(hosts, host, "2", *flags, cwd=tmp_path, root=roots[host], **environment))
+        assert [one.process.wait(120) for one in started] == [1, 1]
+    finally:
+        for one in started:
+            one.kill()
+    for one, line in zip(started, (first, second), strict=True):
+        assert one.text().count(line) == 1
+        report = one.text().partition("Root Cause")[2]
+        assert "traceback : cifar.errors.U" in report, "torchrun knows the reason, too"
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared directory", "own directories"])

@@ -32,8 +32,18 @@ def test_explain_shows_the_all_reduce(two_ranks):
 
 def test_mistake_is_printed_once_by_three_processes(tmp_path):
     output = train("--epochs", "none", cwd=tmp_path, processes=3)
-    assert output.stderr.count("Error parsing --epochs") == 1
-    assert "exitcode  : 2" in output.stderr, "torchrun's report of the rank that ended the run"
+    own, _, report = output.stderr.partition("ChildFailedError")
+    assert own.count("Error parsing --epochs") == 1
+    assert "exitcode  : 2" in report, "of the rank that ended the run"
+    assert "traceback : cifar.errors.UsageError: Error parsing --epochs" in report
+
+
+def test_wrong_network_interface_is_one_line(tmp_path):
+    output = torchrun(2, "--dataset", "synthetic", cwd=tmp_path, GLOO_SOCKET_IFNAME="eth9")
+    (line,) = [line for line in output.stderr.splitlines() if "error:" in line]
+    assert line.endswith("]")
+    assert "Unable to find address for: eth9 (GLOO_SOCKET_IFNAME=eth9 in the environment: correct or unset it)" in line
+    assert "Traceback" not in output.stderr.split(line)[0]
 
 
 def test_separate_copies_are_found(tmp_path):

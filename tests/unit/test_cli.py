@@ -2,22 +2,30 @@
 
 import dataclasses
 import json
+import os
 import re
+import signal
 import socket
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from cifar import cli
 from cifar.checkpoint import save_checkpoint
 from cifar.cli import exit_on_error, launch, parse_args
 from cifar.config import Recipe, TrainConfig
 from cifar.datasets import DATASETS
 from cifar.distributed.environment import Launch
-from cifar.errors import LocalError, StoppedError, TrainingDivergedError, UserError
+from cifar.distributed.runtime import Runtime
+from cifar.errors import LocalError, StoppedError, TrainingDivergedError, UsageError, UserError
 from cifar.models import MODELS, build_model
 from cifar.recipes import RECIPES
 from tests.helpers.checkpoints import save_weights, small
+from tests.helpers.forking import fork_ranks
 from tests.helpers.processes import rank_variables
 
 
@@ -30,10 +38,11 @@ def _wide_terminal(monkeypatch):
 
 @pytest.fixture
 def be_rank(monkeypatch):
-    """Take the place of a rank among two."""
+    """Take the place of a rank among two, on one host or on one each."""
 
-    def set_variables(rank):
-        for name, value in rank_variables(rank, 2).items():
+    def set_variables(rank, alone=False):
+        own = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"} if alone else {}
+        for name, value in (rank_variables(rank, 2) | own).items():
             monkeypatch.setenv(name, value)
 
     return set_variables
@@ -133,13 +142,14 @@ def test_tilde_is_the_home_directory(monkeypatch, tmp_path):
     ],
 )
 def test_unknown_flags_and_values(flags, named, capsys, be_rank):
-    with pytest.raises(SystemExit) as exit_:
+    with pytest.raises(UsageError) as complaint:
         parse_args(flags.split())
-    assert exit_.value.code == 2
+    assert named[0] in str(complaint.value)
+    assert "\n" not in str(complaint.value)
     out, err = capsys.readouterr()
     assert all(word in out + err for word in named)
     be_rank(1)
-    with pytest.raises(SystemExit):
+    with pytest.raises(UsageError):
         parse_args(flags.split())
     assert capsys.readouterr() == ("", "")
 
@@ -265,7 +275,23 @@ def test_expected_failure_is_one_line_and_a_status(error, status, capsys):
     assert capsys.readouterr() == ("", f"prog: error: {error}\n")
 
 
-@pytest.mark.parametrize("error", [UserError("oh"), SystemExit(2)])
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("error", [UserError("oh"), UsageError("oh")])
+def test_other_host_hears_of_a_mistake_before_the_ranks_have_joined(error, joined, capsys, monkeypatch, be_rank):
+    be_rank(1, alone=True)
+    heard = []
+    monkeypatch.setattr("cifar.cli.announce", lambda text: heard.append((text, capsys.readouterr().err)))
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: joined)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
+    monkeypatch.setattr("os._exit", lambda status: None)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with pytest.raises(SystemExit), exit_on_error("prog"):
+        raise error
+    own = "prog: error: oh\n" if type(error) is UserError and not joined else ""
+    assert heard == [("oh", own)], "it has been printed first, by exit_on_error or tyro"
+
+
+@pytest.mark.parametrize("error", [UserError("oh"), UsageError("oh")])
 def test_other_ranks_wait_for_rank_zero_to_print(error, capsys, monkeypatch, be_rank):
     waits = []
     be_rank(1)
@@ -329,14 +355,11 @@ def test_local_error_is_reported_by_the_first_rank_that_has_it(first, capsys, mo
     assert bool(waits) != first
 
 
-def test_lost_peer_that_has_said_why_is_no_second_line(capsys, monkeypatch, be_rank):
+def test_lost_peer_that_has_said_why_is_no_second_line(capsys, monkeypatch, be_rank, statuses):
     be_rank(0)
-    statuses = []
-    monkeypatch.setattr("os._exit", statuses.append)
     monkeypatch.setattr("cifar.cli.claim_report", lambda: False)
-    with exit_on_error("prog"):
-        raise RuntimeError(GLOO)
-    assert (statuses, capsys.readouterr()) == ([1], ("", ""))
+    report(RuntimeError(GLOO))
+    assert (set(statuses), capsys.readouterr()) == ({1}, ("", ""))
 
 
 def test_program_error_keeps_its_traceback():
@@ -359,33 +382,151 @@ def test_interrupt_before_training_prints_nothing(capsys):
 
 
 GLOO = "[../gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:39657. This is typically caused by"
+STORE = "failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?"
+SYSTEM = (
+    "NCCL error in: /pytorch/ProcessGroupNCCL.cpp:3699, unhandled system error (run with NCCL_DEBUG=INFO for details), "
+    "NCCL version 2.30.7\nncclSystemError: System call (e.g. socket, malloc) or external library call failed or device "
+    "error.\nLast error:\nError while creating shared memory segment /dev/shm/nccl-1 (size 9637888), error: No space "
+    "left on device (28)\nException raised from check"
+)
+REMOTE = (
+    "NCCL error in: NCCLUtils.hpp:77, remote process exited or there was a network error, NCCL version 2.30.7\n"
+    "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.\n"
+    "Last error:\nsocketProgress: Connection closed by remote peer b<4711>"
+)
+INTERFACE = "[enforce fail at third_party/gloo/gloo/transport/tcp/device.cc:84] ifa != nullptr. Unable to find: eth9"
+PORT = "The server socket has failed to listen. port: 29500, message: address already in use"
+
+
+@pytest.fixture
+def statuses(monkeypatch):
+    """Return the exit statuses of processes that leave at once; nothing takes time."""
+    found = []
+    monkeypatch.setattr("os._exit", found.append)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)
+    return found
+
+
+def report(error):
+    """Handle `error` as `exit_on_error` does; os._exit returns."""
+    with pytest.raises((SystemExit, RuntimeError)), exit_on_error("prog"):
+        raise error
 
 
 @pytest.mark.parametrize(
-    ("error", "rank", "lines"),
+    ("error", "reason"),
     [
-        (RuntimeError(GLOO), 0, ["Connection closed by peer"]),
-        (RuntimeError("[gloo/pair.cc:78] Timed out waiting 5000ms for"), 0, ["Timed out waiting 5000ms"]),
-        (RuntimeError("NCCL error in: NCCLUtils.hpp:77, remote process exited"), 0, ["NCCL error"]),
-        (RuntimeError("[Rank 0] Watchdog caught collective operation timeout"), 0, ["collective operation timeout"]),
-        (RuntimeError(GLOO), 1, []),
-        (RuntimeError("shapes differ"), 0, None),
-        (RuntimeError(GLOO), None, None),
+        (RuntimeError(GLOO), "Connection closed by peer"),
+        (RuntimeError("[gloo/pair.cc:78] Timed out waiting 5000ms for"), "Timed out waiting 5000ms"),
+        (dist.DistNetworkError(STORE), "Connection was likely closed"),
+        (dist.DistStoreError("wait timeout after 5000ms, keys: /x"), "wait timeout after"),
+        (dist.DistBackendError(REMOTE), r"socketProgress: Connection closed by remote peer b<4711>"),
+        (dist.DistBackendError("Watchdog caught collective operation timeout:"), "collective operation timeout"),
     ],
 )  # fmt: skip
-def test_lost_peer_is_one_line_of_rank_zero(error, rank, lines, capsys, monkeypatch, be_rank):
-    statuses = []
-    monkeypatch.setattr("os._exit", statuses.append)
+def test_lost_peer_is_one_line_of_rank_zero(error, reason, capsys, be_rank, statuses):
+    be_rank(0)
+    report(error)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(rf"prog: error: another process .*\({reason}\); the launcher's report names it", line)
+    be_rank(1)
+    report(error)
+    assert capsys.readouterr().err == ""
+    assert set(statuses) == {1}
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (dist.DistBackendError(SYSTEM), r"NCCL error in: .*No space left on device \(28\)"),
+        (dist.DistNetworkError(PORT), re.escape(PORT)),
+        (RuntimeError(INTERFACE), r"\[enforce fail at .*: eth9 \(GLOO_SOCKET_IFNAME=eth9 in the environment: .*\)"),
+    ],
+    ids=["NCCL", "store", "gloo"],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_network_error_keeps_its_text_on_the_first_rank_that_has_it(
+    error, expected, first, capsys, monkeypatch, be_rank, statuses
+):
+    be_rank(1)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth9")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
+    monkeypatch.setattr("cifar.cli.claim_report", lambda: first)
+    report(error)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == first
+    assert all(re.fullmatch(rf"prog: error: {expected} \[rank 1 on host .*\]", line) for line in lines)
+    assert set(statuses) == {1}
+
+
+@pytest.mark.parametrize(("error", "rank"), [(RuntimeError("shapes differ"), 0), (RuntimeError(GLOO), None)])
+def test_other_runtime_errors_keep_their_traceback(error, rank, be_rank, statuses):
     if rank is not None:
         be_rank(rank)
-    if lines is None:
-        with pytest.raises(RuntimeError), exit_on_error("prog"):
-            raise error
-        assert statuses == []
-        return
-    with exit_on_error("prog"):
+    with pytest.raises(RuntimeError, match=re.escape(str(error))), exit_on_error("prog"):
         raise error
-    assert statuses == [1]
-    printed = capsys.readouterr().err.splitlines()
-    assert len(printed) == len(lines)
-    assert all(re.fullmatch(rf"prog: error: another process .*\({reason}\).*", printed[0]) for reason in lines)
+    assert statuses == []
+
+
+def test_rank_with_the_cause_speaks_before_those_that_lost_it(capfd):
+    """Rank two fails; gloo tells rank zero at once that it is gone, and torchrun ends the others only later."""
+
+    def start():
+        exit_ = os._exit
+        os._exit = lambda status: exit_(status - 1)
+        cli._REPORT_FIRST_SECONDS = 3
+        with exit_on_error("prog"):
+            runtime = Runtime(TrainConfig())
+            if runtime.rank == 2:
+                dist.destroy_process_group(runtime._host_group)  # a library closes its sockets, then tells Python
+                time.sleep(1)
+                raise dist.DistBackendError(SYSTEM)
+            runtime.gather(None)
+
+    fork_ranks(3, start)
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
+    assert "No space left on device (28) [rank 2 on host " in line
+
+
+def test_rank_that_torchrun_ends_says_at_once_why(capfd):
+    """Rank one is killed, and torchrun sends SIGTERM to the other one, which had lost its peer."""
+
+    def start():
+        runtime = Runtime(TrainConfig())
+        if runtime.rank == 1:
+            os._exit(0)
+        began, exit_ = time.monotonic(), os._exit
+        os._exit = lambda status: exit_(status - 1 + (time.monotonic() - began > 4))
+        threading.Timer(1, os.kill, [os.getpid(), signal.SIGTERM]).start()
+        with exit_on_error("prog"):
+            runtime.gather(None)
+
+    fork_ranks(2, start)
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
+    assert line.startswith("prog: error: another process of this run is gone or does not answer (Connection ")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (UserError("oh"), r"cifar\.errors\.UserError: oh\n"),
+        (UsageError("oh"), r"cifar\.errors\.UsageError: oh\n"),
+        (LocalError("oh"), r"cifar\.errors\.LocalError: oh\n"),
+        (TrainingDivergedError("oh"), r"cifar\.errors\.TrainingDivergedError: oh\n"),
+        (ZeroDivisionError("oh"), r"OSError: cause\n.*Traceback .*test_cli.py.*\nZeroDivisionError: oh\n"),
+        (dist.DistBackendError("NCCL oh"), r"OSError: cause\n.*Traceback .*DistBackendError: NCCL oh\n"),
+        (RuntimeError(GLOO), None),  # the cause is elsewhere
+        (StoppedError("oh", 0), None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_torchruns_report_carries_the_reason(error, expected, monkeypatch, tmp_path, be_rank, statuses):
+    be_rank(0)
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    with pytest.raises((SystemExit, Exception)), exit_on_error("prog"):
+        raise error from OSError("cause")
+    assert file.exists() == (expected is not None)
+    if expected is not None:
+        assert re.fullmatch(expected, json.loads(file.read_text())["message"]["extraInfo"]["py_callstack"], re.DOTALL)

@@ -59,14 +59,6 @@ def test_gpu_without_bf16_is_named(monkeypatch):
 
 
 @pytest.mark.usefixtures("_other_precision")
-def test_auto_precision_that_differs_names_the_hosts(monkeypatch):
-    found = [("bf16", "A"), ("bf16", "A"), ("fp32", "B")]
-    monkeypatch.setattr(Runtime, "gather", lambda self, value: found)
-    with pytest.raises(UserError, match=r"^--precision auto means bf16 on A and fp32 on B: use --precision"):
-        Runtime(TrainConfig(device="cpu", precision="auto"))
-
-
-@pytest.mark.usefixtures("_other_precision")
 def test_emulated_bf16_is_a_warning(monkeypatch, capsys):
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     Runtime(TrainConfig(device="cpu", precision="bf16"))

@@ -3,10 +3,12 @@
 import os
 import random
 import re
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,60 +80,143 @@ def torchruns_store():
     return lambda: dist.TCPStore("127.0.0.1", server.port, wait_for_workers=False, timeout=TIMEOUT)
 
 
-def compare(connect, devices):
-    """Return what each rank of a start says to these devices, a host for each; None for nothing."""
+def compare(connect, everyone):
+    """Return what each rank of a start says to these facts, a host for each; None for nothing."""
 
     def begin(rank):
         store = connect()
-        prefix = agree_on_prefix(store, rank, len(devices), TIMEOUT)
+        prefix = agree_on_prefix(store, rank, len(everyone), TIMEOUT)
         try:
-            rendezvous.compare_devices(dist.PrefixStore(prefix, store), rank, len(devices), devices[rank])
+            rendezvous.compare(dist.PrefixStore(prefix, store), rank, len(everyone), everyone[rank])
         except UserError as error:
             return str(error)
         return None
 
-    with ThreadPoolExecutor(len(devices)) as pool:
-        return list(pool.map(begin, range(len(devices))))
+    with ThreadPoolExecutor(len(everyone)) as pool:
+        return list(pool.map(begin, range(len(everyone))))
 
 
-def test_hosts_with_and_without_gpus_are_named_on_every_rank_at_every_start(torchruns_store, monkeypatch):
+CPU, GPU = {"the device": "cpu", "--seed": 0}, {"the device": "cuda", "--seed": 0}
+
+
+def test_first_difference_is_named_on_every_rank_at_every_start(torchruns_store, monkeypatch):
     monkeypatch.setattr("socket.gethostname", lambda: f"host-{threading.current_thread().name[-1]}")
-    for devices in ("cuda cuda", "cuda cpu cpu", "cpu cpu cpu", "cpu cuda", "cuda cuda cuda"):
-        said = compare(torchruns_store, devices.split())
+    for everyone, expected in (
+        ([CPU, CPU, CPU], "None"),
+        (
+            [CPU, GPU | {"--seed": 1}],
+            r"the device is cpu for rank 0 on host host-\d, but cuda for rank 1 on host .*: use",
+        ),
+        ([CPU, CPU, CPU | {"--seed": 1}], r"--seed is 0 for rank 0 .*, but 1 for rank 2 on host host-\d: start all of"),
+        (
+            [{"the torch version": "2.14.1"}, {"the torch version": "2.14.0"}],
+            r"the torch version is 2.14.1 .*, but 2.14.0 .*: install the same",
+        ),
+        (
+            [{"the program": "a", "old": 1}, {"the program": "b", "new": 1}],
+            "the program is a .*, but b .*: copy the same",
+        ),
+        ([GPU, GPU], "None"),
+        ([CPU, GPU, {"mistake": "no such file"}], r"no such file \[rank 2 on host host-\d\]$"),
+    ):
+        said = compare(torchruns_store, everyone)
         assert len(set(said)) == 1
-        if len(set(devices.split())) == 1:
-            assert said[0] is None
-        else:
-            assert re.match(
-                r"the hosts would train on different devices \((cpu on host-\d, )+cuda on host-\d\): ", said[0]
-            )
+        assert re.match(expected, str(said[0]))
 
 
-def test_devices_are_compared_before_the_process_group_is_made(torchruns_store):
-    """At a start on hosts with and without a GPU; the next one, on the same store, is on hosts without."""
-    port, gpus = torchruns_store().port, True
+def on_two_hosts(port, start):
+    """Do `start(rank)` in two ranks of torchrun, a host for each, whose store outlives them."""
 
-    def start():
-        rank = os.environ["RANK"]
+    def begin():
         os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
         os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", MASTER_PORT=str(port))
-        if not gpus:
-            assert Runtime(TrainConfig()).world_size == 2
-            return
-        if rank == "1":
+        start(int(os.environ["RANK"]))
+
+    fork_ranks(2, begin)
+
+
+def test_ranks_are_compared_before_the_process_group_is_made(torchruns_store):
+    """At a start on hosts with and without a GPU; the next one, on the same store, is on hosts without."""
+    port = torchruns_store().port
+
+    def differ(rank):
+        if rank == 1:
             torch.cuda.is_available, torch.cuda.device_count = (lambda: True), (lambda: 1)
-        with pytest.raises(UserError, match=r"different devices \(cpu on .*, cuda on "):
+        with pytest.raises(UserError, match=r"^the device is cpu for rank 0 .* but cuda for rank 1 "):
             Runtime(TrainConfig())
         assert not dist.is_initialized()
 
-    fork_ranks(2, start)
-    gpus = False
+    on_two_hosts(port, differ)
+    on_two_hosts(port, lambda _: Runtime(TrainConfig()))
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "named"),
+    [
+        ("seed", (0, 1), "--seed is 0 .* but 1 "),
+        ("lr", (0.1, 0.2), "--lr is 0.1 .* but 0.2 "),
+        ("global_batch_size", (None, 8), "--global-batch-size is None .* but 8 "),
+        ("evaluate", (None, Path("x")), "--evaluate is None .* but x "),
+        ("precision", ("bf16", "auto"), "the precision is bf16 .* but fp32 .*: use --precision fp32 or bf16$"),
+        ("device", ("cpu", "auto"), None),  # the same one
+        ("data_dir", (Path("a"), Path("b")), None),
+        ("run_dir", (Path("/home/a/run"), Path("/home/b/run")), None),
+    ],
+)
+def test_configurations_that_differ_are_refused(monkeypatch, field, values, named):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+
+    def start():
+        config = TrainConfig(**{field: values[int(os.environ["RANK"])]})
+        if named is None:
+            Runtime(config)
+        else:
+            with pytest.raises(UserError, match=f"^{named}"):
+                Runtime(config)
+
     fork_ranks(2, start)
 
 
-def test_devices_of_one_host_are_not_compared(monkeypatch):
-    monkeypatch.setattr(rendezvous, "compare_devices", None)
-    fork_ranks(2, lambda: Runtime(TrainConfig()))
+def test_program_is_the_package_and_the_script_that_runs(monkeypatch, tmp_path):
+    (tmp_path / "cifar").mkdir()
+    monkeypatch.setattr("cifar.__file__", str(tmp_path / "cifar" / "__init__.py"))
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "mine.py"))
+    seen = {rendezvous._program()}
+    for name in ("train_ddp.py", "mine.py", "cifar/data.py"):
+        (tmp_path / name).write_text(f"{name} = 1")
+        assert rendezvous._program() not in seen
+        seen.add(rendezvous._program())
+    (tmp_path / "cifar" / "notes.txt").write_text("")
+    assert rendezvous._program() in seen
+    monkeypatch.delattr(sys.modules["__main__"], "__file__")  # as in a notebook
+    assert rendezvous._program() not in seen
+
+
+def test_mistake_of_one_host_is_known_on_the_other(torchruns_store):
+    def start(rank):
+        if rank == 1:
+            rendezvous.announce("no such file")
+            return
+        with pytest.raises(UserError, match=r"^no such file \[rank 1 on host .*\]$"):
+            Runtime(TrainConfig())
+
+    on_two_hosts(torchruns_store().port, start)
+
+
+@pytest.mark.parametrize("why", ["one host", "already known", "unknown place", "no store"])
+def test_announcement_that_nobody_needs_or_hears_is_none(monkeypatch, why):
+    variables = rank_variables(1, 2, port=1) | (
+        {} if why == "one host" else {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    )
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if why == "unknown place":
+        monkeypatch.delenv("MASTER_PORT")
+    monkeypatch.setattr(rendezvous, "_store", dist.HashStore() if why == "already known" else None)
+    monkeypatch.setattr(rendezvous, "_MISTAKE_TIMEOUT", timedelta(seconds=1))
+    began = time.monotonic()
+    rendezvous.announce("no such file")
+    assert time.monotonic() - began < (10 if why == "no store" else 0.5)
 
 
 def test_first_rank_that_fails_reports(monkeypatch):
@@ -160,5 +245,5 @@ def test_without_a_store_rank_zero_reports(monkeypatch, store, rank):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_missing_rank_times_out(rank):
-    with pytest.raises(dist.DistStoreError, match=r"wait timeout after .* not all 2 processes have started"):
+    with pytest.raises(dist.DistStoreError, match=r"^not all 2 processes have started within 0:00:00.2"):
         agree_on_prefix(dist.HashStore(), rank, 2, timedelta(seconds=0.2))

@@ -55,6 +55,18 @@ def test_auto_precision_of_a_cpu(monkeypatch, names, onednn, precision):
     assert choose_precision("fp32", "cpu") == "fp32"
 
 
+def test_cpu_without_onednn_does_not_compute_in_bf16(monkeypatch):
+    """As torch on a Mac, where torch.ops.mkldnn has no such operator."""
+
+    def fail():
+        raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_is_mkldnn_bf16_supported'")
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"bf16": True})
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", fail)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert choose_precision("auto", "cpu") == "fp32"
+
+
 def test_auto_precision_of_a_gpu(monkeypatch):
     for native in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
