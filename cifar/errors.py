@@ -57,3 +57,8 @@ def out_of_memory(error: RuntimeError) -> str | None:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type if it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def without_credentials(url: str) -> str:
+    """Return a URL as it may be shown and recorded: without user, password and query, which may be a signature."""
+    return re.sub(r"(?<=//)[^/?#]*@|[?#].*", "", url)

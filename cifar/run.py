@@ -333,7 +333,7 @@ def evaluate_checkpoint(config: TrainConfig, model: nn.Module, data: Data, runti
         )
     load_model(unwrap(model), content, config.model, config.evaluate)
     where = f"{config.evaluate}: {config.model}, trained on {content['dataset']} to step {content['state']['step']:,}"
-    runtime.print0(f"{where}; testing on {data.name}")
+    runtime.print0(f"{where}; testing on {data.name} in {runtime.precision}")
     test = evaluate(model, data.test, runtime)
     tta_test = evaluate(model, data.test, runtime, config.tta, test) if config.tta != "none" else None
     print_test(runtime, data.name, test, tta_test)

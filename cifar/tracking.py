@@ -10,10 +10,11 @@ from cifar.data import Data
 from cifar.distributed.runtime import Runtime
 from cifar.errors import first_line
 from cifar.evaluation import Evaluation
-from cifar.metrics import MetricsFile
+from cifar.metrics import MetricsFile, numbers
 from cifar.train_state import LogPoint
 from cifar.wandb_logger import (
     STEP_AXIS,
+    charted,
     check_log_model,
     define_metrics,
     finish,
@@ -107,6 +108,7 @@ class Tracking:
         if not self._runtime.is_main:
             return
         self._metrics.log(step, values)
+        values = charted(numbers(values))
         # A W&B step cannot be added to after a resume: send its training and test metrics together, or neither.
         self._row |= values
         if complete:

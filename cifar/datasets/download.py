@@ -3,13 +3,16 @@
 torch.hub, torchvision and pooch start over after an interruption; a slow source needs an hour for CIFAR-10.
 """
 
+import base64
 import contextlib
 import hashlib
 import http.client
 import os
+import shutil
 import sys
 import tarfile
 import tempfile
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -19,7 +22,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from cifar.errors import UserError
+from cifar.errors import UserError, without_credentials
 
 _CHUNK = 1 << 20  # bytes
 _ATTEMPTS = 5  # for each source
@@ -119,9 +122,12 @@ def _lock(archive: Archive, data_dir: Path, show: bool) -> AbstractContextManage
 
 
 def _unpack(archive: Archive, file: Path, data_dir: Path) -> None:
-    """Unpack a verified archive into its folder in `data_dir`, wholly or not at all."""
+    """Unpack a verified archive into its folder in `data_dir`, wholly or not at all. The lock is held."""
+    prefix = f".{archive.title.lower()}-"
+    for leftover in data_dir.glob(f"{prefix}*/"):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     with (
-        tempfile.TemporaryDirectory(prefix=f".{archive.title.lower()}-", dir=data_dir) as temporary,
+        tempfile.TemporaryDirectory(prefix=prefix, dir=data_dir) as temporary,
         tarfile.open(file) as tar,
     ):
         tar.extractall(temporary, filter="data")
@@ -155,7 +161,7 @@ def fetch(archive: Archive, folder: Path, show: bool = True, timeout: float = 20
                 reason = str(error)
             if part.stat().st_size == before:
                 break  # nothing gained
-        failures.append(f"{url}: {reason}")
+        failures.append(f"{without_credentials(url)}: {reason}")
     if part.stat().st_size == 0:
         part.unlink()
     raise DownloadError("; ".join(failures))
@@ -168,7 +174,7 @@ def _receive(url: str, archive: Archive, part: Path, show: bool, timeout: float)
         return
     headers = {"User-Agent": "cifar-ddp"} | ({"Range": f"bytes={have}-"} if have else {})
     with _network_errors(timeout):
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
+        response = urllib.request.urlopen(_request(url, headers), timeout=timeout)
     with response:
         if response.status != 206 or f"bytes {have}-" not in response.headers.get("Content-Range", ""):
             have = 0  # the source sends the whole file
@@ -179,7 +185,7 @@ def _receive(url: str, archive: Archive, part: Path, show: bool, timeout: float)
         if length.isdecimal() and have + int(length) != size:
             raise DownloadError(f"has {have + int(length):,} bytes instead of {size:,}")
         if show:
-            print(f"downloading {url}" + (f", from byte {have:,} on" if have else ""), flush=True)
+            print(f"downloading {without_credentials(url)}" + (f", from byte {have:,} on" if have else ""), flush=True)
         draw = show and sys.stderr.isatty()
         bar = tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=archive.name, disable=not draw)
         with bar, part.open("ab") as file:
@@ -194,6 +200,18 @@ def _receive(url: str, archive: Archive, part: Path, show: bool, timeout: float)
                 tenth, have = 10 * have // size, have + len(chunk)
                 if show and not draw and 10 * have // size > tenth:
                     print(f"  {10 * have // size}0 % of {size / 1e6:,.1f} MB", flush=True)
+
+
+def _request(url: str, headers: dict[str, str]) -> urllib.request.Request:
+    """Return the request for `url`. Of user and password in it, urllib takes those of FTP only."""
+    parts = urllib.parse.urlsplit(url)
+    user, _, host = parts.netloc.rpartition("@")
+    if not user or parts.scheme == "ftp":
+        return urllib.request.Request(url, headers=headers)
+    request = urllib.request.Request(parts._replace(netloc=host).geturl(), headers=headers)
+    token = base64.b64encode(urllib.parse.unquote_to_bytes(user)).decode()
+    request.add_unredirected_header("Authorization", f"Basic {token}")  # not for the host of a redirection
+    return request
 
 
 @contextlib.contextmanager
