@@ -11,6 +11,7 @@ from cifar.cli import exit_on_error, parse_flags
 from cifar.errors import UserError, first_line
 from cifar.files import read_json
 from cifar.metrics import Series, read_metrics, seconds_of_training, series
+from cifar.tracking import parts
 
 _COLUMNS = (
     "accuracy", "with TTA", "seconds", "first step", "images/s", "steps", "processes", "batch", "lr", "precision",
@@ -34,7 +35,8 @@ class Run:
 
     Attributes:
         dataset: its name.
-        finished: whether the run has a result.
+        finished: whether the run has a result, and has not been continued since then.
+        processes: the number of processes; of a run that was continued with more or fewer, each number in order.
         seconds: of training, so far; None before the first log point.
         first_step_seconds: those of them until the end of the first step, which a benchmark may leave out; None if the
             run has not finished, or an older version wrote its result.
@@ -47,7 +49,7 @@ class Run:
     name: str
     dataset: str
     finished: bool
-    world_size: int
+    processes: str
     global_batch_size: int
     lr: float
     precision: str
@@ -77,29 +79,32 @@ def read_run(run_dir: Path) -> Run:
     path = run_dir / "config.json"
     try:
         facts = read_json(path)
-        config, world_size = facts["config"], int(facts["world_size"])
+        config = facts["config"]
         batch, lr, seed = int(config["global_batch_size"]), float(config["lr"]), int(config["seed"])
         if config.get("lr_scaling") != "none":  # of a run of an older version, lr is as stated
             lr *= batch / int(config.get("lr_batch_size", batch))
         path = run_dir / "metrics.jsonl"
         records = read_metrics(run_dir)
+        steps = records[-1]["step"] if records else 0
         tests = series(records, "test/accuracy")
         clock = dict(seconds_of_training(records, batch))
         path = run_dir / "result.json"
         result = read_json(path) if path.exists() else {}
+        if result and int(result["steps"]) != steps:  # the run was continued
+            result = {}
         tta, seconds = result.get("test_accuracy_tta"), result.get("train_seconds", max(clock.values()) or None)
         first_step = result.get("first_step_seconds")
         return Run(
             name=run_dir.resolve().name,
             dataset=str((result or facts)["dataset"]),
             finished=bool(result),
-            world_size=world_size,
+            processes=", ".join(str(int(size)) for (size,) in parts(facts, steps, "world_size")),
             global_batch_size=batch,
             lr=lr,
             precision=str(config.get("precision", "-")),
             recipe=str(config.get("recipe", "-")),
             seed=seed,
-            steps=records[-1]["step"] if records else 0,
+            steps=steps,
             seconds=None if seconds is None else float(seconds),
             first_step_seconds=None if first_step is None else float(first_step),
             accuracy=tests[-1][1] if tests else None,
@@ -125,7 +130,7 @@ def table(runs: Sequence[Run]) -> list[str]:
                 "-" if run.first_step_seconds is None else f"{run.first_step_seconds:,.2f}",
                 f"{run.steps * run.global_batch_size / run.seconds:,.0f}" if run.seconds else "-",
                 f"{run.steps:,}",
-                f"{run.world_size}",
+                run.processes,
                 f"{run.global_batch_size:,}",
                 f"{run.lr:g}",
                 run.precision,

@@ -59,7 +59,7 @@ def _headline(result: dict[str, Any]) -> str:
 
 
 def _facts(result: dict[str, Any]) -> list[str]:
-    count, tta = result["world_size"], result.get("test_accuracy_tta")
+    tta = result.get("test_accuracy_tta")
     with_tta = [f"{100 * tta:.2f} % with test-time augmentation ({result['tta']})"] if tta is not None else []
     return [
         *with_tta,
@@ -67,7 +67,7 @@ def _facts(result: dict[str, Any]) -> list[str]:
         f"recipe {result['recipe']}",
         f"model {result['model']}",
         f"{result['steps']:,} steps of {result['global_batch_size']:,} images",
-        f"{count} process{'es' if count > 1 else ''} on {result['device']}, {result['precision']}",
+        f"{result['trained_on']}, {result['precision']}",
         f"seed {result['seed']}",
         f"{result['train_seconds']:,.0f} s of training, {result['images_per_second']:,.0f} images/s",
     ]
@@ -106,7 +106,7 @@ def _page(
         confusion_picture=_svg(_draw_confusion, test, (8, 7)) if len(test.classes) > MANY_CLASSES else "",
         wrong=wrong,
         wrong_total=test.total - test.correct,
-        settings=config["config"] | {key: value for key, value in config.items() if key != "config"},
+        settings=config["config"] | {key: value for key, value in config.items() if key not in ("config", "starts")},
     )
 
 

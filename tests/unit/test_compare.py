@@ -12,7 +12,7 @@ from cifar.errors import UserError
 
 
 def make(folder, name, accuracies, batch=100, rate=50.0, dataset="cifar10", **result):
-    """A run of 10 steps an epoch, at `rate` images/s; finished if there is a `result`."""
+    """A run of 10 steps an epoch, at `rate` images/s; finished if there is a `result`, of its last step by default."""
     run_dir = folder / name
     run_dir.mkdir()
     config = {"global_batch_size": batch, "lr": 0.1, "seed": 3}
@@ -24,7 +24,7 @@ def make(folder, name, accuracies, batch=100, rate=50.0, dataset="cifar10", **re
         lines.append({"step": 10 * epoch, "test/accuracy": accuracy})
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if result:
-        (run_dir / "result.json").write_text(json.dumps({"dataset": dataset, **result}))
+        (run_dir / "result.json").write_text(json.dumps({"dataset": dataset, "steps": 10 * len(accuracies), **result}))
     return run_dir
 
 
@@ -50,6 +50,11 @@ def test_table_is_sorted_by_accuracy(tmp_path):
     assert rows[1][:5] == ["40.00", "%", "-", "14.0", "-"], "written by an older version"
     assert rows[2][:3] == ["-", "-", "-"]
     assert rows[2][-3:] == ["none", "(not", "finished)"]
+
+
+def test_result_of_a_run_that_was_continued_does_not_count(tmp_path):
+    run = read_run(make(tmp_path, "a", [0.5, 0.75], steps=10, train_seconds=1.0, test_accuracy_tta=0.9))
+    assert (run.finished, run.steps, run.seconds, run.tta_accuracy) == (False, 20, 30.0, None)
 
 
 @pytest.mark.parametrize(("lr_scaling", "expected"), [("linear", 0.4), ("none", 0.1)])

@@ -37,8 +37,8 @@ def report(run_dir, test, records=RECORDS, **changes):
     """Write the report of a made-up run; return the page and the picture's pixels."""
     run_dir.mkdir()
     result = {
-        "recipe": "wide", "dataset": "cifar10", "model": "net-wide", "steps": 40, "world_size": 2, "seed": 0,
-        "global_batch_size": 500, "precision": "fp32", "device": "cpu", "train_seconds": 71.0,
+        "recipe": "wide", "dataset": "cifar10", "model": "net-wide", "steps": 40, "seed": 0, "precision": "fp32",
+        "global_batch_size": 500, "trained_on": "2 processes on cpu, then 1 process on cpu", "train_seconds": 71.0,
         "images_per_second": 1055.0, "test_accuracy": 2 / 3, "test_correct": 200, "test_total": 300, **changes,
     }  # fmt: skip
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records))
@@ -79,7 +79,7 @@ def test_page_is_well_formed_and_self_contained(written):
 def test_page_has_every_section(written):
     page = written[0]
     assert "<h1>Test accuracy 66.67 %: 200 of 300 test images</h1>" in page
-    for fact in ("70.00 % with test-time augmentation (crop)", "40 steps of 500 images", "2 processes on cpu, fp32"):
+    for fact in ("70.00 % with test-time augmentation (crop)", "40 steps of 500 images", "then 1 process on cpu, fp32"):
         assert fact in page
     headings = "Cross-entropy|Test accuracy|Images per second|Accuracy of each class|Confusion matrix"
     headings += "|Most confidently wrong|Configuration"
