@@ -1,5 +1,6 @@
 """Downloads from a real HTTP server on 127.0.0.1 that truncates, stalls and lies."""
 
+import base64
 import errno
 import hashlib
 import random
@@ -50,6 +51,29 @@ def test_sources_are_tried_in_order(server, tmp_path):
     assert get(tmp_path, *urls) == CONTENT
     assert server.paths == ["/gone", "/broken", "/good"]
     assert names(tmp_path) == ["notes.txt", "small.tar.gz.part"]
+
+
+def test_credentials_reach_their_host_only(server, tmp_path, capsys):
+    """Not the host of a redirection, nor the screen."""
+    sent = []
+
+    def redirects(reply: Reply) -> None:
+        sent.append(reply.headers["Authorization"])
+        reply.head(302, 0, Location=server.plays("/there", arrives))
+
+    def arrives(reply: Reply) -> None:
+        sent.append(reply.headers["Authorization"])
+        serves(CONTENT)(reply)
+
+    signed = "?signature=secret"
+    address = [server.plays(f"{path}{signed}", redirects).replace("//", "//me:secret%40@") for path in ("/a", "/b")]
+    assert get(tmp_path, address[0], show=True) == CONTENT
+    assert sent == ["Basic " + base64.b64encode(b"me:secret@").decode(), None]
+    part(tmp_path).unlink()
+    server.plays(f"/b{signed}", says(403))
+    with pytest.raises(DownloadError) as caught:
+        get(tmp_path, address[1], show=True)
+    assert "secret" not in str(caught.value) + str(capsys.readouterr())
 
 
 def test_truncated_download_is_resumed(server, tmp_path):
