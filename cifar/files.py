@@ -39,7 +39,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def remove_temporaries(path: Path) -> None:
-    """Remove what processes that were killed in `write_atomically` have left. No other process may be writing `path`."""
+    """Remove what `write_atomically` has left in killed processes. No other process may be writing `path`."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         leftover.unlink(missing_ok=True)
 

@@ -118,13 +118,15 @@ def _find(config: TrainConfig, runtime: Runtime, data: Data, own: bool) -> Resum
         if tuple(content["classes"]) != data.classes:
             raise UserError(f"--resume {run_dir}: the class names of {path.name} are not those of the dataset here")
         finished = content["state"]["step"] >= last and recorded_steps >= last
-    recorded = facts.get("images")
+    recorded, decoder = facts.get("images"), facts.get("decoder", "")
     if isinstance(recorded, dict):  # earlier versions recorded none
         for split, now in data.fingerprint.items():
             if recorded.get(split) != now:
+                changed = decoder not in ("", data.decoder)
+                decoders = f", decoded by {decoder} and now by {data.decoder}" if changed else ""
                 raise UserError(
                     f"--resume {run_dir}: the {split} images have changed since that run began, from "
-                    f"{recorded.get(split)} to {now}: restore them, or start a new run without --resume"
+                    f"{recorded.get(split)} to {now}{decoders}: restore them, or start a new run without --resume"
                 )
     if finished and not own:
         raise UserError(

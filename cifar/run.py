@@ -262,6 +262,7 @@ class Run:
         return {
             "dataset": self.data.name,
             "images": self.data.fingerprint,
+            "decoder": self.data.decoder,
             "world_size": self.runtime.world_size,
             "accumulation": self.plan.accumulation,
             "steps_per_epoch": self.plan.steps_per_epoch,

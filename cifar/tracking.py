@@ -157,6 +157,6 @@ def add_start(run_dir: Path, facts: dict[str, Any], step: int, hosts: int) -> li
 
 
 def parts(facts: dict[str, Any], steps: int, *names: str) -> list[tuple[Any, ...]]:
-    """Return the values `names` of the starts that have trained the first `steps` steps; equal neighbours count once."""
+    """Return `names` of each start that has trained a part of the first `steps` steps; equal neighbours count once."""
     values = (tuple(start[name] for name in names) for start in starts(facts) if start["step"] < max(steps, 1))
     return [value for value, _ in itertools.groupby(values)]

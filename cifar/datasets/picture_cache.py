@@ -17,10 +17,10 @@ from filelock import FileLock, Timeout
 
 from cifar.datasets.decoding import Problem, decode
 from cifar.errors import UserError
-from cifar.files import write_atomically
+from cifar.files import remove_temporaries, write_atomically
 
-# What the pixels of a file depend on; with another one, all pictures are decoded again.
-_DECODER = f"1: 32 x 32 pixels, Pillow {PIL.__version__}"
+# What the pixels of a file depend on. Each has its own files, so that two that share a folder do not take turns at it.
+DECODER = f"Pillow {PIL.__version__}"
 
 
 class File(NamedTuple):
@@ -134,8 +134,9 @@ def _places(data_dir: Path) -> list[Path]:
     torch names the user's cache, which TORCH_HOME and XDG_CACHE_HOME move.
     """
     folder = data_dir.resolve()
-    name = f"{folder.name}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}"
-    places = [folder / ".cifar-ddp-pictures", Path(torch.hub.get_dir()).parent / "cifar-ddp" / name]
+    decoder = DECODER.lower().replace(" ", "-")
+    name = f"{folder.name}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}-{decoder}"
+    places = [folder / f".cifar-ddp-pictures-{decoder}", Path(torch.hub.get_dir()).parent / "cifar-ddp" / name]
     with contextlib.suppress(OSError):  # there is no temporary directory
         temporary = Path(tempfile.gettempdir()) / f"cifar-ddp-{os.getuid()}"
         # Everybody may write to /tmp: a directory of this name may be somebody else's.
@@ -164,6 +165,7 @@ def _turn(places: Sequence[Path], show: bool) -> Iterator[None]:
         except (OSError, NotImplementedError):  # read-only; or a file system without locks
             continue
         with acquired:
+            remove_temporaries(place)
             yield
         return
     raise _no_place(places, "they are read-only")
@@ -178,7 +180,7 @@ def _no_place(places: Sequence[Path], reason: object) -> UserError:
 
 
 def _write(pictures: Pictures, places: Sequence[Path], show: bool) -> None:
-    content = {"decoder": _DECODER, "files": pictures.files, "problems": pictures.problems}
+    content = {"files": pictures.files, "problems": pictures.problems}
     header = json.dumps(content).encode() + b"\n"
     pixels = pictures.pixels.reshape(-1).data
     reason: OSError | None = None
@@ -197,7 +199,7 @@ def _write(pictures: Pictures, places: Sequence[Path], show: bool) -> None:
 
 
 def _read(place: Path) -> Pictures | None:
-    """Return what the file holds; None if there is none, or it is another decoder's.
+    """Return what the file holds; None if there is none.
 
     Raises:
         ValueError: it is damaged.
@@ -211,8 +213,6 @@ def _read(place: Path) -> Pictures | None:
     if digest != _digest(header, pixels.data):
         raise ValueError("its SHA-256 is wrong")
     content: dict[str, Any] = json.loads(header)
-    if content["decoder"] != _DECODER:
-        return None
     files = [File(*file) for file in content["files"]]
     problems = {path: Problem(*problem) for path, problem in content["problems"].items()}
     return Pictures(files, problems, pixels.reshape(-1, 3, 32, 32))

@@ -160,6 +160,7 @@ def test_archive_in_the_data_directory(archive, data_dir):
     """It is used and kept."""
     content = archive.read_bytes()
     (data_dir / ARCHIVE).write_bytes(content)
+    (data_dir / ".cifar-10-killed" / FOLDER).mkdir(parents=True)  # what a killed process has left
     assert prepare(data_dir) is None
     assert state(data_dir) == UNPACKED | {ARCHIVE: content}
 
