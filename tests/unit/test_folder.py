@@ -528,7 +528,7 @@ def test_what_a_killed_process_leaves_is_removed(folder):
     """Not another decoder's, which may be at work."""
     left = fork(lambda: write_atomically(folder / CACHE, lambda file: os.kill(os.getpid(), 9)))
     assert wait(left) == -9
-    other = folder / ".cifar-ddp-pictures-pillow-1.tmp"
+    other = folder / f".{CACHE}.dev.0123456789abcdef.tmp"
     other.touch()
     assert len(list(folder.glob(".*.tmp"))) == 2
     prepare_folder(folder)
