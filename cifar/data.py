@@ -187,7 +187,7 @@ def load_data(config: TrainConfig, runtime: Runtime) -> Data:
     with runtime.fail_together():
         if runtime.local_rank == 0 and name in PREPARE:
             try:
-                PREPARE[name](config.data_dir, config.data_url, True)  # each host shows its own progress
+                PREPARE[name](config.data_dir, config.data_url)  # which prints the progress, on each host
             except UnavailableError as error:
                 if not auto:
                     raise

@@ -65,14 +65,13 @@ class UnavailableError(UserError):
         self.reason = reason
 
 
-def prepare(archive: Archive, data_dir: Path, data_url: str | None, show: bool = True) -> None:
+def prepare(archive: Archive, data_dir: Path, data_url: str | None) -> None:
     """Ensure that `data_dir` holds the folder of `archive`: unpacked already, or from an archive there, or downloaded.
 
     Launches that share a directory take turns. An existing folder is not touched and may be read-only.
 
     Args:
         data_url: a source to try before the archive's own.
-        show: print progress.
 
     Raises:
         UnavailableError: no source worked, or `data_dir` cannot be written.
@@ -83,12 +82,12 @@ def prepare(archive: Archive, data_dir: Path, data_url: str | None, show: bool =
         if folder.exists():
             return
         data_dir.mkdir(parents=True, exist_ok=True)
-        with _lock(archive, data_dir, show):
+        with _lock(archive, data_dir):
             if folder.exists():
                 return
             if not file.exists():
                 urls = ((data_url,) if data_url else ()) + archive.urls
-                part = fetch(replace(archive, urls=urls), data_dir, show)
+                part = fetch(replace(archive, urls=urls), data_dir)
                 _unpack(archive, part, data_dir)
                 part.unlink()
             elif sha256(file) == archive.sha256:
@@ -110,14 +109,13 @@ def prepare(archive: Archive, data_dir: Path, data_url: str | None, show: bool =
     )
 
 
-def _lock(archive: Archive, data_dir: Path, show: bool) -> AbstractContextManager[object]:
+def _lock(archive: Archive, data_dir: Path) -> AbstractContextManager[object]:
     """Return a lock that only one process at a time holds; it is released on exit."""
     lock = FileLock(data_dir / f".{archive.title.lower()}.lock")
     try:
         return lock.acquire(timeout=0)
     except Timeout:
-        if show:
-            print(f"waiting for another process that downloads {archive.title} into {data_dir}", flush=True)
+        print(f"waiting for another process that downloads {archive.title} into {data_dir}", flush=True)
         return lock.acquire()
 
 
@@ -134,11 +132,10 @@ def _unpack(archive: Archive, file: Path, data_dir: Path) -> None:
         os.rename(Path(temporary) / archive.folder, data_dir / archive.folder)
 
 
-def fetch(archive: Archive, folder: Path, show: bool = True, timeout: float = 20.0) -> Path:
+def fetch(archive: Archive, folder: Path, timeout: float = 20.0) -> Path:
     """Download `archive`, or the rest of it, and return the verified file `folder/NAME.part`. The caller deletes it.
 
     Args:
-        show: print progress.
         timeout: seconds without a byte after which a source has stalled.
 
     Raises:
@@ -152,7 +149,7 @@ def fetch(archive: Archive, folder: Path, show: bool = True, timeout: float = 20
         for _ in range(_ATTEMPTS):
             before = part.stat().st_size
             try:
-                _receive(url, archive, part, show, timeout)
+                _receive(url, archive, part, timeout)
                 if sha256(part) == archive.sha256:
                     return part
                 part.write_bytes(b"")  # start over: the wrong bytes may come from an earlier source
@@ -167,7 +164,7 @@ def fetch(archive: Archive, folder: Path, show: bool = True, timeout: float = 20
     raise DownloadError("; ".join(failures))
 
 
-def _receive(url: str, archive: Archive, part: Path, show: bool, timeout: float) -> None:
+def _receive(url: str, archive: Archive, part: Path, timeout: float) -> None:
     """Append the missing bytes to `part`, or replace its content if the source cannot resume."""
     have, size = part.stat().st_size, archive.size
     if have >= size:
@@ -184,9 +181,8 @@ def _receive(url: str, archive: Archive, part: Path, show: bool, timeout: float)
         length = response.headers.get("Content-Length", "")
         if length.isdecimal() and have + int(length) != size:
             raise DownloadError(f"has {have + int(length):,} bytes instead of {size:,}")
-        if show:
-            print(f"downloading {without_credentials(url)}" + (f", from byte {have:,} on" if have else ""), flush=True)
-        draw = show and sys.stderr.isatty()
+        print(f"downloading {without_credentials(url)}" + (f", from byte {have:,} on" if have else ""), flush=True)
+        draw = sys.stderr.isatty()
         bar = tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=archive.name, disable=not draw)
         with bar, part.open("ab") as file:
             file.truncate(have)
@@ -198,7 +194,7 @@ def _receive(url: str, archive: Archive, part: Path, show: bool, timeout: float)
                 file.write(chunk)
                 bar.update(len(chunk))
                 tenth, have = 10 * have // size, have + len(chunk)
-                if show and not draw and 10 * have // size > tenth:
+                if not draw and 10 * have // size > tenth:
                     print(f"  {10 * have // size}0 % of {size / 1e6:,.1f} MB", flush=True)
 
 

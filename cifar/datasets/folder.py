@@ -19,20 +19,17 @@ _HELD_OUT = 10  # without test/, one in so many pictures of a class
 _NAMED = 20  # unreadable pictures that are named at a start
 
 
-def prepare_folder(data_dir: Path, data_url: str | None = None, show: bool = True) -> None:
+def prepare_folder(data_dir: Path, data_url: str | None = None) -> None:
     """Decode the pictures of `data_dir` that are new or have changed; name those that cannot be read.
 
     Args:
         data_url: not used; a folder has no archive.
-        show: print progress and warnings.
 
     Raises:
         UserError: the folder does not have this form, or the decoded pictures cannot be written anywhere.
     """
     files, ignored = list_files(data_dir)
-    problems = prepare_pictures(data_dir, files, show).problems
-    if not show:
-        return
+    problems = prepare_pictures(data_dir, files).problems
     if ignored:
         number = "1 file" if ignored == 1 else f"{ignored:,} files"
         print(f"{number} in {data_dir} ignored: no supported format of pictures has such a suffix", flush=True)

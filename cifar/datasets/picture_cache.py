@@ -65,14 +65,13 @@ def load_pictures(data_dir: Path, files: list[File]) -> Pictures:
     return kept
 
 
-def prepare_pictures(data_dir: Path, files: list[File], show: bool = True) -> Pictures:
+def prepare_pictures(data_dir: Path, files: list[File]) -> Pictures:
     """Decode the picture files that are new or have changed, on all cores, and keep the pixels for this host.
 
     Launches that share a place take turns. If nothing has changed, nothing is written.
 
     Args:
         files: the picture files of `data_dir`, sorted by path.
-        show: print progress and warnings.
 
     Raises:
         UserError: no place can be written, or a process that decodes was killed.
@@ -81,13 +80,13 @@ def prepare_pictures(data_dir: Path, files: list[File], show: bool = True) -> Pi
     kept = _find(places, files)
     if kept is not None and _is_current(kept, files):
         return kept
-    with _turn(places, show):
-        kept = _find(places, files, warn=show)
+    with _turn(places):
+        kept = _find(places, files, warn=True)
         if kept is not None and _is_current(kept, files):  # another launch has decoded them
             return kept
-        made = _update(kept, data_dir, files, show)
+        made = _update(kept, data_dir, files)
         if kept is None or (kept.files, kept.problems) != (made.files, made.problems):
-            _write(made, places, show)
+            _write(made, places)
     return made
 
 
@@ -95,7 +94,7 @@ def _is_current(kept: Pictures, files: list[File]) -> bool:
     return kept.files == files and not any(problem.passing for problem in kept.problems.values())
 
 
-def _update(kept: Pictures | None, data_dir: Path, files: list[File], show: bool) -> Pictures:
+def _update(kept: Pictures | None, data_dir: Path, files: list[File]) -> Pictures:
     """Return the pictures `files`; those that `kept` has are not decoded again."""
     rows, damaged = {}, {}
     if kept is not None:
@@ -111,10 +110,10 @@ def _update(kept: Pictures | None, data_dir: Path, files: list[File], show: bool
             problems[file.path] = damaged[file]
         else:
             left.append(i)
-    if show and left:
+    if left:
         which = f"{len(left):,} new or changed of {len(files):,}" if kept is not None else f"{len(files):,}"
         print(f"decoding {which} pictures in {data_dir}", flush=True)
-    results = decode([data_dir / files[i].path for i in left], show)
+    results = decode([data_dir / files[i].path for i in left])
     for i, result in zip(left, results, strict=True):
         if isinstance(result, Problem):
             problems[files[i].path] = result
@@ -146,7 +145,7 @@ def _places(data_dir: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _turn(places: Sequence[Path], show: bool) -> Iterator[None]:
+def _turn(places: Sequence[Path]) -> Iterator[None]:
     """Hold the lock of the first place that can be written.
 
     Raises:
@@ -159,8 +158,7 @@ def _turn(places: Sequence[Path], show: bool) -> Iterator[None]:
             try:
                 acquired = lock.acquire(timeout=0)
             except Timeout:
-                if show:
-                    print(f"waiting for another process that decodes the pictures for {place}", flush=True)
+                print(f"waiting for another process that decodes the pictures for {place}", flush=True)
                 acquired = lock.acquire()
         except (OSError, NotImplementedError):  # read-only; or a file system without locks
             continue
@@ -179,7 +177,7 @@ def _no_place(places: Sequence[Path], reason: object) -> UserError:
 # The file: the SHA-256 of the rest in hexadecimal, a line; what it holds as JSON, a line; the pixels.
 
 
-def _write(pictures: Pictures, places: Sequence[Path], show: bool) -> None:
+def _write(pictures: Pictures, places: Sequence[Path]) -> None:
     content = {"files": pictures.files, "problems": pictures.problems}
     header = json.dumps(content).encode() + b"\n"
     pixels = pictures.pixels.reshape(-1).data
@@ -191,7 +189,7 @@ def _write(pictures: Pictures, places: Sequence[Path], show: bool) -> None:
         except OSError as error:
             reason = error
         else:
-            if show and place in places[2:]:
+            if place in places[2:]:
                 others = " nor ".join(str(other.parent) for other in places[:2])
                 print(f"WARNING: the pictures are decoded again after a reboot: neither {others} can be written")
             return

@@ -89,7 +89,7 @@ def state(folder: Path) -> dict[str, bytes | None]:
 def prepare(data_dir: Path, required: bool = True, data_url: str | None = None) -> str | None:
     """Return None, or why CIFAR-10 is not available unless it is `required`."""
     try:
-        prepare_cifar10(data_dir, data_url, show=False)
+        prepare_cifar10(data_dir, data_url)
     except UnavailableError as error:
         if required:
             raise
