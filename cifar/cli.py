@@ -122,11 +122,7 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") ->
 
 
 def _from_checkpoint(path: Path) -> dict[str, Any]:
-    """Return the fields for testing a checkpoint as its run does: model, precision, views, and where its dataset is.
-
-    Raises:
-        UserError: the file is not a checkpoint.
-    """
+    """Return the fields for testing a checkpoint as its run does: model, precision, views, and where its dataset is."""
     content = read_checkpoint(path)
     config = content["config"]
     fields = {name: config.get(name) for name in ("model", "precision", "tta")} | {"dataset": content["dataset"]}

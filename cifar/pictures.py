@@ -14,19 +14,10 @@ from cifar.errors import UserError, first_line
 # The formats that count as pictures, and their suffixes in a folder. Of the others that Pillow opens, some are data
 # (HDF5) or programs for an interpreter (PostScript for Ghostscript). TGA is last, as it has no signature.
 FORMATS = {
-    "PNG": ".png",
-    "JPEG": ".jpg .jpeg .jpe .jfif .mpo",
-    "WEBP": ".webp",
-    "GIF": ".gif",
-    "BMP": ".bmp",
-    "DIB": ".dib",
-    "TIFF": ".tif .tiff",
-    "PPM": ".ppm .pgm .pbm .pnm .pfm",
-    "JPEG2000": ".jp2 .j2k .jpx",
-    "AVIF": ".avif",
-    "ICO": ".ico",
-    "TGA": ".tga",
-}
+    "PNG": ".png", "JPEG": ".jpg .jpeg .jpe .jfif .mpo", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "DIB": ".dib",
+    "TIFF": ".tif .tiff", "PPM": ".ppm .pgm .pbm .pnm .pfm", "JPEG2000": ".jp2 .j2k .jpx", "AVIF": ".avif",
+    "ICO": ".ico", "TGA": ".tga",
+}  # fmt: skip
 
 
 @functools.cache
@@ -77,9 +68,6 @@ def _scale_to_bytes(image: Image.Image) -> Image.Image:
     No such format says which values are black and white, so it is the first of these ranges that has room for all
     pixels: 0 to 1 of floating-point numbers, 0 to 255, and 0 to 65535 of 16-bit numbers. If none has, the darkest pixel
     becomes black and the brightest white. NaN is black.
-
-    Raises:
-        ValueError: no pixel is a finite number.
     """
     values = np.asarray(image, np.float64)
     finite = values[np.isfinite(values)]

@@ -145,11 +145,7 @@ def _class_names(split: Path) -> list[str]:
 
 
 def _check_classes(data_dir: Path, train: list[str], test: list[str] | None = None) -> None:
-    """Check the names of the classes; `test` is None without test/.
-
-    Raises:
-        UserError: the first thing that does not fit.
-    """
+    """Check the names of the classes; `test` is None without test/."""
     names = {"train": train, "test": test or []}
     if not 2 <= len(train) <= MAX_CLASSES:
         found = "one class only, " + train[0] if len(train) == 1 else f"{len(train):,} classes"

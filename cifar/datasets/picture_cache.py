@@ -146,11 +146,7 @@ def _places(data_dir: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def _turn(places: Sequence[Path]) -> Iterator[None]:
-    """Hold the lock of the first place that can be written.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Hold the lock of the first place that can be written."""
     for place in places:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -197,11 +193,7 @@ def _write(pictures: Pictures, places: Sequence[Path]) -> None:
 
 
 def _read(place: Path) -> Pictures | None:
-    """Return what the file holds; None if there is none.
-
-    Raises:
-        ValueError: it is damaged.
-    """
+    """Return what the file holds; None if there is none. A ValueError says that it is damaged."""
     try:
         with place.open("rb") as file:
             digest, header = file.readline(), file.readline()
