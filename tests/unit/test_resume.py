@@ -218,13 +218,13 @@ def test_where_a_run_was_trained_is_recorded(run_dir, recorded):
     on_gpus([0])
     resume(killed(run_dir, after=12))
     assert result(run_dir)["trained_on"] == "8 processes on cuda, then 1 process on cpu"
-    assert read_run(run_dir).processes == "8, 1"
+    assert read_run(run_dir).cells["processes"] == "8, 1"
     on_gpus([0, 12])
     resume(killed(run_dir, after=10))
     assert result(run_dir)["trained_on"] == "8 processes on cuda, then 1 process on cpu"
     (run_dir / "result.json").unlink()
     resume(run_dir)  # trains nothing
-    assert read_run(run_dir).processes == "8, 1"
+    assert read_run(run_dir).cells["processes"] == "8, 1"
     on_gpus([0, 10, LAST])
     resume(killed(run_dir, after=0))
     assert result(run_dir)["trained_on"] == "1 process on cpu"
