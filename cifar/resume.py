@@ -1,5 +1,6 @@
 """Continue a run: find it, check that it may continue, restore its newest valid checkpoint."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ def find_own_run(config: TrainConfig, runtime: Runtime) -> TrainConfig:
                 if agent in owners(run_dir) and (run_dir / "config.json").exists():
                     own = read_config(run_dir)
     found = [own for own in runtime.gather(own) if own is not None]
-    return found[0] if found else config
+    # Where the data are, and by which credentials they are downloaded, each host knows best.
+    return dataclasses.replace(found[0], data_dir=config.data_dir, data_url=config.data_url) if found else config
 
 
 def restore(config: TrainConfig, runtime: Runtime, data: Data, state: TrainState, own: bool) -> Resumed:
