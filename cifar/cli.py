@@ -11,13 +11,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args
 
 import torch.distributed as dist
 import tyro
 
 from cifar.checkpoint import read_checkpoint
-from cifar.config import MAY_CHANGE, TrainConfig, differences, flag, read_config
+from cifar.config import MAY_CHANGE, Recipe, TrainConfig, differences, flag, read_config
 from cifar.datasets import DATASETS
 from cifar.distributed.environment import Launch, accelerate_fields, is_local_rank_zero, is_rank_zero
 from cifar.distributed.rendezvous import announce, claim_report
@@ -32,6 +32,7 @@ from cifar.errors import (
     lost_peer,
     one_line,
     out_of_memory,
+    without_credentials,
 )
 from cifar.models import MODELS
 from cifar.output import safe_output
@@ -99,8 +100,12 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") ->
 
     flags = _flags_class()
     parsed = parse_flags(flags, argv, prog, flags(**vars(own) | _from_environment(own, early)))
-    config = TrainConfig(**vars(parsed))
+    # Absolute, as a run is resumed and a checkpoint evaluated from other directories, too. Links are left as they are:
+    # one that names the data may come to lead to another place.
+    config = TrainConfig(**vars(parsed) | {"data_dir": parsed.data_dir.absolute()})
     config.check()
+    if argv is None:  # W&B records the command line
+        sys.argv[1:] = [without_credentials(part) if "://" in part else part for part in sys.argv[1:]]
     if config.evaluate is not None and not config.evaluate.is_file():  # known before a download
         raise UserError(f"--evaluate {config.evaluate}: there is no such file")
     if config.resume is not None:
@@ -114,31 +119,28 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") ->
 
 
 def _from_checkpoint(path: Path) -> dict[str, Any]:
-    """Return the fields for testing a checkpoint: its model and its dataset.
-
-    Raises:
-        UserError: the file is not a checkpoint.
-    """
+    """Return the fields for testing a checkpoint as its run does: model, precision, views, and where its dataset is."""
     content = read_checkpoint(path)
     config = content["config"]
-    fields = {"model": config.get("model"), "dataset": content["dataset"]}
-    fields = {name: value for name, value in fields.items() if value in _choices()[name]}
-    if fields.get("dataset") == "folder" and "data_dir" in config:
-        fields["data_dir"] = Path(config["data_dir"])
+    fields = {name: config.get(name) for name in ("model", "precision", "tta")} | {"dataset": content["dataset"]}
+    choices = _choices() | {name: get_args(Recipe.__annotations__[name]) for name in ("precision", "tta")}
+    fields = {name: value for name, value in fields.items() if value in choices[name]}
+    data_dir = Path(config.get("data_dir", "data"))
+    if fields.get("dataset") == "folder" or data_dir.is_dir():  # CIFAR-10 may be elsewhere on this machine
+        fields["data_dir"] = data_dir
     return fields
 
 
 def _from_environment(own: TrainConfig, early: argparse.Namespace) -> dict[str, Any]:
-    """Return the fields that variables decide, unless a flag does; of a resumed run, only those that may change.
+    """Return the fields that variables decide, unless a flag does; of a run or checkpoint, only those that may change.
 
     CIFAR_DATA_DIR holds CIFAR-10: it does not replace the folder of pictures that a run or a checkpoint names.
     """
     fields: dict[str, Any] = accelerate_fields()
-    resuming = early.resume is not None
-    named = own.dataset == "folder" and (resuming or early.evaluate is not None)
-    if (data_dir := os.environ.get("CIFAR_DATA_DIR")) and not named:
+    recorded = early.resume is not None or early.evaluate is not None
+    if (data_dir := os.environ.get("CIFAR_DATA_DIR")) and not (recorded and own.dataset == "folder"):
         fields["data_dir"] = Path(data_dir)
-    return {name: value for name, value in fields.items() if not resuming or name in MAY_CHANGE}
+    return {name: value for name, value in fields.items() if not recorded or name in MAY_CHANGE}
 
 
 def _choices() -> dict[str, tuple[str, ...]]:

@@ -11,11 +11,7 @@ from cifar.cli import exit_on_error, parse_flags
 from cifar.errors import UserError, first_line
 from cifar.files import read_json
 from cifar.metrics import Series, read_metrics, seconds_of_training, series
-
-_COLUMNS = (
-    "accuracy", "with TTA", "seconds", "first step", "images/s", "steps", "processes", "batch", "lr", "precision",
-    "seed", "recipe", "dataset", "run",
-)  # fmt: skip
+from cifar.tracking import parts
 
 
 @dataclass(frozen=True)
@@ -33,31 +29,15 @@ class Run:
     """The records of a run.
 
     Attributes:
-        dataset: its name.
-        finished: whether the run has a result.
-        seconds: of training, so far; None before the first log point.
-        first_step_seconds: those of them until the end of the first step, which a benchmark may leave out; None if the
-            run has not finished, or an older version wrote its result.
+        cells: the row of the table, by column.
         accuracy: the test accuracy of the last evaluation, 0 to 1; None before the first.
-        tta_accuracy: that with test-time augmentation, if the run has finished and used it.
-        lr: the learning rate for the global batch, before warm-up and schedule.
         by_seconds, by_images: test accuracy over seconds of training, and over training images seen.
     """
 
     name: str
     dataset: str
-    finished: bool
-    world_size: int
-    global_batch_size: int
-    lr: float
-    precision: str
-    recipe: str
-    seed: int
-    steps: int
-    seconds: float | None
-    first_step_seconds: float | None
+    cells: dict[str, str]
     accuracy: float | None
-    tta_accuracy: float | None
     by_seconds: Series
     by_images: Series
 
@@ -77,65 +57,55 @@ def read_run(run_dir: Path) -> Run:
     path = run_dir / "config.json"
     try:
         facts = read_json(path)
-        config, world_size = facts["config"], int(facts["world_size"])
+        config = facts["config"]
         batch, lr, seed = int(config["global_batch_size"]), float(config["lr"]), int(config["seed"])
         if config.get("lr_scaling") != "none":  # of a run of an older version, lr is as stated
             lr *= batch / int(config.get("lr_batch_size", batch))
         path = run_dir / "metrics.jsonl"
         records = read_metrics(run_dir)
+        steps = records[-1]["step"] if records else 0
         tests = series(records, "test/accuracy")
         clock = dict(seconds_of_training(records, batch))
         path = run_dir / "result.json"
         result = read_json(path) if path.exists() else {}
-        tta, seconds = result.get("test_accuracy_tta"), result.get("train_seconds", max(clock.values()) or None)
-        first_step = result.get("first_step_seconds")
-        return Run(
-            name=run_dir.resolve().name,
-            dataset=str((result or facts)["dataset"]),
-            finished=bool(result),
-            world_size=world_size,
-            global_batch_size=batch,
-            lr=lr,
-            precision=str(config.get("precision", "-")),
-            recipe=str(config.get("recipe", "-")),
-            seed=seed,
-            steps=records[-1]["step"] if records else 0,
-            seconds=None if seconds is None else float(seconds),
-            first_step_seconds=None if first_step is None else float(first_step),
-            accuracy=tests[-1][1] if tests else None,
-            tta_accuracy=None if tta is None else float(tta),
-            by_seconds=[(clock[step], accuracy) for step, accuracy in tests if step in clock],
-            by_images=[(step * batch, accuracy) for step, accuracy in tests],
-        )
+        if result and int(result["steps"]) != steps:  # the run has been continued since
+            result = {}
+        seconds = result.get("train_seconds", max(clock.values()) or None)
+        accuracy, name = tests[-1][1] if tests else None, run_dir.resolve().name
+        cells = {
+            "accuracy": _shown("{:.2f} %", accuracy, 100),
+            "with TTA": _shown("{:.2f} %", result.get("test_accuracy_tta"), 100),
+            "seconds": _shown("{:,.1f}", seconds),
+            "first step": _shown("{:,.2f}", result.get("first_step_seconds")),
+            "images/s": _shown("{:,.0f}", steps * batch / seconds if seconds else None),
+            "steps": f"{steps:,}",
+            "processes": ", ".join(str(int(size)) for (size,) in parts(facts, steps, "world_size")),
+            "batch": f"{batch:,}",
+            "lr": f"{lr:g}",
+            "precision": str(config.get("precision", "-")),
+            "seed": f"{seed}",
+            "recipe": str(config.get("recipe", "-")),
+            "dataset": str((result or facts)["dataset"]),
+            "run": name + ("" if result else " (not finished)"),
+        }
+        by_seconds = [(clock[step], value) for step, value in tests if step in clock]
+        by_images = [(step * batch, value) for step, value in tests]
+        return Run(name, cells["dataset"], cells, accuracy, by_seconds, by_images)
     except FileNotFoundError as error:
         raise UserError(f"{run_dir} is not a run directory: it has no {path.name}") from error
     except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
         raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
 
+def _shown(form: str, value: float | None, factor: float = 1) -> str:
+    return "-" if value is None else form.format(factor * float(value))
+
+
 def table(runs: Sequence[Run]) -> list[str]:
     """Return the lines of the table, the most accurate run first."""
-    rows = [_COLUMNS]
-    for run in sorted(runs, key=lambda run: -1.0 if run.accuracy is None else run.accuracy, reverse=True):
-        rows.append(
-            (
-                "-" if run.accuracy is None else f"{100 * run.accuracy:.2f} %",
-                "-" if run.tta_accuracy is None else f"{100 * run.tta_accuracy:.2f} %",
-                "-" if run.seconds is None else f"{run.seconds:,.1f}",
-                "-" if run.first_step_seconds is None else f"{run.first_step_seconds:,.2f}",
-                f"{run.steps * run.global_batch_size / run.seconds:,.0f}" if run.seconds else "-",
-                f"{run.steps:,}",
-                f"{run.world_size}",
-                f"{run.global_batch_size:,}",
-                f"{run.lr:g}",
-                run.precision,
-                f"{run.seed}",
-                run.recipe,
-                run.dataset,
-                run.name + ("" if run.finished else " (not finished)"),
-            )
-        )
-    widths = [max(len(row[k]) for row in rows) for k in range(len(_COLUMNS))]
+    best_first = sorted(runs, key=lambda run: -1.0 if run.accuracy is None else run.accuracy, reverse=True)
+    rows = [[*runs[0].cells], *([*run.cells.values()] for run in best_first)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join([*map(str.rjust, row[:-1], widths), row[-1]]) for row in rows]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from cifar.errors import UserError
+from cifar.errors import UserError, without_credentials
 from cifar.files import read_json
 
 
@@ -126,8 +126,9 @@ class TrainConfig(Recipe):
             raise UserError("--nesterov needs a --momentum above 0")
 
     def to_json(self) -> dict[str, Any]:
-        """Return every field as a JSON value; paths become strings."""
-        return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+        """Return every field as a JSON value; paths become strings, and the URL loses its credentials."""
+        fields = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+        return fields | {"data_url": self.data_url and without_credentials(self.data_url)}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "TrainConfig":
@@ -200,9 +201,9 @@ def read_config(run_dir: Path) -> TrainConfig:
 
 
 def differences(a: TrainConfig, b: TrainConfig) -> list[tuple[str, Any, Any]]:
-    """Return (field, value in `a`, value in `b`) for every field in which the two differ."""
-    pairs = ((field.name, getattr(a, field.name), getattr(b, field.name)) for field in dataclasses.fields(a))
-    return [(name, x, y) for name, x, y in pairs if x != y]
+    """Return (field, value in `a`, value in `b`) for every field in which the two differ, as JSON values."""
+    recorded = b.to_json()
+    return [(name, value, recorded[name]) for name, value in a.to_json().items() if value != recorded[name]]
 
 
 def flag(field: str) -> str:

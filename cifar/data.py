@@ -157,6 +157,7 @@ class Data:
         plan: how the training images are divided into batches.
         note: what the banner says of the dataset besides, or nothing.
         fingerprint: what identifies the images of each split; see `Dataset.fingerprint`.
+        decoder: the library that has decoded the images, with its version, or nothing.
     """
 
     name: str
@@ -166,6 +167,7 @@ class Data:
     test: EvalLoader
     note: str = ""
     fingerprint: dict[str, str] = field(default_factory=dict)
+    decoder: str = ""
 
     def sample(self) -> Tensor:
         """Return the first 5,000 training images, normalized: float32 [n, 3, 32, 32] on the CPU."""
@@ -186,7 +188,7 @@ def load_data(config: TrainConfig, runtime: Runtime) -> Data:
     with runtime.fail_together():
         if runtime.local_rank == 0 and name in PREPARE:
             try:
-                PREPARE[name](config.data_dir, config.data_url, runtime.is_main)
+                PREPARE[name](config.data_dir, config.data_url)  # which prints the progress, on each host
             except UnavailableError as error:
                 if not auto:
                     raise
@@ -199,7 +201,7 @@ def load_data(config: TrainConfig, runtime: Runtime) -> Data:
         dataset = DATASETS[name](config.data_dir)
         dataset.check(name)
     fingerprint = dataset.fingerprint()
-    _check_same(name, fingerprint, runtime)
+    _check_same(name, fingerprint, dataset.decoder, runtime)
 
     def to_device(split: tuple[Tensor, Tensor]) -> DeviceImages:
         return DeviceImages(*split, dataset.classes, runtime.device, runtime.memory_format)
@@ -211,16 +213,16 @@ def load_data(config: TrainConfig, runtime: Runtime) -> Data:
     plan = BatchPlan.make(config, runtime.world_size, len(train))
     train_loader = TrainLoader(train, plan, runtime.rank, config.seed)
     test_loader = EvalLoader(test, runtime.rank, runtime.world_size)
-    return Data(name, dataset.classes, plan, train_loader, test_loader, dataset.note, fingerprint)
+    return Data(name, dataset.classes, plan, train_loader, test_loader, dataset.note, fingerprint, dataset.decoder)
 
 
-def _check_same(name: str, fingerprint: dict[str, str], runtime: Runtime) -> None:
+def _check_same(name: str, fingerprint: dict[str, str], decoder: str, runtime: Runtime) -> None:
     """Check that all ranks have the same images. Collective.
 
     Raises:
         UserError: they do not; names the hosts.
     """
-    ranks = runtime.gather((fingerprint, socket.gethostname()))
+    ranks = runtime.gather((fingerprint, socket.gethostname() + (f" ({decoder})" if decoder else "")))
     for split in fingerprint:
         found = sorted({(host, theirs[split]) for theirs, host in ranks})
         if len({images for _, images in found}) > 1:

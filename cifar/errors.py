@@ -91,3 +91,8 @@ def one_line(text: str) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type if it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def without_credentials(url: str) -> str:
+    """Return a URL as it may be shown and recorded: without user, password and query, which may be a signature."""
+    return re.sub(r"(?<=//)[^/?#]*@|[?#].*", "", url)

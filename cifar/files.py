@@ -1,8 +1,10 @@
 """Write files atomically, and read JSON files that may be damaged."""
 
 import contextlib
+import glob
 import json
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -16,7 +18,8 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     Raises:
         OSError: the disk is full or not writable; `path` is unchanged.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Random, as processes of two containers may have the same ID.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("wb") as file:
             write(file)
@@ -35,9 +38,16 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             os.close(directory)
 
 
+def remove_temporaries(path: Path) -> None:
+    """Remove what `write_atomically` has left in killed processes. No other process may be writing `path`."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 16}.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as indented JSON, atomically."""
-    text = json.dumps(content, indent=2) + "\n"
+    """Write `content` as indented JSON, atomically; NaN and infinity, which JSON does not have, become null."""
+    finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    text = json.dumps(finite, indent=2) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 
 

@@ -40,9 +40,8 @@ class MetricsFile:
         return kept
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """Append the numbers among `values`. A full disk costs the line and one warning, not the run."""
-        numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
-        line = (json.dumps({"step": step, **numbers}) + "\n").encode()
+        """Append the finite numbers among `values`. A full disk costs the line and one warning, not the run."""
+        line = (json.dumps({"step": step, **numbers(values)}) + "\n").encode()
         try:
             with self.path.open("ab", buffering=0) as file:
                 end = file.tell()
@@ -58,6 +57,11 @@ class MetricsFile:
             self._warned = True
 
 
+def numbers(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the finite numbers among `values`: JSON has no others."""
+    return {name: value for name, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
+
+
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Return the records of `run_dir`'s metrics.jsonl, in order; damaged lines are left out, with one warning.
 
@@ -69,8 +73,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def series(records: list[dict[str, Any]], name: str) -> Series:
     """Return (step, value) of the records that hold a finite number `name`."""
-    points = ((record["step"], record.get(name)) for record in records)
-    return [(step, value) for step, value in points if isinstance(value, int | float) and math.isfinite(value)]
+    return [(record["step"], record[name]) for record in map(numbers, records) if name in record]
 
 
 def seconds_of_training(records: list[dict[str, Any]], global_batch_size: int) -> Series:
@@ -97,8 +100,8 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     """Return the record in a line of the file, or None if a crash, a full disk or a flipped bit has damaged it."""
-    with contextlib.suppress(ValueError, RecursionError):
+    with contextlib.suppress(ValueError, RecursionError, OverflowError):
         record = json.loads(line)
         if isinstance(record, dict) and type(record.get("step")) is int:
-            return record
+            return numbers(record)  # earlier versions wrote NaN
     return None

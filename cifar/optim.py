@@ -160,7 +160,9 @@ class Muon(torch.optim.Optimizer):
             updates = [*torch._foreach_add(gradients, buffers, alpha=group["momentum"])]
         if group["orthogonal"]:
             # BatchNorm makes the output independent of the filter's scale: fix it, so that lr means the same for all.
-            scales = torch._foreach_reciprocal(torch._foreach_norm(parameters))
+            norms = torch._foreach_norm(parameters)
+            torch._foreach_clamp_min_(norms, 1e-30)  # of a filter of zeros, which stays one until its update
+            scales = torch._foreach_reciprocal(norms)
             torch._foreach_mul_(scales, [len(parameter) ** 0.5 for parameter in parameters])
             torch._foreach_mul_(parameters, scales)
             if parameters[0].is_cuda:

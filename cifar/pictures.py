@@ -1,5 +1,6 @@
 """Read a picture file, of any size and format, as the models expect it."""
 
+import functools
 import warnings
 from pathlib import Path
 
@@ -9,6 +10,21 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from cifar.errors import UserError, first_line
+
+# The formats that count as pictures, and their suffixes in a folder. Of the others that Pillow opens, some are data
+# (HDF5) or programs for an interpreter (PostScript for Ghostscript). TGA is last, as it has no signature.
+FORMATS = {
+    "PNG": ".png", "JPEG": ".jpg .jpeg .jpe .jfif .mpo", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "DIB": ".dib",
+    "TIFF": ".tif .tiff", "PPM": ".ppm .pgm .pbm .pnm .pfm", "JPEG2000": ".jp2 .j2k .jpx", "AVIF": ".avif",
+    "ICO": ".ico", "TGA": ".tga",
+}  # fmt: skip
+
+
+@functools.cache
+def picture_formats() -> tuple[str, ...]:
+    """Return the names of `FORMATS` that this Pillow knows; AVIF, for one, is new in 11.3."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def read_image(path: Path) -> Tensor:
@@ -23,11 +39,11 @@ def read_image(path: Path) -> Tensor:
         with warnings.catch_warnings():
             # Of large pictures (Pillow refuses those above 179 million pixels) and of details that viewers ignore, too.
             warnings.simplefilter("ignore")
-            with Image.open(path) as file:
+            with Image.open(path, formats=picture_formats()) as file:
                 upright = _upright(_to_rgb(file), file)
         pixels = np.asarray(ImageOps.fit(upright, (32, 32), Image.Resampling.LANCZOS))
     except UnidentifiedImageError as error:
-        raise UserError(f"{path} is not a picture in a format that Pillow knows") from error
+        raise UserError(f"{path} is not a picture in a supported format") from error
     except Exception as error:  # a damaged or hostile file can make a decoder raise anything
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise UserError(f"{path} cannot be read as a picture: {reason}") from error
@@ -52,9 +68,6 @@ def _scale_to_bytes(image: Image.Image) -> Image.Image:
     No such format says which values are black and white, so it is the first of these ranges that has room for all
     pixels: 0 to 1 of floating-point numbers, 0 to 255, and 0 to 65535 of 16-bit numbers. If none has, the darkest pixel
     becomes black and the brightest white. NaN is black.
-
-    Raises:
-        ValueError: no pixel is a finite number.
     """
     values = np.asarray(image, np.float64)
     finite = values[np.isfinite(values)]

@@ -25,7 +25,7 @@ class Prediction:
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """A checkpoint of train_ddp.py, runs/NAME/checkpoints/step-NNNNNNNN.pt."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Pictures in any format that Pillow reads; the middle square is scaled to 32 x 32."""
+    """Pictures (PNG, JPEG, WebP, ...: see cifar/README.md); the middle square is scaled to 32 x 32."""
 
 
 @torch.no_grad()

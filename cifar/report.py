@@ -5,6 +5,7 @@ import io
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,7 +49,7 @@ def write_report(run_dir: Path, test: Evaluation, images: Tensor) -> None:
     config = json.loads((run_dir / "config.json").read_text())
     with default_style(_STYLE):
         page = _page(run_dir.resolve().name, records, result, config, test, images)
-        figure = _figure(records, result, test)
+        figure = _figure(records, result, config, test)
         write_atomically(run_dir / "index.html", lambda file: file.write(page.encode()))
         write_atomically(run_dir / "report.png", lambda file: figure.savefig(file, format="png", dpi=110))
 
@@ -59,7 +60,7 @@ def _headline(result: dict[str, Any]) -> str:
 
 
 def _facts(result: dict[str, Any]) -> list[str]:
-    count, tta = result["world_size"], result.get("test_accuracy_tta")
+    tta = result.get("test_accuracy_tta")
     with_tta = [f"{100 * tta:.2f} % with test-time augmentation ({result['tta']})"] if tta is not None else []
     return [
         *with_tta,
@@ -67,7 +68,7 @@ def _facts(result: dict[str, Any]) -> list[str]:
         f"recipe {result['recipe']}",
         f"model {result['model']}",
         f"{result['steps']:,} steps of {result['global_batch_size']:,} images",
-        f"{count} process{'es' if count > 1 else ''} on {result['device']}, {result['precision']}",
+        f"{result['trained_on']}, {result['precision']}",
         f"seed {result['seed']}",
         f"{result['train_seconds']:,.0f} s of training, {result['images_per_second']:,.0f} images/s",
     ]
@@ -96,7 +97,7 @@ def _page(
         facts=_facts(result),
         synthetic=result["dataset"] == "synthetic",
         charts={
-            "Cross-entropy": _svg(_draw_losses, records),
+            "Cross-entropy": _svg(partial(_draw_losses, smoothing=config["config"]["label_smoothing"]), records),
             "Test accuracy, %": _svg(_draw_accuracy, records),
             "Images per second": _svg(_draw_throughput, records),
         },
@@ -106,7 +107,7 @@ def _page(
         confusion_picture=_svg(_draw_confusion, test, (8, 7)) if len(test.classes) > MANY_CLASSES else "",
         wrong=wrong,
         wrong_total=test.total - test.correct,
-        settings=config["config"] | {key: value for key, value in config.items() if key != "config"},
+        settings=config["config"] | {key: value for key, value in config.items() if key not in ("config", "starts")},
     )
 
 
@@ -128,12 +129,12 @@ def _png(image: Tensor) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _figure(records: Records, result: dict[str, Any], test: Evaluation) -> Figure:
+def _figure(records: Records, result: dict[str, Any], config: dict[str, Any], test: Evaluation) -> Figure:
     """Return report.png: loss and accuracy over the run, accuracy of each class, confusion matrix."""
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08, rect=(0, 0, 1, 0.87))
     figure = Figure(figsize=(17, 6.6), layout=layout)
     axes = figure.subplot_mosaic("LCM;ACM", width_ratios=(1, 0.85, 1.15))
-    _draw_losses(axes["L"], records)
+    _draw_losses(axes["L"], records, config["config"]["label_smoothing"])
     _draw_accuracy(axes["A"], records)
     axes["L"].set_title("Cross-entropy")
     axes["A"].set_title("Test accuracy, %")
@@ -162,8 +163,9 @@ def _plot(axes: Axes, records: Records, name: str, scale: float = 1, **style: An
     axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
-def _draw_losses(axes: Axes, records: Records) -> None:
-    _plot(axes, records, "train/loss", color=_TRAIN, label="training")
+def _draw_losses(axes: Axes, records: Records, smoothing: float) -> None:
+    training = f"training, with label smoothing {smoothing:g}" if smoothing else "training"  # which the test has not
+    _plot(axes, records, "train/loss", color=_TRAIN, label=training)
     _plot(axes, records, "test/loss", color=_TEST, marker="o", label="test")
     axes.legend(frameon=False)
 

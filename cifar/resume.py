@@ -1,5 +1,6 @@
 """Continue a run: find it, check that it may continue, restore its newest valid checkpoint."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ def find_own_run(config: TrainConfig, runtime: Runtime) -> TrainConfig:
                 if agent in owners(run_dir) and (run_dir / "config.json").exists():
                     own = read_config(run_dir)
     found = [own for own in runtime.gather(own) if own is not None]
-    return found[0] if found else config
+    # Where the data are, and by which credentials they are downloaded, each host knows best.
+    return dataclasses.replace(found[0], data_dir=config.data_dir, data_url=config.data_url) if found else config
 
 
 def restore(config: TrainConfig, runtime: Runtime, data: Data, state: TrainState, own: bool) -> Resumed:
@@ -116,13 +118,15 @@ def _find(config: TrainConfig, runtime: Runtime, data: Data, own: bool) -> Resum
         if tuple(content["classes"]) != data.classes:
             raise UserError(f"--resume {run_dir}: the class names of {path.name} are not those of the dataset here")
         finished = content["state"]["step"] >= last and recorded_steps >= last
-    recorded = facts.get("images")
+    recorded, decoder = facts.get("images"), facts.get("decoder", "")
     if isinstance(recorded, dict):  # earlier versions recorded none
         for split, now in data.fingerprint.items():
             if recorded.get(split) != now:
+                changed = decoder not in ("", data.decoder)
+                decoders = f", decoded by {decoder} and now by {data.decoder}" if changed else ""
                 raise UserError(
                     f"--resume {run_dir}: the {split} images have changed since that run began, from "
-                    f"{recorded.get(split)} to {now}: restore them, or start a new run without --resume"
+                    f"{recorded.get(split)} to {now}{decoders}: restore them, or start a new run without --resume"
                 )
     if finished and not own:
         raise UserError(

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import cifar
+from cifar.batch_plan import count
 from cifar.checkpoint import FORMAT, CheckpointWriter, checkpoint_path, load_model, read_checkpoint
 from cifar.config import TrainConfig
 from cifar.console import Console, print_test
@@ -27,7 +28,7 @@ from cifar.files import write_json
 from cifar.profiler import StepProfiler
 from cifar.resume import Resumed, restore
 from cifar.run_dir import RunLock, check_unused, check_writable, create_run_dir
-from cifar.tracking import Tracking
+from cifar.tracking import Tracking, add_start, parts
 from cifar.train_state import LogPoint, TrainState
 
 
@@ -111,6 +112,7 @@ class Run:
                 try:
                     # A directory is a run once it has a config.json; from then on, a restart must recognize it.
                     self._lock.record_owner(agents)
+                    self._facts["starts"] = add_start(self.dir, self._facts, state.step, runtime.launch.hosts)
                     write_json(self.dir / "config.json", {"config": self.config.to_json(), **self._facts})
                 except OSError as error:
                     raise UserError(f"the configuration cannot be written to {self.dir}: {error}") from error
@@ -259,6 +261,7 @@ class Run:
         return {
             "dataset": self.data.name,
             "images": self.data.fingerprint,
+            "decoder": self.data.decoder,
             "world_size": self.runtime.world_size,
             "accumulation": self.plan.accumulation,
             "steps_per_epoch": self.plan.steps_per_epoch,
@@ -272,10 +275,13 @@ class Run:
 
     def _result(self, test: Evaluation) -> dict[str, Any]:
         state = self.state
+        trained_on = parts(self._facts, state.step, "world_size", "device")
+        accuracies = test.class_accuracies().values()
         return {
             **{name: getattr(self.config, name) for name in ("recipe", "model", "epochs", "seed", "precision")},
             "dataset": self.data.name,
             "steps": state.step,
+            "trained_on": ", then ".join(f"{count(size, 'process', 'es')} on {device}" for size, device in trained_on),
             "world_size": self.runtime.world_size,
             "local_batch_size": self.plan.local_batch_size,
             "global_batch_size": self.plan.global_batch_size,
@@ -287,7 +293,7 @@ class Run:
             "test_correct": test.correct,
             "test_total": test.total,
             "test_accuracy": test.accuracy,
-            "test_class_accuracy": list(test.class_accuracies().values()),
+            "test_class_accuracy": [accuracy if math.isfinite(accuracy) else None for accuracy in accuracies],
             "best_accuracy": state.best_accuracy,
             "best_step": state.best_step,
             "checkpoint_seconds": self._writer.waited_seconds,
@@ -313,7 +319,7 @@ def evaluate_checkpoint(config: TrainConfig, model: nn.Module, data: Data, runti
         )
     load_model(unwrap(model), content, config.model, config.evaluate)
     where = f"{config.evaluate}: {config.model}, trained on {content['dataset']} to step {content['state']['step']:,}"
-    runtime.print0(f"{where}; testing on {data.name}")
+    runtime.print0(f"{where}; testing on {data.name} in {runtime.precision}")
     test = evaluate(model, data.test, runtime)
     tta_test = evaluate(model, data.test, runtime, config.tta, test) if config.tta != "none" else None
     print_test(runtime, data.name, test, tta_test)

@@ -1,7 +1,9 @@
 """Record a run in metrics.jsonl and in W&B, from rank zero."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,12 @@ from cifar.data import Data
 from cifar.distributed.runtime import Runtime
 from cifar.errors import first_line
 from cifar.evaluation import Evaluation
-from cifar.metrics import MetricsFile
+from cifar.files import read_json
+from cifar.metrics import MetricsFile, numbers
 from cifar.train_state import LogPoint
 from cifar.wandb_logger import (
     STEP_AXIS,
+    charted,
     check_log_model,
     define_metrics,
     finish,
@@ -107,6 +111,7 @@ class Tracking:
         if not self._runtime.is_main:
             return
         self._metrics.log(step, values)
+        values = charted(numbers(values))
         # A W&B step cannot be added to after a resume: send its training and test metrics together, or neither.
         self._row |= values
         if complete:
@@ -126,3 +131,32 @@ class Tracking:
             self._runtime.print0(f"WARNING: W&B's record is incomplete, metrics.jsonl is not: {reason}")
             self._accelerator.trackers.remove(self._wandb)
             self._wandb = None
+
+
+_OF_A_START = ("world_size", "device", "version", "git_commit", "python", "torch", "accelerate")
+
+
+def starts(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the starts of a run from its config.json, in order: the step after which each began, and on what.
+
+    Of a run of an earlier version, only the last start is known; it counts for the whole run.
+    """
+    return facts.get("starts", [{"step": 0} | {name: facts.get(name) for name in _OF_A_START}])
+
+
+def add_start(run_dir: Path, facts: dict[str, Any], step: int, hosts: int) -> list[dict[str, Any]]:
+    """Return the recorded starts of the run in `run_dir` and this one, which begins after `step`.
+
+    A start whose steps are all trained again is left out.
+    """
+    path = run_dir / "config.json"
+    earlier = starts(read_json(path)) if path.exists() else []
+    began = {"step": step, "time": datetime.now().astimezone().isoformat(timespec="seconds"), "hosts": hosts}
+    own = began | {name: facts[name] for name in _OF_A_START}
+    return [*(start for start in earlier if start["step"] < step), own]
+
+
+def parts(facts: dict[str, Any], steps: int, *names: str) -> list[tuple[Any, ...]]:
+    """Return `names` of each start that has trained a part of the first `steps` steps; equal neighbours count once."""
+    values = (tuple(start[name] for name in names) for start in starts(facts) if start["step"] < max(steps, 1))
+    return [value for value, _ in itertools.groupby(values)]

@@ -26,7 +26,7 @@ _FINISH_SECONDS = 30  # for the last upload of a finished run
 _STOP_SECONDS = 4  # for that of a run that stops or fails: torchrun kills it after 30 s
 _FLUSH_SECONDS = 1  # interval between W&B's writes to its file; the default, 15, would lose a killed run's last steps
 _WRONG_IMAGES = 32
-_MATRIX_CLASSES = 100  # W&B draws tables of up to 10,000 rows, one for each cell
+_MANY_CLASSES = 100  # more get neither a chart each nor a confusion matrix: W&B draws tables of up to 10,000 rows
 
 
 def start_wandb(config: TrainConfig, runtime: Runtime, run_dir: Path) -> WandBTracker | None:
@@ -119,6 +119,12 @@ def _id_file(run_dir: Path) -> Path:
     return run_dir / "wandb" / "id.txt"
 
 
+def charted(values: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the accuracies of the classes if they are too many for a chart each; metrics.jsonl has them."""
+    others = {name: value for name, value in values.items() if not name.startswith("test_class/")}
+    return others if len(values) - len(others) > _MANY_CLASSES else values
+
+
 def replay(run: Any, records: list[dict[str, Any]]) -> None:
     """Log the steps of earlier starts that W&B lacks.
 
@@ -130,8 +136,8 @@ def replay(run: Any, records: list[dict[str, Any]]) -> None:
     """
     for record in records:
         if record["step"] >= run.starting_step:
-            numbers = {name: value for name, value in record.items() if name != "step"}
-            run.log({STEP_AXIS: record["step"], **numbers}, step=record["step"])
+            values = {name: value for name, value in charted(record).items() if name != "step"}
+            run.log({STEP_AXIS: record["step"], **values}, step=record["step"])
     if run.offline and not run.disabled:
         own = Path(run.dir).parent
         for old in own.parent.glob(f"offline-run-*-{run.id}"):
@@ -243,7 +249,7 @@ def pictures(data: Data, test: Evaluation) -> dict[str, Any]:
         images.append(wandb.Image(pixels, caption=f"{label}, predicted {predicted} ({100 * confidence:.0f} %)"))
         table.add_data(images[-1], i, label, predicted, round(confidence, 4))
     panels: dict[str, Any] = {"test/most_confidently_wrong_images": images, "test/most_confidently_wrong": table}
-    if len(test.classes) <= _MATRIX_CLASSES:
+    if len(test.classes) <= _MANY_CLASSES:
         panels["test/confusion_matrix"] = wandb.plot.confusion_matrix(
             y_true=test.labels.tolist(),
             preds=test.predicted.tolist(),

@@ -17,8 +17,8 @@ DATASETS: dict[str, Callable[[Path], Dataset]] = {
     "synthetic": lambda _: make_synthetic(),
 }
 
-# What one process of each host does first, while the others wait: (data_dir, data_url, show progress).
-PREPARE: dict[str, Callable[[Path, str | None, bool], None]] = {
+# What one process of each host does first, while the others wait: (data_dir, data_url).
+PREPARE: dict[str, Callable[[Path, str | None], None]] = {
     "cifar10": prepare_cifar10,
     "cifar100": prepare_cifar100,
     "folder": prepare_folder,

@@ -20,12 +20,14 @@ class Dataset:
         classes: name of each class, in the order of the labels.
         train, test: images, uint8 [n, 3, 32, 32], and labels, int64 [n] in [0, len(classes)), on the CPU.
         note: what the banner says besides, or nothing.
+        decoder: the library that has decoded the images, with its version, if another may give other pixels.
     """
 
     classes: tuple[str, ...]
     train: Split
     test: Split
     note: str = ""
+    decoder: str = ""
 
     def check(self, name: str) -> None:
         """Check types, shapes, labels and class names. Reads the labels, not the pixels.

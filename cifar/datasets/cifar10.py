@@ -26,9 +26,9 @@ ARCHIVE = Archive(
 )
 
 
-def prepare_cifar10(data_dir: Path, data_url: str | None, show: bool = True) -> None:
+def prepare_cifar10(data_dir: Path, data_url: str | None) -> None:
     """Ensure that `data_dir/cifar-10-batches-py` exists; see `download.prepare`."""
-    prepare(ARCHIVE, data_dir, data_url, show)
+    prepare(ARCHIVE, data_dir, data_url)
 
 
 def load_cifar10(data_dir: Path) -> Dataset:

@@ -16,9 +16,9 @@ ARCHIVE = Archive(
 )
 
 
-def prepare_cifar100(data_dir: Path, data_url: str | None, show: bool = True) -> None:
+def prepare_cifar100(data_dir: Path, data_url: str | None) -> None:
     """Ensure that `data_dir/cifar-100-python` exists; see `download.prepare`."""
-    prepare(ARCHIVE, data_dir, data_url, show)
+    prepare(ARCHIVE, data_dir, data_url)
 
 
 def load_cifar100(data_dir: Path) -> Dataset:

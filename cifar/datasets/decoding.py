@@ -34,13 +34,10 @@ class Problem(NamedTuple):
     passing: bool
 
 
-def decode(paths: list[Path], show: bool = True) -> Iterator[np.ndarray | Problem]:
-    """Yield the pixels of each file, uint8 [3, 32, 32], or why there are none.
+def decode(paths: list[Path]) -> Iterator[np.ndarray | Problem]:
+    """Yield the pixels of each file, uint8 [3, 32, 32], or why there are none; print the progress.
 
     Pillow decodes small pictures in Python for the most part, so threads would take turns.
-
-    Args:
-        show: print progress.
 
     Raises:
         UserError: a process that decodes was killed.
@@ -55,7 +52,7 @@ def decode(paths: list[Path], show: bool = True) -> Iterator[np.ndarray | Proble
         worker_init_fn=_end_with_parent,
         generator=torch.Generator(),  # else it would advance the global one
     )
-    draw = show and sys.stderr.isatty()
+    draw = sys.stderr.isatty()
     with tqdm(total=len(paths), unit=" pictures", desc="decoding", disable=not draw) as bar:
         done, spoken = 0, time.monotonic()
         try:
@@ -63,7 +60,7 @@ def decode(paths: list[Path], show: bool = True) -> Iterator[np.ndarray | Proble
                 yield from batch
                 bar.update(len(batch))
                 tenth, done = 10 * done // len(paths), done + len(batch)
-                if show and not draw and 10 * done // len(paths) > tenth and time.monotonic() - spoken > 1:
+                if not draw and 10 * done // len(paths) > tenth and time.monotonic() - spoken > 1:
                     spoken = time.monotonic()
                     print(f"  {10 * done // len(paths)}0 % of {len(paths):,} pictures", flush=True)
         except RuntimeError as error:

@@ -3,13 +3,16 @@
 torch.hub, torchvision and pooch start over after an interruption; a slow source needs an hour for CIFAR-10.
 """
 
+import base64
 import contextlib
 import hashlib
 import http.client
 import os
+import shutil
 import sys
 import tarfile
 import tempfile
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -19,7 +22,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from cifar.errors import UserError
+from cifar.errors import UserError, without_credentials
 
 _CHUNK = 1 << 20  # bytes
 _ATTEMPTS = 5  # for each source
@@ -62,14 +65,13 @@ class UnavailableError(UserError):
         self.reason = reason
 
 
-def prepare(archive: Archive, data_dir: Path, data_url: str | None, show: bool = True) -> None:
+def prepare(archive: Archive, data_dir: Path, data_url: str | None) -> None:
     """Ensure that `data_dir` holds the folder of `archive`: unpacked already, or from an archive there, or downloaded.
 
     Launches that share a directory take turns. An existing folder is not touched and may be read-only.
 
     Args:
         data_url: a source to try before the archive's own.
-        show: print progress.
 
     Raises:
         UnavailableError: no source worked, or `data_dir` cannot be written.
@@ -80,12 +82,12 @@ def prepare(archive: Archive, data_dir: Path, data_url: str | None, show: bool =
         if folder.exists():
             return
         data_dir.mkdir(parents=True, exist_ok=True)
-        with _lock(archive, data_dir, show):
+        with _lock(archive, data_dir):
             if folder.exists():
                 return
             if not file.exists():
                 urls = ((data_url,) if data_url else ()) + archive.urls
-                part = fetch(replace(archive, urls=urls), data_dir, show)
+                part = fetch(replace(archive, urls=urls), data_dir)
                 _unpack(archive, part, data_dir)
                 part.unlink()
             elif sha256(file) == archive.sha256:
@@ -107,32 +109,33 @@ def prepare(archive: Archive, data_dir: Path, data_url: str | None, show: bool =
     )
 
 
-def _lock(archive: Archive, data_dir: Path, show: bool) -> AbstractContextManager[object]:
+def _lock(archive: Archive, data_dir: Path) -> AbstractContextManager[object]:
     """Return a lock that only one process at a time holds; it is released on exit."""
     lock = FileLock(data_dir / f".{archive.title.lower()}.lock")
     try:
         return lock.acquire(timeout=0)
     except Timeout:
-        if show:
-            print(f"waiting for another process that downloads {archive.title} into {data_dir}", flush=True)
+        print(f"waiting for another process that downloads {archive.title} into {data_dir}", flush=True)
         return lock.acquire()
 
 
 def _unpack(archive: Archive, file: Path, data_dir: Path) -> None:
-    """Unpack a verified archive into its folder in `data_dir`, wholly or not at all."""
+    """Unpack a verified archive into its folder in `data_dir`, wholly or not at all. The lock is held."""
+    prefix = f".{archive.title.lower()}-"
+    for leftover in data_dir.glob(f"{prefix}*/"):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     with (
-        tempfile.TemporaryDirectory(prefix=f".{archive.title.lower()}-", dir=data_dir) as temporary,
+        tempfile.TemporaryDirectory(prefix=prefix, dir=data_dir) as temporary,
         tarfile.open(file) as tar,
     ):
         tar.extractall(temporary, filter="data")
         os.rename(Path(temporary) / archive.folder, data_dir / archive.folder)
 
 
-def fetch(archive: Archive, folder: Path, show: bool = True, timeout: float = 20.0) -> Path:
+def fetch(archive: Archive, folder: Path, timeout: float = 20.0) -> Path:
     """Download `archive`, or the rest of it, and return the verified file `folder/NAME.part`. The caller deletes it.
 
     Args:
-        show: print progress.
         timeout: seconds without a byte after which a source has stalled.
 
     Raises:
@@ -146,7 +149,7 @@ def fetch(archive: Archive, folder: Path, show: bool = True, timeout: float = 20
         for _ in range(_ATTEMPTS):
             before = part.stat().st_size
             try:
-                _receive(url, archive, part, show, timeout)
+                _receive(url, archive, part, timeout)
                 if sha256(part) == archive.sha256:
                     return part
                 part.write_bytes(b"")  # start over: the wrong bytes may come from an earlier source
@@ -155,20 +158,20 @@ def fetch(archive: Archive, folder: Path, show: bool = True, timeout: float = 20
                 reason = str(error)
             if part.stat().st_size == before:
                 break  # nothing gained
-        failures.append(f"{url}: {reason}")
+        failures.append(f"{without_credentials(url)}: {reason}")
     if part.stat().st_size == 0:
         part.unlink()
     raise DownloadError("; ".join(failures))
 
 
-def _receive(url: str, archive: Archive, part: Path, show: bool, timeout: float) -> None:
+def _receive(url: str, archive: Archive, part: Path, timeout: float) -> None:
     """Append the missing bytes to `part`, or replace its content if the source cannot resume."""
     have, size = part.stat().st_size, archive.size
     if have >= size:
         return
     headers = {"User-Agent": "cifar-ddp"} | ({"Range": f"bytes={have}-"} if have else {})
     with _network_errors(timeout):
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
+        response = urllib.request.urlopen(_request(url, headers), timeout=timeout)
     with response:
         if response.status != 206 or f"bytes {have}-" not in response.headers.get("Content-Range", ""):
             have = 0  # the source sends the whole file
@@ -178,9 +181,8 @@ def _receive(url: str, archive: Archive, part: Path, show: bool, timeout: float)
         length = response.headers.get("Content-Length", "")
         if length.isdecimal() and have + int(length) != size:
             raise DownloadError(f"has {have + int(length):,} bytes instead of {size:,}")
-        if show:
-            print(f"downloading {url}" + (f", from byte {have:,} on" if have else ""), flush=True)
-        draw = show and sys.stderr.isatty()
+        print(f"downloading {without_credentials(url)}" + (f", from byte {have:,} on" if have else ""), flush=True)
+        draw = sys.stderr.isatty()
         bar = tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=archive.name, disable=not draw)
         with bar, part.open("ab") as file:
             file.truncate(have)
@@ -192,8 +194,20 @@ def _receive(url: str, archive: Archive, part: Path, show: bool, timeout: float)
                 file.write(chunk)
                 bar.update(len(chunk))
                 tenth, have = 10 * have // size, have + len(chunk)
-                if show and not draw and 10 * have // size > tenth:
+                if not draw and 10 * have // size > tenth:
                     print(f"  {10 * have // size}0 % of {size / 1e6:,.1f} MB", flush=True)
+
+
+def _request(url: str, headers: dict[str, str]) -> urllib.request.Request:
+    """Return the request for `url`. Of user and password in it, urllib takes those of FTP only."""
+    parts = urllib.parse.urlsplit(url)
+    user, _, host = parts.netloc.rpartition("@")
+    if not user or parts.scheme == "ftp":
+        return urllib.request.Request(url, headers=headers)
+    request = urllib.request.Request(parts._replace(netloc=host).geturl(), headers=headers)
+    token = base64.b64encode(urllib.parse.unquote_to_bytes(user)).decode()
+    request.add_unredirected_header("Authorization", f"Basic {token}")  # not for the host of a redirection
+    return request
 
 
 @contextlib.contextmanager

@@ -8,34 +8,31 @@ from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from cifar.datasets.base import Dataset, Split
-from cifar.datasets.picture_cache import File, load_pictures, prepare_pictures
+from cifar.datasets.picture_cache import DECODER, File, load_pictures, prepare_pictures
 from cifar.errors import UserError
+from cifar.pictures import FORMATS, picture_formats
 
 MAX_CLASSES = 1000
 _HELD_OUT = 10  # without test/, one in so many pictures of a class
 _NAMED = 20  # unreadable pictures that are named at a start
 
 
-def prepare_folder(data_dir: Path, data_url: str | None = None, show: bool = True) -> None:
+def prepare_folder(data_dir: Path, data_url: str | None = None) -> None:
     """Decode the pictures of `data_dir` that are new or have changed; name those that cannot be read.
 
     Args:
         data_url: not used; a folder has no archive.
-        show: print progress and warnings.
 
     Raises:
         UserError: the folder does not have this form, or the decoded pictures cannot be written anywhere.
     """
     files, ignored = list_files(data_dir)
-    problems = prepare_pictures(data_dir, files, show).problems
-    if not show:
-        return
+    problems = prepare_pictures(data_dir, files).problems
     if ignored:
         number = "1 file" if ignored == 1 else f"{ignored:,} files"
-        print(f"{number} in {data_dir} ignored: no format of pictures has such a suffix", flush=True)
+        print(f"{number} in {data_dir} ignored: no supported format of pictures has such a suffix", flush=True)
     if _too_many(problems, files):  # load_folder says so
         return
     for path in sorted(problems)[:_NAMED]:
@@ -99,7 +96,7 @@ def load_folder(data_dir: Path) -> Dataset:
         images = pixels.index_select(0, torch.tensor(order)).view(-1, 3, 32, 32)
         return images, torch.tensor([labels[row] for row in order])
 
-    return Dataset(tuple(classes), take("train"), take("test"), "; ".join(notes))
+    return Dataset(tuple(classes), take("train"), take("test"), "; ".join(notes), DECODER)
 
 
 def _hash(text: str) -> int:
@@ -110,15 +107,15 @@ def _hash(text: str) -> int:
 def list_files(data_dir: Path) -> tuple[list[File], int]:
     """Return the picture files of `data_dir`, sorted by path, and the number of other files.
 
-    A picture is a file whose suffix belongs to a format that Pillow reads, at any depth below its class. Hidden files
-    and directories do not count; symbolic links are followed.
+    A picture is a file with a suffix of `pictures.FORMATS`, at any depth below its class. Hidden files and directories
+    do not count; symbolic links are followed.
 
     Raises:
         UserError: there is no train/, the classes are fewer than 2, more than 1,000 or not the same in test/, or a
             class has no picture.
     """
     train, test = data_dir / "train", data_dir / "test"
-    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
+    suffixes = {suffix for name in picture_formats() for suffix in FORMATS[name].split()}
     files: list[File] = []
     ignored = 0
     try:
@@ -148,11 +145,7 @@ def _class_names(split: Path) -> list[str]:
 
 
 def _check_classes(data_dir: Path, train: list[str], test: list[str] | None = None) -> None:
-    """Check the names of the classes; `test` is None without test/.
-
-    Raises:
-        UserError: the first thing that does not fit.
-    """
+    """Check the names of the classes; `test` is None without test/."""
     names = {"train": train, "test": test or []}
     if not 2 <= len(train) <= MAX_CLASSES:
         found = "one class only, " + train[0] if len(train) == 1 else f"{len(train):,} classes"

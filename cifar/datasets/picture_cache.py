@@ -17,10 +17,10 @@ from filelock import FileLock, Timeout
 
 from cifar.datasets.decoding import Problem, decode
 from cifar.errors import UserError
-from cifar.files import write_atomically
+from cifar.files import remove_temporaries, write_atomically
 
-# What the pixels of a file depend on; with another one, all pictures are decoded again.
-_DECODER = f"1: 32 x 32 pixels, Pillow {PIL.__version__}"
+# What the pixels of a file depend on. Each has its own files, so that two that share a folder do not take turns at it.
+DECODER = f"Pillow {PIL.__version__}"
 
 
 class File(NamedTuple):
@@ -65,14 +65,13 @@ def load_pictures(data_dir: Path, files: list[File]) -> Pictures:
     return kept
 
 
-def prepare_pictures(data_dir: Path, files: list[File], show: bool = True) -> Pictures:
+def prepare_pictures(data_dir: Path, files: list[File]) -> Pictures:
     """Decode the picture files that are new or have changed, on all cores, and keep the pixels for this host.
 
     Launches that share a place take turns. If nothing has changed, nothing is written.
 
     Args:
         files: the picture files of `data_dir`, sorted by path.
-        show: print progress and warnings.
 
     Raises:
         UserError: no place can be written, or a process that decodes was killed.
@@ -81,13 +80,13 @@ def prepare_pictures(data_dir: Path, files: list[File], show: bool = True) -> Pi
     kept = _find(places, files)
     if kept is not None and _is_current(kept, files):
         return kept
-    with _turn(places, show):
-        kept = _find(places, files, warn=show)
+    with _turn(places):
+        kept = _find(places, files, warn=True)
         if kept is not None and _is_current(kept, files):  # another launch has decoded them
             return kept
-        made = _update(kept, data_dir, files, show)
+        made = _update(kept, data_dir, files)
         if kept is None or (kept.files, kept.problems) != (made.files, made.problems):
-            _write(made, places, show)
+            _write(made, places)
     return made
 
 
@@ -95,7 +94,7 @@ def _is_current(kept: Pictures, files: list[File]) -> bool:
     return kept.files == files and not any(problem.passing for problem in kept.problems.values())
 
 
-def _update(kept: Pictures | None, data_dir: Path, files: list[File], show: bool) -> Pictures:
+def _update(kept: Pictures | None, data_dir: Path, files: list[File]) -> Pictures:
     """Return the pictures `files`; those that `kept` has are not decoded again."""
     rows, damaged = {}, {}
     if kept is not None:
@@ -111,10 +110,10 @@ def _update(kept: Pictures | None, data_dir: Path, files: list[File], show: bool
             problems[file.path] = damaged[file]
         else:
             left.append(i)
-    if show and left:
+    if left:
         which = f"{len(left):,} new or changed of {len(files):,}" if kept is not None else f"{len(files):,}"
         print(f"decoding {which} pictures in {data_dir}", flush=True)
-    results = decode([data_dir / files[i].path for i in left], show)
+    results = decode([data_dir / files[i].path for i in left])
     for i, result in zip(left, results, strict=True):
         if isinstance(result, Problem):
             problems[files[i].path] = result
@@ -134,8 +133,9 @@ def _places(data_dir: Path) -> list[Path]:
     torch names the user's cache, which TORCH_HOME and XDG_CACHE_HOME move.
     """
     folder = data_dir.resolve()
-    name = f"{folder.name}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}"
-    places = [folder / ".cifar-ddp-pictures", Path(torch.hub.get_dir()).parent / "cifar-ddp" / name]
+    decoder = DECODER.lower().replace(" ", "-")
+    name = f"{folder.name}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}-{decoder}"
+    places = [folder / f".cifar-ddp-pictures-{decoder}", Path(torch.hub.get_dir()).parent / "cifar-ddp" / name]
     with contextlib.suppress(OSError):  # there is no temporary directory
         temporary = Path(tempfile.gettempdir()) / f"cifar-ddp-{os.getuid()}"
         # Everybody may write to /tmp: a directory of this name may be somebody else's.
@@ -145,12 +145,8 @@ def _places(data_dir: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _turn(places: Sequence[Path], show: bool) -> Iterator[None]:
-    """Hold the lock of the first place that can be written.
-
-    Raises:
-        UserError: there is none.
-    """
+def _turn(places: Sequence[Path]) -> Iterator[None]:
+    """Hold the lock of the first place that can be written."""
     for place in places:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -158,12 +154,12 @@ def _turn(places: Sequence[Path], show: bool) -> Iterator[None]:
             try:
                 acquired = lock.acquire(timeout=0)
             except Timeout:
-                if show:
-                    print(f"waiting for another process that decodes the pictures for {place}", flush=True)
+                print(f"waiting for another process that decodes the pictures for {place}", flush=True)
                 acquired = lock.acquire()
         except (OSError, NotImplementedError):  # read-only; or a file system without locks
             continue
         with acquired:
+            remove_temporaries(place)
             yield
         return
     raise _no_place(places, "they are read-only")
@@ -177,8 +173,8 @@ def _no_place(places: Sequence[Path], reason: object) -> UserError:
 # The file: the SHA-256 of the rest in hexadecimal, a line; what it holds as JSON, a line; the pixels.
 
 
-def _write(pictures: Pictures, places: Sequence[Path], show: bool) -> None:
-    content = {"decoder": _DECODER, "files": pictures.files, "problems": pictures.problems}
+def _write(pictures: Pictures, places: Sequence[Path]) -> None:
+    content = {"files": pictures.files, "problems": pictures.problems}
     header = json.dumps(content).encode() + b"\n"
     pixels = pictures.pixels.reshape(-1).data
     reason: OSError | None = None
@@ -189,7 +185,7 @@ def _write(pictures: Pictures, places: Sequence[Path], show: bool) -> None:
         except OSError as error:
             reason = error
         else:
-            if show and place in places[2:]:
+            if place in places[2:]:
                 others = " nor ".join(str(other.parent) for other in places[:2])
                 print(f"WARNING: the pictures are decoded again after a reboot: neither {others} can be written")
             return
@@ -197,11 +193,7 @@ def _write(pictures: Pictures, places: Sequence[Path], show: bool) -> None:
 
 
 def _read(place: Path) -> Pictures | None:
-    """Return what the file holds; None if there is none, or it is another decoder's.
-
-    Raises:
-        ValueError: it is damaged.
-    """
+    """Return what the file holds; None if there is none. A ValueError says that it is damaged."""
     try:
         with place.open("rb") as file:
             digest, header = file.readline(), file.readline()
@@ -211,8 +203,6 @@ def _read(place: Path) -> Pictures | None:
     if digest != _digest(header, pixels.data):
         raise ValueError("its SHA-256 is wrong")
     content: dict[str, Any] = json.loads(header)
-    if content["decoder"] != _DECODER:
-        return None
     files = [File(*file) for file in content["files"]]
     problems = {path: Problem(*problem) for path, problem in content["problems"].items()}
     return Pictures(files, problems, pixels.reshape(-1, 3, 32, 32))

@@ -33,7 +33,7 @@ def test_from_the_server_to_the_tensors(real_data, tmp_path, monkeypatch):
             urls=(server.plays("/a", serves(content)),),
         )
         monkeypatch.setattr(cifar10, "ARCHIVE", changed)
-        prepare_cifar10(data_dir, None, show=False)
+        prepare_cifar10(data_dir, None)
     assert [path.name for path in data_dir.iterdir() if path.name != ".cifar-10.lock"] == [ARCHIVE.folder]
     data = load_cifar10(data_dir)
     data.check("cifar10")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -116,11 +117,12 @@ def test_two_hosts_with_other_pictures_are_refused(tmp_path):
         ranks.append(subprocess.Popen([str(part) for part in command], cwd=tmp_path, env=clean_environment(**place),
                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))  # fmt: skip
     (_, error), (other_out, other_error) = (rank.communicate(timeout=200) for rank in ranks)
-    assert (tmp_path / "host-1" / "pets" / ".cifar-ddp-pictures").exists()
-    assert other_out == ""
+    assert list((tmp_path / "host-1" / "pets").glob(".cifar-ddp-pictures-pillow-*"))
+    assert other_out.startswith(f"decoding 333 pictures in {tmp_path / 'host-1'}")
     assert [rank.returncode for rank in ranks] == [2, 2]
     (line,) = error.splitlines()
     assert "dataset folder: the hosts have different training images: 300 images, SHA-256 " in line
+    assert line.count(f" (Pillow {PIL.__version__})") == 2
     assert "train_ddp.py: error:" not in other_error
 
 

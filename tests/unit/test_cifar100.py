@@ -60,7 +60,7 @@ def small(monkeypatch):
 def test_downloaded_unpacked_and_read(small, tmp_path):
     """The labels are the fine ones, the names those of the archive."""
     with Server() as server:
-        PREPARE["cifar100"](tmp_path, server.plays("/mine", serves(small)), False)
+        PREPARE["cifar100"](tmp_path, server.plays("/mine", serves(small)))
     data = DATASETS["cifar100"](tmp_path)
     data.check("cifar100")
     assert data.classes == tuple(NAMES)
@@ -83,7 +83,7 @@ def test_corrupt_file_is_named(small, tmp_path):
 def test_nothing_stands_in_for_it(small, tmp_path, monkeypatch):
     monkeypatch.setattr(cifar100, "ARCHIVE", replace(cifar100.ARCHIVE, urls=()))
     with pytest.raises(UserError, match=r"^CIFAR-100 is not available: .* copy the directory cifar-100-python"):
-        PREPARE["cifar100"](tmp_path, None, False)
+        PREPARE["cifar100"](tmp_path, None)
 
 
 SCRIPT = """

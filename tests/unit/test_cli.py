@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from cifar import cli
 from cifar.checkpoint import save_checkpoint
 from cifar.cli import exit_on_error, launch, parse_args
-from cifar.config import Recipe, TrainConfig
+from cifar.config import Recipe, TrainConfig, differences
 from cifar.datasets import DATASETS
 from cifar.distributed.environment import Launch
 from cifar.distributed.runtime import Runtime
@@ -62,12 +63,14 @@ def test_flags_win_over_the_recipe():
     assert (config.model, config.augment, config.local_batch_size) == (wide.model, wide.augment, wide.local_batch_size)
 
 
-def test_data_dir_flag_wins_over_the_variable(monkeypatch):
+def test_data_dir_is_absolute_and_its_flag_wins_over_the_variable(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("elsewhere")
     monkeypatch.setenv("CIFAR_DATA_DIR", "somewhere")
-    assert str(parse_args([]).data_dir) == "somewhere"
-    assert str(parse_args(["--data-dir", "else"]).data_dir) == "else"
+    assert parse_args([]).data_dir == tmp_path / "somewhere"
+    assert parse_args(["--data-dir", "link"]).data_dir == tmp_path / "link"
     monkeypatch.delenv("CIFAR_DATA_DIR")
-    assert str(parse_args([]).data_dir) == "data"
+    assert parse_args([]).data_dir == tmp_path / "data"
 
 
 def test_accelerates_configuration_counts(monkeypatch, tmp_path):
@@ -92,23 +95,34 @@ def test_checkpoint_to_evaluate_is_missed_at_once(tmp_path):
 
 
 def test_a_checkpoint_is_evaluated_as_what_it_is(monkeypatch, tmp_path):
-    """Its model and dataset are the defaults; CIFAR_DATA_DIR does not replace the folder that its run has recorded."""
+    """Its run's values are the defaults; CIFAR_DATA_DIR does not replace the folder that its run has recorded."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CIFAR_DATA_DIR", "cifar")
-    content = small() | {"config": {"model": "net-wide", "data_dir": "pets"}, "dataset": "folder"}
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    (tmp_path / "pets").mkdir()
+    own = {"model": "net-wide", "precision": "bf16", "tta": "flip", "data_dir": str(tmp_path / "pets")}
+    content = small() | {"config": own, "dataset": "folder"}
     path = tmp_path / "x.pt"
     save_checkpoint(path, content)
 
-    def parsed(*flags: str) -> tuple[str, str, str]:
+    def parsed(*flags: str) -> tuple[str, ...]:
         config = parse_args(["--evaluate", str(path), *flags])
-        return config.model, config.dataset, str(config.data_dir)
+        data_dir = str(config.data_dir.relative_to(tmp_path))
+        return config.model, config.dataset, data_dir, config.precision, config.tta
 
-    assert parsed() == ("net-wide", "folder", "pets")
-    assert parsed("--data-dir", "elsewhere", "--model", "net") == ("net", "folder", "elsewhere")
-    assert parsed("--dataset", "cifar10", "--data-dir", "data") == ("net-wide", "cifar10", "data")
+    assert parsed() == ("net-wide", "folder", "pets", "bf16", "flip")
+    given = ("--data-dir", "elsewhere", "--model", "net", "--precision", "fp32", "--tta", "none")
+    assert parsed(*given) == ("net", "folder", "elsewhere", "fp32", "none")
+    assert parsed("--dataset", "cifar10", "--data-dir", "data")[:3] == ("net-wide", "cifar10", "data")
     save_checkpoint(path, content | {"dataset": "cifar100"})
-    assert parsed() == ("net-wide", "cifar100", "cifar")
-    save_checkpoint(path, content | {"dataset": "made-up"})  # which this version does not have
-    assert parsed() == ("net-wide", "auto", "cifar")
+    assert parsed()[:3] == ("net-wide", "cifar100", "cifar")
+    monkeypatch.delenv("CIFAR_DATA_DIR")
+    assert parsed()[2] == "pets"
+    (tmp_path / "pets").rmdir()
+    assert parsed()[2] == "data", "of another machine"
+    # Which this version does not have:
+    save_checkpoint(path, content | {"dataset": "made-up", "config": own | {"precision": "fp4", "tta": "all"}})
+    assert parsed() == ("net-wide", "auto", "data", "fp32", "none")
     path.write_text("no checkpoint")
     with pytest.raises(UserError, match="not a checkpoint"):
         parsed()
@@ -219,6 +233,20 @@ def test_json_round_trip():
     assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
+URL = "https://me:pass%40word@host:8/a.tar.gz?signature=pass"
+
+
+def test_credentials_in_a_url_are_not_recorded(recorded, tmp_path, monkeypatch):
+    """Nor does W&B see them on the command line; the download has them, and a resumed run is the same with them."""
+    monkeypatch.setattr("sys.argv", ["train_ddp.py", "--resume", str(tmp_path), f"--data-url={URL}"])
+    config = parse_args()
+    assert config.data_url == URL
+    assert config.to_json()["data_url"] == "https://host:8/a.tar.gz"
+    assert "pass" not in str(sys.argv)
+    written = TrainConfig.from_json(config.to_json())
+    assert differences(config, written) == []
+
+
 @pytest.fixture
 def recorded(tmp_path):
     """Return the configuration that a run has recorded."""
@@ -236,11 +264,11 @@ def test_resume_takes_the_recorded_configuration(recorded, tmp_path):
 
 def test_resume_reads_the_data_where_they_are_now(recorded, tmp_path, monkeypatch):
     monkeypatch.setenv("CIFAR_DATA_DIR", "moved")
-    assert parse_args(["--resume", str(tmp_path)]).data_dir == Path("moved")
-    assert parse_args(["--resume", str(tmp_path), "--data-dir", "flag"]).data_dir == Path("flag")
-    config = dataclasses.replace(recorded, dataset="folder", data_dir=Path("pets"))
+    assert parse_args(["--resume", str(tmp_path)]).data_dir == Path("moved").absolute()
+    assert parse_args(["--resume", str(tmp_path), "--data-dir", "flag"]).data_dir == Path("flag").absolute()
+    config = dataclasses.replace(recorded, dataset="folder", data_dir=Path("/pets"))
     (tmp_path / "config.json").write_text(json.dumps({"config": config.to_json()}))
-    assert parse_args(["--resume", str(tmp_path)]).data_dir == Path("pets"), "the variable is for CIFAR-10"
+    assert parse_args(["--resume", str(tmp_path)]).data_dir == Path("/pets"), "the variable is for CIFAR-10"
     monkeypatch.setenv("HOME", str(tmp_path.parent))
     assert parse_args(["--resume", f"~/{tmp_path.name}"]).resume == tmp_path
 

@@ -12,7 +12,7 @@ from cifar.errors import UserError
 
 
 def make(folder, name, accuracies, batch=100, rate=50.0, dataset="cifar10", **result):
-    """A run of 10 steps an epoch, at `rate` images/s; finished if there is a `result`."""
+    """A run of 10 steps an epoch, at `rate` images/s; finished if there is a `result`, of its last step by default."""
     run_dir = folder / name
     run_dir.mkdir()
     config = {"global_batch_size": batch, "lr": 0.1, "seed": 3}
@@ -24,7 +24,7 @@ def make(folder, name, accuracies, batch=100, rate=50.0, dataset="cifar10", **re
         lines.append({"step": 10 * epoch, "test/accuracy": accuracy})
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if result:
-        (run_dir / "result.json").write_text(json.dumps({"dataset": dataset, **result}))
+        (run_dir / "result.json").write_text(json.dumps({"dataset": dataset, "steps": 10 * len(accuracies), **result}))
     return run_dir
 
 
@@ -33,8 +33,8 @@ def test_reads_accuracy_over_seconds_and_images(tmp_path):
     # 500 images at 50/s and 500 at 100/s in each epoch.
     assert run.by_seconds == [(15.0, 0.5), (30.0, 0.75)]
     assert run.by_images == [(1000, 0.5), (2000, 0.75)]
-    assert (run.accuracy, run.steps, run.seconds, run.finished) == (0.75, 20, 30.0, False)
-    assert run.first_step_seconds is None
+    shown = [run.cells[name] for name in ("accuracy", "steps", "seconds", "first step", "run")]
+    assert shown == ["75.00 %", "20", "30.0", "-", "a (not finished)"]
 
 
 def test_table_is_sorted_by_accuracy(tmp_path):
@@ -52,13 +52,19 @@ def test_table_is_sorted_by_accuracy(tmp_path):
     assert rows[2][-3:] == ["none", "(not", "finished)"]
 
 
-@pytest.mark.parametrize(("lr_scaling", "expected"), [("linear", 0.4), ("none", 0.1)])
+def test_result_of_a_run_that_was_continued_does_not_count(tmp_path):
+    run = read_run(make(tmp_path, "a", [0.5, 0.75], steps=10, train_seconds=1.0, test_accuracy_tta=0.9))
+    shown = [run.cells[name] for name in ("steps", "seconds", "with TTA", "run")]
+    assert shown == ["20", "30.0", "-", "a (not finished)"]
+
+
+@pytest.mark.parametrize(("lr_scaling", "expected"), [("linear", "0.4"), ("none", "0.1")])
 def test_lr_is_that_of_the_global_batch(tmp_path, lr_scaling, expected):
     run_dir = make(tmp_path, "a", [0.5], batch=100)
     content = json.loads((run_dir / "config.json").read_text())
     content["config"] |= {"lr_scaling": lr_scaling, "lr_batch_size": 25}
     (run_dir / "config.json").write_text(json.dumps(content))
-    assert read_run(run_dir).lr == pytest.approx(expected)
+    assert read_run(run_dir).cells["lr"] == expected
 
 
 def test_picture_and_table_of_a_directory_of_runs(tmp_path, capsys):

@@ -186,7 +186,7 @@ class Sources:
         self.missing: str | None = None
         self.asked: list[tuple] = []
 
-    def __call__(self, data_dir, data_url, show):
+    def __call__(self, data_dir, data_url):
         self.asked.append((data_dir, data_url))
         if self.missing:
             raise UnavailableError(f"not available: {self.missing}", self.missing)

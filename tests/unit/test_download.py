@@ -1,5 +1,6 @@
 """Downloads from a real HTTP server on 127.0.0.1 that truncates, stalls and lies."""
 
+import base64
 import errno
 import hashlib
 import random
@@ -24,9 +25,9 @@ def server():
         yield running
 
 
-def get(folder: Path, *urls: str, timeout: float = 5.0, show: bool = False) -> bytes:
+def get(folder: Path, *urls: str, timeout: float = 5.0) -> bytes:
     """Fetch ARCHIVE from `urls`, and return the content of the file."""
-    path = fetch(replace(ARCHIVE, urls=urls), folder, show, timeout)
+    path = fetch(replace(ARCHIVE, urls=urls), folder, timeout)
     assert path == part(folder)
     return path.read_bytes()
 
@@ -50,6 +51,29 @@ def test_sources_are_tried_in_order(server, tmp_path):
     assert get(tmp_path, *urls) == CONTENT
     assert server.paths == ["/gone", "/broken", "/good"]
     assert names(tmp_path) == ["notes.txt", "small.tar.gz.part"]
+
+
+def test_credentials_reach_their_host_only(server, tmp_path, capsys):
+    """Not the host of a redirection, nor the screen."""
+    sent = []
+
+    def redirects(reply: Reply) -> None:
+        sent.append(reply.headers["Authorization"])
+        reply.head(302, 0, Location=server.plays("/there", arrives))
+
+    def arrives(reply: Reply) -> None:
+        sent.append(reply.headers["Authorization"])
+        serves(CONTENT)(reply)
+
+    signed = "?signature=secret"
+    address = [server.plays(f"{path}{signed}", redirects).replace("//", "//me:secret%40@") for path in ("/a", "/b")]
+    assert get(tmp_path, address[0]) == CONTENT
+    assert sent == ["Basic " + base64.b64encode(b"me:secret@").decode(), None]
+    part(tmp_path).unlink()
+    server.plays(f"/b{signed}", says(403))
+    with pytest.raises(DownloadError) as caught:
+        get(tmp_path, address[1])
+    assert "secret" not in str(caught.value) + str(capsys.readouterr())
 
 
 def test_truncated_download_is_resumed(server, tmp_path):
@@ -198,25 +222,22 @@ def test_disk_error_is_not_blamed_on_a_source(server, tmp_path):
 
 
 def test_progress_lines(server, tmp_path, capsys):
-    """Without a terminal: a line for each source and each tenth, or nothing with show=False."""
+    """Without a terminal: a line for each source and each tenth."""
     url = server.plays("/a", serves(CONTENT, upto=150_000), serves(CONTENT))
-    get(tmp_path, url, show=True)
+    get(tmp_path, url)
     shown = capsys.readouterr()
     lines = shown.out.splitlines()
     assert shown.err == ""
     assert lines[0] == f"downloading {url}"
     assert f"downloading {url}, from byte 150,000 on" in lines
     assert lines[-1] == "  100 % of 0.3 MB"
-    part(tmp_path).unlink()
-    get(tmp_path, url)
-    assert capsys.readouterr() == ("", "")
 
 
 def test_progress_bar(server, tmp_path, monkeypatch, capsys):
     """On a terminal. The bar starts where the partial file ends."""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     part(tmp_path).write_bytes(CONTENT[:150_000])
-    get(tmp_path, server.plays("/a", serves(CONTENT)), show=True)
+    get(tmp_path, server.plays("/a", serves(CONTENT)))
     shown = capsys.readouterr()
     assert "small.tar.gz:  50%" in shown.err
     assert "100%" in shown.err

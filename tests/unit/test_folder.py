@@ -10,6 +10,7 @@ import time
 from types import SimpleNamespace
 
 import numpy as np
+import PIL
 import psutil
 import pytest
 import torch
@@ -22,13 +23,14 @@ from cifar.datasets import folder as folder_module
 from cifar.datasets.base import Dataset
 from cifar.datasets.folder import list_files, load_folder, prepare_folder
 from cifar.errors import UserError
+from cifar.files import write_atomically
 from cifar.pictures import read_image
 from tests.helpers.comparing import traces, wait_for_checkpoints, write_no_report
 from tests.helpers.forking import fork, wait
 from tests.helpers.processes import left_of, result
 from tests.helpers.terminal import shown
 
-CACHE = ".cifar-ddp-pictures"
+CACHE = f".cifar-ddp-pictures-pillow-{PIL.__version__}"
 COLORS = {"ant": 40, "bee": 120, "cat": 200}
 
 
@@ -90,9 +92,9 @@ def decoded(monkeypatch):
     names = []
     decode = picture_cache.decode
 
-    def spy(paths, show):
+    def spy(paths):
         names.extend(sorted(path.name for path in paths))
-        return decode(paths, show)
+        return decode(paths)
 
     monkeypatch.setattr(picture_cache, "decode", spy)
     return names
@@ -130,7 +132,8 @@ def test_files_that_count(folder, tmp_path, capfd):
     ant = folder / "train" / "ant"
     before = contents(load(folder).train)
     assert "ignored" not in capfd.readouterr().out
-    (ant / "notes.txt").write_text("text")
+    for name in ("notes.txt", "table.h5", "drawing.eps"):
+        (ant / name).write_text("text")
     (ant / "picture").write_bytes((ant / "0.png").read_bytes())
     os.mkfifo(ant / "pipe.png")
     draw(ant / ".hidden.png")
@@ -141,7 +144,7 @@ def test_files_that_count(folder, tmp_path, capfd):
     (ant / "around").symlink_to(ant)  # or to a directory above it
     assert contents(load(folder).train) == before
     lines = capfd.readouterr().out.splitlines()
-    assert lines == [f"3 files in {folder} ignored: no format of pictures has such a suffix"]
+    assert lines == [f"5 files in {folder} ignored: no supported format of pictures has such a suffix"]
     linked, more = draw(tmp_path / "linked.png", 99), tmp_path / "more"
     draw(more / "x.png", 98)
     (ant / "link.png").symlink_to(linked)
@@ -288,7 +291,7 @@ def one_picture(folder):
          "make {}/test"),
         (lambda folder: broken(folder / "test" / "bee" / "x.png"),
          "1 of the 25 pictures in {} cannot be read, more than 1 %: remove or replace them: {}/test/bee/x.png is not a "
-         "picture in a format that Pillow knows"),
+         "picture in a supported format"),
     ],
 )  # fmt: skip
 def test_mistakes(folder, change, message):
@@ -315,7 +318,7 @@ def test_one_percent_is_left_out_and_named_each_time(folder, capfd, decoded):
     broken(folder / "train" / "bee" / "x.png")
     (folder / "train" / "cat" / "y.png").symlink_to("nowhere")
     lines = [
-        f"WARNING: left out: {folder}/train/bee/x.png is not a picture in a format that Pillow knows",
+        f"WARNING: left out: {folder}/train/bee/x.png is not a picture in a supported format",
         f"WARNING: left out: {folder}/train/cat/y.png cannot be read as a picture: No such file or directory",
     ]
     written: set[int] = set()
@@ -395,9 +398,6 @@ def test_only_what_has_changed_is_decoded_again(folder, decoded):
 
 def test_progress_in_plain_lines_and_on_a_terminal(folder, capfd, monkeypatch):
     padded(folder, 200)
-    prepare_folder(folder, show=False)
-    assert capfd.readouterr() == ("", "")
-    (folder / CACHE).unlink()
     monkeypatch.setattr(decoding, "_BATCH", 10)
     monkeypatch.setattr(time, "monotonic", iter(range(1000)).__next__)
     prepare_folder(folder)
@@ -433,7 +433,7 @@ def test_workers_end_with_the_process_that_is_killed(folder, monkeypatch):
     """Else they would hold its lock forever: torch's wait until somebody reads what they have decoded."""
     padded(folder, 500)
     monkeypatch.setattr(decoding, "available_cores", lambda: 2)
-    child = fork(lambda: prepare_folder(folder, show=False))
+    child = fork(lambda: prepare_folder(folder))
     process, deadline = psutil.Process(child), time.monotonic() + 30
     while len(process.children()) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -476,19 +476,30 @@ def test_flipped_bits_are_noticed(folder, decoded, capfd):
 
 def test_well_formed_nonsense_is_damage(folder, capfd):
     load(folder)
-    for content in ({}, [], {"decoder": picture_cache._DECODER, "files": [1], "problems": {}}):
+    for content in ({}, [], {"files": [1], "problems": {}}):
         header = json.dumps(content).encode() + b"\n"
         (folder / CACHE).write_bytes(picture_cache._digest(header, memoryview(b"")) + header)
         load(folder)
         assert "is damaged" in capfd.readouterr().out
 
 
-def test_another_decoder_reads_all_pictures_again(folder, decoded, monkeypatch, capfd):
-    load(folder)
-    decoded.clear()
-    monkeypatch.setattr(picture_cache, "_DECODER", "2: 64 x 64 pixels")
-    load(folder)
-    assert len(decoded) == 24
+def upgrade(monkeypatch):
+    """Take the place of another Pillow, whose pixels differ."""
+    monkeypatch.setattr(picture_cache, "DECODER", "Pillow 99")
+    monkeypatch.setattr(folder_module, "DECODER", "Pillow 99")
+    monkeypatch.setattr(decoding, "read_image", lambda path: read_image(path) // 2)
+
+
+def test_each_pillow_has_its_own_pixels(folder, decoded, monkeypatch, capfd):
+    """So two can share a folder."""
+    own = load(folder)
+    with monkeypatch.context() as patched:
+        upgrade(patched)
+        prepare_folder(folder)
+        assert load_folder(folder).decoder == "Pillow 99"
+    assert len(decoded) == 2 * 24
+    again = load_folder(folder)  # which the other's start must not have changed
+    assert contents(again.train) == contents(own.train)
     assert "WARNING" not in capfd.readouterr().out
 
 
@@ -508,6 +519,17 @@ def test_interrupted_write_leaves_the_old_cache(folder, monkeypatch, decoded):
         load(folder)
     assert (folder / CACHE).read_bytes() == before
     monkeypatch.undo()
+
+
+def test_what_a_killed_process_leaves_is_removed(folder):
+    """Not another decoder's, which may be at work."""
+    left = fork(lambda: write_atomically(folder / CACHE, lambda file: os.kill(os.getpid(), 9)))
+    assert wait(left) == -9
+    other = folder / f".{CACHE}.dev.0123456789abcdef.tmp"
+    other.touch()
+    assert len(list(folder.glob(".*.tmp"))) == 2
+    prepare_folder(folder)
+    assert list(folder.glob(".*.tmp")) == [other]
 
 
 # Where the pixels are kept
@@ -558,7 +580,7 @@ def test_read_only_folder_is_kept_in_the_users_cache(as_reader, capfd):
         text = capfd.readouterr().out
         assert ("decoding" in text) == (start == 1)
         assert "WARNING" not in text
-    name = f"pets-{hashlib.sha256(bytes(folder)).hexdigest()[:16]}"
+    name = f"pets-{hashlib.sha256(bytes(folder)).hexdigest()[:16]}-pillow-{PIL.__version__}"
     assert {path.name for path in (user / "cache" / "torch" / "cifar-ddp").iterdir()} == {name, f"{name}.lock"}
     assert traces(folder) == before
     assert list((user / "tmp").iterdir()) == []
@@ -643,9 +665,9 @@ def test_launches_take_turns(folder, capfd):
             time.sleep(0.05)
         files, _ = list_files(folder)
         places = picture_cache._places(folder)
-        picture_cache._write(picture_cache._update(None, folder, files, False), places, False)
+        picture_cache._write(picture_cache._update(None, folder, files), places)
     assert wait(child) == 0
-    assert "decoding" not in text + capfd.readouterr().out
+    assert (text + capfd.readouterr().out).count("decoding ") == 1
 
 
 # In a run
@@ -660,7 +682,9 @@ def trained(folder, tmp_path, monkeypatch):
     write_no_report(monkeypatch)
     wait_for_checkpoints(monkeypatch)
     without_test(folder, 7)
-    train(folder, tmp_path / "run", "--max-steps", 2)
+    monkeypatch.chdir(folder.parent)
+    train(folder.name, tmp_path / "run", "--max-steps", 2)
+    monkeypatch.chdir("/")  # the relative path is resolved once
     return tmp_path / "run"
 
 
@@ -701,6 +725,13 @@ def test_resume_notices_changed_pictures(folder, trained, tmp_path):
     assert result(trained)["steps"] == 5
 
 
+def test_resume_names_the_decoders(trained, monkeypatch):
+    """If their pixels differ."""
+    upgrade(monkeypatch)
+    with pytest.raises(UserError, match=rf", decoded by Pillow {PIL.__version__} and now by Pillow 99: restore them"):
+        resume(trained)
+
+
 def test_run_of_an_earlier_version_resumes(folder, trained):
     facts = json.loads((trained / "config.json").read_text())
     del facts["images"]
@@ -712,6 +743,8 @@ def test_run_of_an_earlier_version_resumes(folder, trained):
 
 def test_evaluate_on_another_folder(folder, trained, tmp_path, capfd):
     (checkpoint,) = (trained / "checkpoints").iterdir()
+    train_ddp.main(["--device", "cpu", "--evaluate", str(checkpoint)])
+    assert "Accuracy of the network on the 6 test images" in capfd.readouterr().out
     other = shutil.copytree(folder, tmp_path / "other")
     for name, level in COLORS.items():
         draw(other / "test" / name / "0.png", level)

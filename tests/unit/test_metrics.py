@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from cifar.files import write_json
 from cifar.metrics import MetricsFile, read_metrics, series
 
 DAMAGED = [
@@ -17,6 +18,7 @@ DAMAGED = [
     b'{"step": NaN}',
     b'{"step": 3, "x": ' + b"9" * 5_000 + b"}",
     b'{"step": 3, "x": "\xff\xfe"}',
+    b'{"step": 3, "x": 1' + b"0" * 400 + b"}",
     b"\x00\x00\x00",
     b"[" * 100_000,
     b"",
@@ -45,6 +47,18 @@ def test_records_after_the_resumed_step_are_dropped(tmp_path):
         metrics.log(step, {"train/loss": 1.5, "picture": object()})
     assert metrics.keep_until(4) == [{"step": 2, "train/loss": 1.5}, {"step": 4, "train/loss": 1.5}]
     assert read_metrics(tmp_path) == metrics.keep_until(4)
+
+
+def test_numbers_that_json_does_not_have_are_left_out(tmp_path):
+    """Also those that an earlier version has written, when the run is resumed."""
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    metrics.path.write_text('{"step": 1, "x": NaN, "y": 0.5}\n')
+    metrics.log(2, {"x": float("nan"), "y": float("-inf"), "z": 1})
+    expected = [{"step": 1, "y": 0.5}, {"step": 2, "z": 1}]
+    assert read_metrics(tmp_path) == metrics.keep_until(2) == expected
+    assert [json.loads(line) for line in metrics.path.read_text().splitlines()] == expected
+    write_json(tmp_path / "result.json", {"x": [float("nan"), float("inf"), 1.5]})
+    assert json.loads((tmp_path / "result.json").read_text()) == {"x": [None, None, 1.5]}
 
 
 @pytest.mark.parametrize("place", [".", "missing/metrics.jsonl"])

@@ -84,6 +84,14 @@ def test_muon_fixes_the_norm_and_orthogonalizes_the_update():
     assert torch.allclose(update, orthogonalize(filters.grad.flatten(1)), atol=1e-4)
 
 
+def test_muon_trains_a_filter_of_zeros():
+    filters = nn.Parameter(torch.zeros(8, 3, 3, 3))
+    optimizer = Muon([{"params": [filters], "orthogonal": True}], lr=0.1)
+    filters.grad = torch.randn(8, 3, 3, 3)
+    optimizer.step()
+    assert torch.equal(filters, -0.1 * orthogonalize(filters.grad.flatten(1)).view_as(filters))
+
+
 def test_groups_of_a_speed_recipe():
     net, config = build_model("speed", 10), config_from_recipe("speed94")
     optimizer = build_optimizer(net, config)

@@ -4,11 +4,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 
+import train_ddp
 from cifar.config import TrainConfig
 from cifar.distributed.runtime import Runtime
 from cifar.errors import LocalError, UserError
 from cifar.models import build_model
 from cifar.optim import build_optimizer
+from tests.helpers.comparing import make_runs_tiny
+from tests.helpers.processes import result
 from train_ddp import train_step
 
 
@@ -67,6 +70,28 @@ def test_emulated_bf16_is_a_warning(monkeypatch, capsys):
     assert "WARNING" not in capsys.readouterr().out
     assert runtime.describe_precision() == "fp32 (auto: this device computes in bf16 only by emulation)"
     assert Runtime(TrainConfig(device="cpu")).describe_precision() == "fp32"
+
+
+@pytest.mark.usefixtures("_other_precision")
+def test_a_checkpoint_is_evaluated_as_its_run_was(monkeypatch, tmp_path, capsys):
+    """In its precision and with its views, so that the numbers are those of result.json; flags win."""
+    make_runs_tiny(monkeypatch)
+    flags = ["--dataset", "synthetic", "--device", "cpu", "--wandb", "disabled", "--max-steps", "2", "--lr", "0.02",
+             "--local-batch-size", "10", "--precision", "bf16", "--tta", "flip"]  # fmt: skip
+    train_ddp.main([*flags, "--run-dir", str(tmp_path)])
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    got, trained = result(tmp_path), capsys.readouterr().out
+    evaluation = ["--evaluate", str(checkpoint), "--device", "cpu"]
+    train_ddp.main(evaluation)
+    text = capsys.readouterr().out
+    assert "testing on synthetic in bf16" in text
+    assert f"({got['test_correct']:,} of {got['test_total']:,} correct, loss {got['test_loss']:.4f})" in text
+    assert f"with test-time augmentation: {100 * got['test_accuracy_tta']:.2f} %" in text
+    assert text[text.index("Accuracy") :] == trained[trained.index("Accuracy") : trained.index("records, ")]
+    train_ddp.main([*evaluation, "--precision", "fp32", "--tta", "none"])
+    text = capsys.readouterr().out
+    assert "in fp32" in text
+    assert "test-time augmentation" not in text
 
 
 def test_fp16_needs_a_gpu():

@@ -15,7 +15,7 @@ from cifar.data import normalize
 from cifar.datasets.cifar10 import CLASSES
 from cifar.errors import UserError
 from cifar.models import build_model
-from cifar.pictures import read_image
+from cifar.pictures import FORMATS, picture_formats, read_image
 from cifar.predict import main, predict
 from tests.helpers.checkpoints import save_weights
 
@@ -195,7 +195,8 @@ def test_large_picture_is_read_and_bomb_refused(tmp_path, monkeypatch):
 def test_unreadable_file_is_one_line(tmp_path):
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file, "png")
-    text, cut, pipe, empty = (tmp_path / f"{name}.png" for name in ("text", "cut", "pipe", "empty"))
+    text, cut, pipe, empty, script = (tmp_path / f"{name}.png" for name in ("text", "cut", "pipe", "empty", "script"))
+    Image.fromarray(gradient()).save(script, "eps")
     os.mkfifo(pipe)
     empty.touch()
     text.write_bytes(b"no picture")
@@ -204,13 +205,20 @@ def test_unreadable_file_is_one_line(tmp_path):
     looped.symlink_to(looped)
     reasons = {
         text: "not a picture", cut: "truncated", empty: "not a picture", nowhere: "No such", looped: "symbolic links",
-        tmp_path: "a directory", pipe: "a pipe", tmp_path / ("x" * 300): "too long",
+        tmp_path: "a directory", pipe: "a pipe", script: "not a picture", tmp_path / ("x" * 300): "too long",
     }  # fmt: skip
     for path, reason in reasons.items():
         with pytest.raises(UserError, match=reason) as caught:
             read_image(path)
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_supported_formats_have_their_suffixes():
+    found = {suffix: name for name in picture_formats() for suffix in FORMATS[name].split()}
+    assert {".jpg", ".png", ".webp"} < found.keys()
+    registered = Image.registered_extensions()
+    assert {suffix: registered[suffix].replace("MPO", "JPEG") for suffix in found} == found
 
 
 def test_three_most_probable_classes_of_each_picture(tmp_path, capsys):

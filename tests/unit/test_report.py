@@ -33,17 +33,18 @@ def evaluation(classes):
     )
 
 
-def report(run_dir, test, records=RECORDS, **changes):
+def report(run_dir, test, records=RECORDS, smoothing=0.2, **changes):
     """Write the report of a made-up run; return the page and the picture's pixels."""
     run_dir.mkdir()
     result = {
-        "recipe": "wide", "dataset": "cifar10", "model": "net-wide", "steps": 40, "world_size": 2, "seed": 0,
-        "global_batch_size": 500, "precision": "fp32", "device": "cpu", "train_seconds": 71.0,
+        "recipe": "wide", "dataset": "cifar10", "model": "net-wide", "steps": 40, "seed": 0, "precision": "fp32",
+        "global_batch_size": 500, "trained_on": "2 processes on cpu, then 1 process on cpu", "train_seconds": 71.0,
         "images_per_second": 1055.0, "test_accuracy": 2 / 3, "test_correct": 200, "test_total": 300, **changes,
     }  # fmt: skip
+    config = {"lr": 0.05, "model": "<net>", "label_smoothing": smoothing}
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records))
     (run_dir / "result.json").write_text(json.dumps(result))
-    (run_dir / "config.json").write_text(json.dumps({"config": {"lr": 0.05, "model": "<net>"}, "torch": "2.15"}))
+    (run_dir / "config.json").write_text(json.dumps({"config": config, "torch": "2.15", "starts": []}))
     write_report(run_dir, test, IMAGES)
     return (run_dir / "index.html").read_text(), np.array(Image.open(run_dir / "report.png").convert("RGB"))
 
@@ -79,7 +80,7 @@ def test_page_is_well_formed_and_self_contained(written):
 def test_page_has_every_section(written):
     page = written[0]
     assert "<h1>Test accuracy 66.67 %: 200 of 300 test images</h1>" in page
-    for fact in ("70.00 % with test-time augmentation (crop)", "40 steps of 500 images", "2 processes on cpu, fp32"):
+    for fact in ("70.00 % with test-time augmentation (crop)", "40 steps of 500 images", "then 1 process on cpu, fp32"):
         assert fact in page
     headings = "Cross-entropy|Test accuracy|Images per second|Accuracy of each class|Confusion matrix"
     headings += "|Most confidently wrong|Configuration"
@@ -88,6 +89,7 @@ def test_page_has_every_section(written):
     assert re.findall(r"<span>([\d.]+)</span>\n", page) == percents
     assert [int(cell) for cell in re.findall(r">(\d+)</td>", page)] == TEST.confusion().flatten().tolist()
     assert "<span>lr</span><span>0.05</span>" in page
+    assert "training, with label smoothing 0.2<" in page, "the curves do not compare"
     assert "Synthetic" not in page
 
 
@@ -135,6 +137,7 @@ def test_synthetic_dataset_with_a_hundred_classes(written, tmp_path):
 
 def test_no_records_no_mistakes_and_an_empty_class(tmp_path):
     test = replace(TEST, predicted=TEST.labels, classes=(*TEST.classes, "empty"))
-    page, _ = report(tmp_path / "run", test, [])
+    page, _ = report(tmp_path / "run", test, [], smoothing=0.0)
+    assert ">training<" in page
     assert "Most confidently wrong" not in page
     assert re.search(r'<span>empty</span><span class="bar"><i style="width: 0%"></i></span>\n<span>no images', page)

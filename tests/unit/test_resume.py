@@ -12,6 +12,7 @@ from torch import nn
 
 import train_ddp
 from cifar.checkpoint import checkpoint_path, checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
+from cifar.compare import read_run
 from cifar.datasets import DATASETS
 from cifar.errors import StoppedError, UserError
 from cifar.models import MODELS
@@ -230,6 +231,34 @@ def test_flags_of_an_earlier_version_matter_only_if_they_were_used(undisturbed, 
     else:
         resume(run_dir)
         assert_same_run(run_dir, undisturbed)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_where_a_run_was_trained_is_recorded(run_dir, recorded):
+    """Each start that has trained a part of it, also if an earlier version began it and recorded only the last one."""
+    path = run_dir / "config.json"
+
+    def on_gpus(steps):
+        facts = json.loads(path.read_text())
+        assert [start["step"] for start in facts["starts"]] == steps
+        before = {"world_size": 8, "device": "cuda"}
+        facts["starts"][0] |= before
+        path.write_text(json.dumps(facts if recorded else {k: v for k, v in facts.items() if k != "starts"} | before))
+
+    on_gpus([0])
+    resume(killed(run_dir, after=12))
+    assert result(run_dir)["trained_on"] == "8 processes on cuda, then 1 process on cpu"
+    assert read_run(run_dir).cells["processes"] == "8, 1"
+    on_gpus([0, 12])
+    resume(killed(run_dir, after=10))
+    assert result(run_dir)["trained_on"] == "8 processes on cuda, then 1 process on cpu"
+    (run_dir / "result.json").unlink()
+    resume(run_dir)  # trains nothing
+    assert read_run(run_dir).cells["processes"] == "8, 1"
+    on_gpus([0, 10, LAST])
+    resume(killed(run_dir, after=0))
+    assert result(run_dir)["trained_on"] == "1 process on cpu"
+    on_gpus([0])
 
 
 def test_running_losses_of_two_ranks_continue_in_one(undisturbed, run_dir):

@@ -1,6 +1,7 @@
 """After a restart by torchrun, a launch finds the run that it began."""
 
 import contextlib
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -81,12 +82,13 @@ def test_runs_of_other_agents_are_not_continued(tmp_path, monkeypatch, agent):
 def test_all_ranks_continue_the_run_that_any_host_found(tmp_path, monkeypatch, agent):
     monkeypatch.chdir(tmp_path)
     own = begin(Path("runs/a"), agent)
-    config = TrainConfig()
+    config = TrainConfig(data_dir=Path("/scratch"), data_url="https://me:password@host/a")
     # Only local rank zero looks; hosts that do not share rank zero's disk learn of the run from the others.
     assert find_own_run(config, launched(agent, local_rank=1)) is config
     theirs = read_config(own)
     shutil.rmtree("runs")
-    assert find_own_run(config, launched(agent, others=[None, theirs])) is theirs
+    expected = dataclasses.replace(theirs, data_dir=config.data_dir, data_url=config.data_url)
+    assert find_own_run(config, launched(agent, others=[None, theirs])) == expected
 
 
 def test_own_run_that_was_killed_before_it_began_is_begun_again(tmp_path, agent):

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,25 @@ def test_every_offline_record_is_complete(runtime, tmp_path, wandb, capfd):
     assert found["run"][0]["run_id"] == (tmp_path / "wandb" / "id.txt").read_text().strip()
     assert found["exit"][-1]["exit_code"] == 1
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("many", [5, 10])
+def test_classes_without_images_and_many_classes(runtime, tmp_path, wandb, monkeypatch, many):
+    """NaN is in no record; W&B gets a chart for each class up to a number of them, also from an earlier start."""
+    monkeypatch.setattr(wandb_logger, "_MANY_CLASSES", many)
+    test = replace(evaluation(0.5), classes=(*CLASSES, "empty"))
+    for step in (0, 1):
+        with tracking(runtime, tmp_path, step=step) as tracked:
+            tracked.log_test(step + 1, 1, test)
+            tracked.close()
+    for record in read_metrics(tmp_path):
+        assert [name for name in record if name.startswith("test_class/")] == NAMES
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    history = read_back(offline_runs(tmp_path)[0])["history"]
+    assert len(history) == 2
+    for row in history:
+        charts = {name for name in row["item"] if name.startswith("test_class/")}
+        assert charts == (set(NAMES) if many >= 10 else set())
 
 
 @pytest.mark.parametrize(
