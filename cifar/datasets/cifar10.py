@@ -1,6 +1,5 @@
 """CIFAR-10 (Krizhevsky 2009), and the reader that it shares with CIFAR-100."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,9 @@ def read(reader: str, archive: Archive, data_dir: Path, classes: tuple[str, ...]
     Raises:
         UserError: names the file that is missing, corrupt or unreadable.
     """
-    torchvision = _torchvision(reader)
+    from torchvision import datasets  # takes a second to import
+
+    torchvision = getattr(datasets, reader)
     folder = data_dir / archive.folder
     try:
         splits: list[Split] = []
@@ -80,26 +81,3 @@ def _corrupt_file(reader: Any, archive: Archive, data_dir: Path) -> str:
         if not check_integrity(path, md5):
             return f"{path} is corrupt: its MD5 is not that of {archive.title}"
     return f"cannot read {data_dir / archive.folder}"
-
-
-def _torchvision(reader: str) -> Any:
-    """Return torchvision's class `reader`, also where torchvision's compiled operators do not fit this torch.
-
-    Then `import torchvision` fails with "operator torchvision::nms does not exist", as it registers shape rules for
-    operators that are missing. CIFAR needs none of them: declare each without a body, and import again.
-    """
-    while True:
-        try:
-            from torchvision import datasets
-        except RuntimeError as error:
-            missing = re.search(r"operator torchvision::(\w+) does not exist", str(error))
-            if missing is None:
-                raise
-            library = torch.library.Library("torchvision", "FRAGMENT")
-            library.define(f"{missing[1]}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            _declared.append(library)
-        else:
-            return getattr(datasets, reader)
-
-
-_declared: list[torch.library.Library] = []  # a declaration lasts as long as its object

@@ -1,9 +1,7 @@
 """The real CIFAR-10."""
 
 import hashlib
-import sys
 import tarfile
-import textwrap
 from dataclasses import replace
 
 import pytest
@@ -12,7 +10,6 @@ import torch
 from cifar.datasets import cifar10
 from cifar.datasets.cifar10 import ARCHIVE, load_cifar10, prepare_cifar10
 from tests.helpers.http_server import Server, serves
-from tests.helpers.processes import run
 
 pytestmark = pytest.mark.slow
 
@@ -41,34 +38,3 @@ def test_from_the_server_to_the_tensors(real_data, tmp_path, monkeypatch):
         theirs = CIFAR10(real_data, train=train)
         assert torch.equal(images.permute(0, 2, 3, 1), torch.from_numpy(theirs.data))
         assert labels.tolist() == theirs.targets
-
-
-def test_torchvision_without_its_operators(real_data, tmp_path):
-    """CIFAR-10 loads where `import torchvision` fails because its compiled part does not fit this torch."""
-    program = textwrap.dedent(f"""
-        import gc
-        from pathlib import Path
-        import torch
-
-        def fails(path):
-            raise OSError(f"Could not load this library: {{path}}")
-
-        torch.ops.load_library = fails
-        try:
-            import torchvision
-        except RuntimeError as error:
-            print(error)
-
-        from cifar.datasets.cifar10 import load_cifar10
-
-        data = load_cifar10(Path({str(real_data.resolve())!r}))
-        print(tuple(data.train[0].shape), len(data.test[1]))
-        gc.collect()
-        print(len(torch._C._jit_get_schemas_for_operator("torchvision::nms")))
-    """)
-    done = run([sys.executable, "-c", program], cwd=tmp_path)
-    assert done.stdout.splitlines() == [
-        "operator torchvision::nms does not exist",
-        "(50000, 3, 32, 32) 10000",
-        "1",  # still declared: an operator goes when the object that declared it does
-    ], done.stderr
