@@ -46,7 +46,8 @@ _PEER_LOST = re.compile(
 def launch(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") -> Iterator[tuple[TrainConfig, Runtime]]:
     """Parse the flags and join the other ranks; leave them at the end of the block.
 
-    After a restart by torchrun, the configuration is that of the run which this launch began.
+    After a restart by torchrun, the configuration is that of the run which this launch began. If it has finished, `Run`
+    ends the block, without an error.
 
     Raises:
         UserError: the command line or the environment is wrong.
@@ -54,18 +55,23 @@ def launch(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") -> Ite
     """
     config = parse_args(argv, prog)
     try:
-        runtime = Runtime(config)
-        config = find_own_run(dataclasses.replace(config, precision=runtime.precision), runtime)
-        if config.precision != runtime.precision:
-            raise UserError(f"{config.resume} trains in {config.precision}, not in {runtime.precision}: --resume it")
-        yield config, runtime
+        with Runtime(config) as runtime:
+            config = find_own_run(dataclasses.replace(config, precision=runtime.precision), runtime)
+            if config.precision != runtime.precision:
+                raise UserError(
+                    f"{config.resume} trains in {config.precision}, not in {runtime.precision}: --resume it"
+                )
+            yield config, runtime
+    except StoppedError as stop:
+        if stop.status:
+            raise
+        runtime.print0(str(stop))  # before a restart, this launch has finished the run: on to what follows
     except RuntimeError as error:
         if (lack := out_of_memory(error)) is None:
             raise
         # In a training step, train_epoch names a better remedy.
         reason = f"{lack} outside of a training step, where no batch size matters: end the other programs that use it"
         raise LocalError(reason) from error
-    runtime.close()
 
 
 def parse_args(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") -> TrainConfig:
@@ -191,8 +197,7 @@ def exit_on_error(prog: str) -> Iterator[None]:
     with safe_output():
         try:
             yield
-        except StoppedError as stop:
-            _print0(str(stop), sys.stdout)
+        except StoppedError as stop:  # Run has said so
             raise SystemExit(stop.status) from None
         except LocalError as error:
             if claim_report():

@@ -36,13 +36,15 @@ def hosts():
 class Started:
     """`launch/multi_node.sh` on one host, with its output in a file."""
 
-    def __init__(self, hosts: Hosts, host: int, nodes: str, *flags: object, cwd: Path, root: Path = ROOT) -> None:
+    def __init__(
+        self, hosts: Hosts, host: int, nodes: str, *flags: object, cwd: Path, root: Path = ROOT, restarts: int = 3
+    ) -> None:
         self.log = cwd / f"host-{host}.txt"
         with self.log.open("w") as output:
             self.process = subprocess.Popen(
                 hosts.on(host, root / "launch" / "multi_node.sh", ADDRESSES[0], nodes, *flags),
-                cwd=cwd, env=clean_environment(PATH=PATH, CUDA_VISIBLE_DEVICES=""), stdin=subprocess.DEVNULL,
-                stdout=output, stderr=subprocess.STDOUT,
+                cwd=cwd, env=clean_environment(PATH=PATH, CUDA_VISIBLE_DEVICES="", MAX_RESTARTS=str(restarts)),
+                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
             )  # fmt: skip
 
     def text(self) -> str:
@@ -65,13 +67,13 @@ class Started:
 
 
 @contextmanager
-def on_both(hosts, nodes, *flags, cwd, root=ROOT, data_dirs=(None, None)):
+def on_both(hosts, nodes, *flags, cwd, root=ROOT, data_dirs=(None, None), restarts=3):
     """Run the same command on both hosts, with a data directory each."""
     started = []
     try:
         for host, data_dir in enumerate(data_dirs):
             own = ["--data-dir", data_dir] if data_dir is not None else []
-            started.append(Started(hosts, host, nodes, *flags, *own, cwd=cwd, root=root))
+            started.append(Started(hosts, host, nodes, *flags, *own, cwd=cwd, root=root, restarts=restarts))
         yield started
     finally:
         for one in started:
@@ -105,6 +107,19 @@ def test_host_that_is_cut_off_and_returns(hosts, tmp_path):
     steps = [step for step, _ in records(tmp_path / "run", "train/loss")]
     assert steps == list(range(20, 6001, 20)), "a step is missing or recorded twice"
     assert result(tmp_path / "run")["steps"] == 6000
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_host_that_is_stopped_stops_the_other_without_restarts(hosts, tmp_path, asked):
+    flags = [*FLAGS, *MODEST, "--max-steps", "60000", "--run-dir", tmp_path / "run"]
+    with on_both(hosts, "2", *flags, cwd=tmp_path, restarts=0) as both:
+        both[0].until("   100] loss:")
+        both[asked].process.terminate()
+        began = time.monotonic()
+        assert [one.process.wait(60) for one in both] == [1, 1], "neither has finished"
+        assert time.monotonic() - began < 60
+        assert both[0].text().count("Stopped by SIGTERM after step") == 1
+        assert "Stopped by" not in both[1].text()
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared directory", "own directories"])
