@@ -67,7 +67,7 @@ class Run:
         self._last_step = self.plan.last_step(config)
         self._facts = self._environment()
         self._lock: RunLock | None = None
-        self._stopping = self._closing = self._leaving = False
+        self._stopping = self._closing = False
         self._test: Evaluation | None = None
         self._profiler: StepProfiler | None = None
         try:
@@ -131,12 +131,10 @@ class Run:
         self._closing = True
         stopped = isinstance(error, StoppedError)
         with contextlib.ExitStack() as stack:  # in reverse order, and each even if another fails
-            if self._leaving:
-                stack.callback(self._request.pass_on)
             if self._lock is not None:
                 stack.callback(self._lock.release)
             if stopped:
-                stack.callback(self._wait_for_rank_zero)
+                stack.callback(self._leave_together)
             stack.callback(self._request.__exit__, kind, error, trace)
             if stopped:
                 stack.callback(self.runtime.print0, str(error))
@@ -149,10 +147,18 @@ class Run:
             newest = self._writer.newest or "none"
             raise TrainingDivergedError(f"{error}; last good checkpoint: {newest}; try a lower --lr") from None
 
-    def _wait_for_rank_zero(self) -> None:
-        """Wait until rank zero has closed the records: torchrun ends the ranks of a host as soon as one has left."""
-        with contextlib.suppress(RuntimeError):  # a rank has been killed
-            self.runtime.gather(None)
+    def _leave_together(self) -> None:
+        """Wait until rank zero has closed the records, for torchrun ends a host's ranks as soon as one has left.
+
+        With restarts left, torchrun starts them again: right on a host that was not asked to stop, while on another one
+        a rank has to ask torchrun, too. SIGTERM to all ranks of a host may be torchrun's own, before a restart.
+        """
+        launch = self.runtime.launch
+        with contextlib.suppress(RuntimeError):  # a rank has been killed meanwhile
+            requests = self.runtime.gather((launch.host, self._request.name))
+            names = {name for host, name in requests if host == launch.host}
+            if launch.restarts_left > 0 and launch.local_rank == 0 and names not in ({None}, {"SIGTERM"}):
+                self._request.pass_on()
 
     def _cannot_end(self) -> bool:
         """Return whether training waits for a process that is gone, and no checkpoint or record is being completed."""
@@ -227,9 +233,6 @@ class Run:
             text += f" on host {', '.join(map(str, sorted(leaving)))}; the others continue without it"
         else:
             text += f"; to continue: --resume {self.dir}"
-        # torchrun takes the status for a failure: with restarts left, it starts the ranks again. That is right on hosts
-        # that were not asked. On the others, it has to be asked itself, by one rank.
-        self._leaving = launch.restarts_left > 0 and launch.host in leaving and launch.local_rank == 0
         number = getattr(signal, names[0], None)  # None: the end of torchrun
         raise StoppedError(text, status=128 + number if number else 1)
 

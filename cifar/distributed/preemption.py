@@ -87,7 +87,7 @@ class StopRequest:
         os.close(self._read)
 
     def pass_on(self) -> None:
-        """Ask torchrun to stop, too: it then leaves with status 1, instead of restarting what it was not asked to stop.
+        """Ask torchrun to stop, too: it then exits with status 1, instead of restarting its ranks.
 
         The agent of a forked rank is a program of the user's, such as a notebook, and is left alone.
         """

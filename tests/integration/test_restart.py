@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 TWO = ["--standalone", "--nproc_per_node=2"]
 # Number of ranks, restarts, and who is signalled: torchrun, the last rank, or all ranks.
-STOPS = ((2, 3, "rank"), (2, 0, "rank"), (2, 3, "ranks"), (1, 3, "torchrun"))
+STOPS = ((2, 3, "rank"), (2, 0, "rank"), (1, 3, "ranks"), (2, 3, "torchrun"))
 
 
 @pytest.fixture(scope="module")
