@@ -125,11 +125,11 @@ class Launch:
 
     @staticmethod
     def identify(number: int) -> str | None:
-        """Return an ID of the `number`th run that this process trains; no other start of torchrun has it.
+        """Return an ID for run `number` of this process that no other start of torchrun has, only its restarts.
 
-        torchrun's restarts have it again, for they repeat the same program. It begins with the directory of the agent's
-        logs: new for every torchrun, elastic_launch and notebook_launcher, and kept until it ends. None without that
-        directory: outside of torchrun, or with `--log-dir /dev/null`.
+        It begins with the directory of the agent's logs. Each call of torchrun, elastic_launch or notebook_launcher
+        makes a new one. Without it, the result is None: outside of torchrun, or with `--log-dir /dev/null`. A restart
+        repeats the same program, so its runs have the same numbers.
         """
         match = _ERROR_FILE.fullmatch(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))
         return f"{match[1]}#{number}" if match else None
