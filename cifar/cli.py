@@ -20,7 +20,7 @@ from cifar.checkpoint import read_checkpoint
 from cifar.config import MAY_CHANGE, Recipe, TrainConfig, differences, flag, read_config
 from cifar.datasets import DATASETS
 from cifar.distributed.environment import Launch, accelerate_fields, is_local_rank_zero, is_rank_zero
-from cifar.distributed.rendezvous import announce, claim_report
+from cifar.distributed.rendezvous import announce, claim_report, has_joined
 from cifar.distributed.runtime import Runtime
 from cifar.errors import (
     LocalError,
@@ -49,7 +49,8 @@ _REPORT_FIRST_SECONDS = 5
 def launch(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") -> Iterator[tuple[TrainConfig, Runtime]]:
     """Parse the flags and join the other ranks; leave them at the end of the block.
 
-    After a restart by torchrun, the configuration is that of the run which this launch began.
+    After a restart by torchrun, the configuration is that of the run which this launch began. If it has finished, `Run`
+    ends the block, without an error.
 
     Raises:
         UserError: the command line or the environment is wrong.
@@ -57,18 +58,23 @@ def launch(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") -> Ite
     """
     config = parse_args(argv, prog)
     try:
-        runtime = Runtime(config)
-        config = find_own_run(dataclasses.replace(config, precision=runtime.precision), runtime)
-        if config.precision != runtime.precision:
-            raise UserError(f"{config.resume} trains in {config.precision}, not in {runtime.precision}: --resume it")
-        yield config, runtime
+        with Runtime(config) as runtime:
+            config = find_own_run(dataclasses.replace(config, precision=runtime.precision), runtime)
+            if config.precision != runtime.precision:
+                raise UserError(
+                    f"{config.resume} trains in {config.precision}, not in {runtime.precision}: --resume it"
+                )
+            yield config, runtime
+    except StoppedError as stop:
+        if stop.status:
+            raise
+        runtime.print0(str(stop))  # before a restart, this launch has finished the run: on to what follows
     except RuntimeError as error:
         if (lack := out_of_memory(error)) is None:
             raise
         # In a training step, train_epoch names a better remedy.
         reason = f"{lack} outside of a training step, where no batch size matters: end the other programs that use it"
         raise LocalError(reason) from error
-    runtime.close()
 
 
 def parse_args(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") -> TrainConfig:
@@ -206,9 +212,7 @@ def exit_on_error(prog: str) -> Iterator[None]:
     with safe_output():
         try:
             yield
-        except StoppedError as stop:
-            if is_rank_zero():
-                print(stop, flush=True)
+        except StoppedError as stop:  # Run has said so
             raise SystemExit(stop.status) from None
         except KeyboardInterrupt:  # before training began; during training it becomes a StoppedError
             raise SystemExit(130) from None
@@ -227,7 +231,7 @@ def _report(prog: str, error: Exception) -> int | None:
         if isinstance(error, LocalError):
             _print_first(f"{prog}: error: {error}{_place()}")
             return error.status
-        speaks = is_rank_zero() if dist.is_initialized() else is_local_rank_zero()
+        speaks = is_rank_zero() if has_joined() else is_local_rank_zero()
         if speaks and not isinstance(error, UsageError):
             print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
         announce(str(error))

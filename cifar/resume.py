@@ -38,20 +38,19 @@ def find_own_run(config: TrainConfig, runtime: Runtime) -> TrainConfig:
     """Return the configuration of the run that this launch began before a restart, or else `config`.
 
     torchrun starts the same command line again after a rank has failed or a host has come or gone. A run is recognized
-    by the ID of torchrun's agent, which outlives its workers. (TORCHELASTIC_RUN_ID is not unique before torch 2.14, and
-    the restart count of a returning host begins at zero.)
+    by `Runtime.launch_id`. (TORCHELASTIC_RUN_ID is not unique before torch 2.14, and the restart count of a returning
+    host begins at zero.)
 
     Raises:
         UserError: the configuration of that run is damaged.
     """
-    agent = runtime.launch.agent()
     own = None  # read where it is found: the other hosts may not share the directory
     with runtime.fail_together():
-        if agent is not None and runtime.local_rank == 0:
+        if runtime.launch_id is not None and runtime.local_rank == 0:
             named = config.resume or config.run_dir
             for run_dir in [named] if named is not None else Path("runs").glob("*"):
                 # Without a configuration, it was killed before it began.
-                if agent in owners(run_dir) and (run_dir / "config.json").exists():
+                if runtime.launch_id in owners(run_dir) and (run_dir / "config.json").exists():
                     own = read_config(run_dir)
     found = [own for own in runtime.gather(own) if own is not None]
     # Where the data are, and by which credentials they are downloaded, each host knows best.

@@ -88,7 +88,7 @@ class Run:
     def _open(self, config: TrainConfig) -> Resumed | None:
         """Create or find the run directory, lock it, restore the state, and record the configuration."""
         runtime, state = self.runtime, self.state
-        agents = [agent for agent in dict.fromkeys(runtime.gather(runtime.launch.agent())) if agent is not None]
+        launches = [launch for launch in dict.fromkeys(runtime.gather(runtime.launch_id)) if launch is not None]
         run_dir: Path | None = None
         with runtime.fail_together():
             if runtime.is_main:
@@ -99,7 +99,7 @@ class Run:
         self.dir = runtime.from_main(run_dir)
         resumed = None
         if config.resume is not None:
-            own = runtime.from_main(self._lock and self._lock.owned_by(agents))
+            own = runtime.from_main(self._lock and self._lock.owned_by(launches))
             resumed = restore(config, runtime, self.data, state, bool(own))
         self.config = dataclasses.replace(
             config, run_dir=self.dir, resume=None, global_batch_size=self.plan.global_batch_size
@@ -111,7 +111,7 @@ class Run:
                 check_writable(self.dir, need=3 * 8 * parameters + (4 << 20))
                 try:
                     # A directory is a run once it has a config.json; from then on, a restart must recognize it.
-                    self._lock.record_owner(agents)
+                    self._lock.record_owner(launches)
                     self._facts["starts"] = add_start(self.dir, self._facts, state.step, runtime.launch.hosts)
                     write_json(self.dir / "config.json", {"config": self.config.to_json(), **self._facts})
                 except OSError as error:
@@ -134,9 +134,11 @@ class Run:
         with contextlib.ExitStack() as stack:  # in reverse order, and each even if another fails
             if self._lock is not None:
                 stack.callback(self._lock.release)
+            if stopped:
+                stack.callback(self._leave_together)
             stack.callback(self._request.__exit__, kind, error, trace)
             if stopped:
-                stack.callback(self.runtime.close)
+                stack.callback(self.runtime.print0, str(error))
             stack.callback(self._tracking.close, exit_code=0 if kind is None else 1, preempting=stopped)
             stack.callback(self._writer.flush)
             stack.callback(self._console.close)
@@ -145,6 +147,19 @@ class Run:
         if isinstance(error, TrainingDivergedError):
             newest = self._writer.newest or "none"
             raise TrainingDivergedError(f"{error}; last good checkpoint: {newest}; try a lower --lr") from None
+
+    def _leave_together(self) -> None:
+        """Wait until rank zero has closed the records, for torchrun ends a host's ranks as soon as one has left.
+
+        With restarts left, torchrun starts them again: right on a host that was not asked to stop, while on another one
+        a rank has to ask torchrun, too. SIGTERM to all ranks of a host may be torchrun's own, before a restart.
+        """
+        launch = self.runtime.launch
+        with contextlib.suppress(RuntimeError):  # a rank has been killed meanwhile
+            requests = self.runtime.gather((launch.host, self._request.name))
+            names = {name for host, name in requests if host == launch.host}
+            if launch.restarts_left > 0 and launch.local_rank == 0 and names not in ({None}, {"SIGTERM"}):
+                self._request.pass_on()
 
     def _cannot_end(self) -> bool:
         """Return whether training waits for a process that is gone, and no checkpoint or record is being completed."""
@@ -213,19 +228,14 @@ class Run:
         launch = self.runtime.launch
         requests = self.runtime.gather((launch.host, self._request.name))
         leaving = {host for host, name in requests if name is not None}
-        names = ", ".join(sorted({name for _, name in requests if name is not None}))
-        text = f"Stopped by {names} after step {self.state.step:,} of {self._last_step:,}"
-        # With restarts left, the hosts that were not asked continue without the others: torchrun takes status 1 for a
-        # failure and restarts them. After a signal to torchrun itself the status does not matter; after a signal to a
-        # rank alone, torchrun would restart the run for any status but 0.
+        names = sorted({name for _, name in requests if name is not None})
+        text = f"Stopped by {', '.join(names)} after step {self.state.step:,} of {self._last_step:,}"
         if launch.restarts_left > 0 and len({host for host, _ in requests} - leaving):
-            raise StoppedError(
-                f"{text} on host {', '.join(map(str, sorted(leaving)))}; the others continue without it",
-                status=0 if launch.host in leaving else 1,
-            )
-        number = getattr(signal, self._request.name or "", 1)
-        status = 0 if launch.elastic else 128 + int(number)
-        raise StoppedError(f"{text}; to continue: --resume {self.dir}", status)
+            text += f" on host {', '.join(map(str, sorted(leaving)))}; the others continue without it"
+        else:
+            text += f"; to continue: --resume {self.dir}"
+        number = getattr(signal, names[0], None)  # None: the end of torchrun
+        raise StoppedError(text, status=128 + number if number else 1)
 
     def finish(self) -> None:
         """Print the accuracies of the finished run; write result.json, report.png and index.html. Collective."""

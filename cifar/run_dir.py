@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from filelock import FileLock, Timeout
 from cifar.errors import UserError
 from cifar.files import read_json, write_json
 
-# A restarted process may find its predecessor still exiting.
-_PATIENCE_SECONDS = 5.0
+# A restarted process may find its predecessor still exiting, and a file server lets go of a host that is gone only when
+# its lease ends, for NFS after 90 s.
+_PATIENCE_SECONDS = 120.0
+_NOTICE_SECONDS = 5.0
 
 
 class RunLock:
@@ -27,28 +30,31 @@ class RunLock:
         """
         self._run_dir, self._path = run_dir, run_dir / ".lock"
         self._new = not self._path.exists()
-        self._lock = FileLock(self._path, timeout=_PATIENCE_SECONDS)
+        self._lock = FileLock(self._path)
         try:
-            self._lock.acquire()
+            try:
+                self._lock.acquire(_NOTICE_SECONDS)
+            except Timeout:
+                holder = _read_launch(run_dir)
+                locked = f"{run_dir} is locked by process {holder.get('pid', '?')} on {holder.get('host', '?')}"
+                print(f"{locked}: waiting for it, for {_PATIENCE_SECONDS:g} s", file=sys.stderr, flush=True)
+                self._lock.acquire(_PATIENCE_SECONDS - _NOTICE_SECONDS)
         except Timeout:
-            holder = _read_launch(run_dir)
-            raise UserError(
-                f"{run_dir} is locked by process {holder.get('pid', '?')} on {holder.get('host', '?')}: wait for it, "
-                f"or stop it first"
-            ) from None
+            raise UserError(f"{locked}: wait for it, or stop it first") from None
         except (OSError, NotImplementedError) as error:
             raise UserError(f"the run directory {run_dir} cannot be locked: {error}; name another") from error
 
     def owned_by(self, launchers: list[str]) -> bool:
-        """Return whether one of these torchrun agents last owned this run."""
+        """Return whether one of these launches has owned this run."""
         return not set(launchers).isdisjoint(owners(self._run_dir))
 
     def record_owner(self, launchers: list[str]) -> None:
-        """Record this process and its torchrun agents, one per host, as owners of the run.
+        """Record this process and its launches by torchrun, one per host, beside the run's earlier ones.
 
         Raises:
             OSError: the disk is full.
         """
+        launchers = list(dict.fromkeys([*owners(self._run_dir), *launchers]))
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "launchers": launchers}
         write_json(self._run_dir / "launch.json", owner)
 
@@ -60,7 +66,7 @@ class RunLock:
 
 
 def owners(run_dir: Path) -> list[str]:
-    """Return the torchrun agents that last owned the run; none if it was started without torchrun."""
+    """Return the launches by torchrun that have owned the run, one per host."""
     launchers = _read_launch(run_dir).get("launchers")
     return launchers if isinstance(launchers, list) else []
 

@@ -1,6 +1,7 @@
 """The environment that the launcher set: plain `python`, torchrun or accelerate launch; others are refused."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from cifar.errors import UserError
 
 # Set by torchrun, and by accelerate launch, for each process.
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Where torchrun expects a worker's error, below a directory that each agent makes for itself (mkdtemp; torch 2.14).
+_ERROR_FILE = re.compile(r"(.+)/attempt_\d+/\d+/error\.json")
 _ADVICE = "to train in one process, or start several with `torchrun --nproc_per_node=N train_ddp.py`"
 
 # Launchers whose processes torchrun's variables do not connect: how many they started, and the index of this one. In a
@@ -77,7 +80,8 @@ class Launch:
                     "or `torchrun --nproc_per_node=N train_ddp.py`"
                 )
             given = ", ".join(name for name in _TORCHRUN if name in os.environ)
-            raise UserError(f"the environment has {given}, but not {', '.join(missing)}: unset {given} {_ADVICE}")
+            lacking, unset = ", ".join(missing), f"unset {given} {_ADVICE}"
+            raise UserError(f"the environment has {given}, but not {lacking}: set that, too, or {unset}")
         rank, world_size, local_rank, local_world_size = map(_integer, _TORCHRUN[:4])
         if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
             values = ", ".join(f"{name}={os.environ[name]}" for name in _TORCHRUN[:4])
@@ -119,21 +123,30 @@ class Launch:
             if value.lower() not in (default, "0", "no", ""):
                 raise UserError(f"accelerate's configuration sets {name}={value}, but {reason}")
 
-    @property
-    def agent_pid(self) -> int | None:
-        """Return the process ID of torchrun's agent; None without torchrun, or once the agent has died and been reaped.
+    @staticmethod
+    def identify(number: int) -> str | None:
+        """Return an ID for run `number` of this process that no other start of torchrun has, only its restarts.
 
-        torchrun makes each worker the leader of a session. That may be a script which runs this process.
+        It begins with the directory of the agent's logs. Each call of torchrun, elastic_launch or notebook_launcher
+        makes a new one. Without it, the result is None: outside of torchrun, or with `--log-dir /dev/null`. A restart
+        repeats the same program, so its runs have the same numbers.
         """
-        try:
-            return psutil.Process(os.getsid(0)).ppid() if self.elastic else None
-        except psutil.NoSuchProcess:
-            return None
+        match = _ERROR_FILE.fullmatch(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))
+        return f"{match[1]}#{number}" if match else None
 
-    def agent(self) -> str | None:
-        """Return a unique ID for this host's torchrun agent, stable for its lifetime; None without torchrun."""
-        pid = self.agent_pid
-        return process_id(pid) if pid is not None else None
+    def agent(self) -> tuple[int, str] | None:
+        """Return the PID and the `process_id` of torchrun's agent; None without torchrun, or if it cannot be found.
+
+        It is the nearest ancestor that was not started with this process's variables; scripts may be in between.
+        """
+        name = "TORCHELASTIC_ERROR_FILE"
+        try:
+            for ancestor in psutil.Process().parents() if self.elastic else []:
+                if ancestor.environ().get(name) != os.environ.get(name):
+                    return ancestor.pid, process_id(ancestor.pid)
+        except (OSError, psutil.Error):  # another user's process
+            pass
+        return None
 
     @staticmethod
     def store() -> tuple[tuple[str, int], bool]:

@@ -1,5 +1,7 @@
 """Preemption: notice a stop signal at once, and stop all ranks after the same step."""
 
+import contextlib
+import multiprocessing
 import os
 import select
 import signal
@@ -12,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cifar.distributed.environment import Launch
+from cifar.distributed.environment import Launch, is_running
 from cifar.distributed.runtime import Runtime
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -53,7 +55,7 @@ class StopRequest:
         self.name: str | None = None
         self._cannot_end = cannot_end
         self._is_main = launch.rank == 0
-        self._launch, self._agent_pid = launch, launch.agent_pid
+        self._agent = launch.agent()
         self._grace = _GRACE_SECONDS if launch.elastic else float("inf")
         self._since, self._noticed = 0.0, False
 
@@ -84,6 +86,15 @@ class StopRequest:
         self._thread.join()
         os.close(self._read)
 
+    def pass_on(self) -> None:
+        """Ask torchrun to stop, too: it then exits with status 1, instead of restarting its ranks.
+
+        The agent of a forked rank is a program of the user's, such as a notebook, and is left alone.
+        """
+        if self._agent is not None and is_running(*self._agent) and multiprocessing.parent_process() is None:
+            with contextlib.suppress(OSError):
+                os.kill(self._agent[0], signal.SIGTERM)
+
     def _watch(self) -> None:
         while True:
             ready, _, _ = select.select([self._read], [], [], 0.5)
@@ -94,9 +105,9 @@ class StopRequest:
                 for number in numbers:
                     if number in STOP_SIGNALS:
                         self._request(signal.Signals(number).name, 128 + number)
-            if self._agent_pid != self._launch.agent_pid:
+            if self._agent is not None and not is_running(*self._agent):
                 # torchrun died, by SIGKILL or a signal that it does not handle: nothing else will stop this process.
-                self._agent_pid = self._launch.agent_pid
+                self._agent = None
                 self._request("the end of torchrun", 1)
             if self.name is not None and not self._noticed and time.monotonic() - self._since > _NOTICE_SECONDS:
                 self._noticed = True

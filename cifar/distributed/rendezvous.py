@@ -42,6 +42,7 @@ _REMEDIES = {
 }
 
 _store: dist.Store | None = None  # of this start, without the keys of earlier ones
+_joined = False
 
 
 def init_method(config: TrainConfig) -> str:
@@ -67,10 +68,17 @@ def _rendezvous(url: str, timeout: timedelta, **kwargs: Any) -> Iterator[tuple[d
     """Yield the store of this start, the rank and the world size, once all ranks are known to run the same."""
     launch = Launch.from_environment()
     store = meet(launch, json.loads(unquote(urlsplit(url).netloc)), max(timeout, _STARTUP_TIMEOUT))
+    global _joined
+    _joined = True
     yield store, launch.rank, launch.world_size
 
 
 register_rendezvous_handler(_SCHEME, _rendezvous)
+
+
+def has_joined() -> bool:
+    """Return whether all ranks have met and run the same, so that each of them knows of a common mistake."""
+    return _joined
 
 
 def meet(launch: Launch, facts: dict[str, Any], timeout: timedelta) -> dist.Store:

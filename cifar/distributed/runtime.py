@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import itertools
 import socket
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -22,12 +24,14 @@ from cifar.distributed.cpu import SMALL_BATCH, SMALL_WORK, available_cores, keep
 from cifar.distributed.device import check_compiler, choose_device, choose_precision, computes_in_bf16
 from cifar.distributed.environment import Launch, chosen_threads, quiet_nccl_watchdog, threads_per_process
 from cifar.distributed.heartbeat import Heartbeat
-from cifar.errors import LocalError, UserError
+from cifar.errors import LocalError, StoppedError, TrainingDivergedError, UserError
 
 T = TypeVar("T")
 
 # At the start, ranks wait for a download that local rank zero makes; the slowest known source needs an hour.
 _HOST_TIMEOUT = timedelta(hours=3)
+
+_numbers = itertools.count(1)  # of the runs of this process
 
 
 class Runtime:
@@ -35,6 +39,7 @@ class Runtime:
 
     Attributes:
         launch: what the launcher started.
+        launch_id: by which a restart by torchrun finds the run of this launch; None without torchrun.
         accelerator: accelerate's.
         device: device of the images, the model and the loss.
         rank, local_rank, world_size: of this process; local ranks count the processes of one host.
@@ -54,6 +59,7 @@ class Runtime:
         """
         self.launch = launch = Launch.from_environment()
         launch.check()
+        self.launch_id = launch.identify(next(_numbers))
         device_type = choose_device(config.device, launch)
         if config.precision == "fp16" and device_type == "cpu":
             raise UserError("--precision fp16 needs a GPU: use bf16 or fp32 on the CPU")
@@ -284,6 +290,18 @@ class Runtime:
     def _threads(self) -> str:
         threads = torch.get_num_threads()
         return f", {threads} thread{'s' if threads > 1 else ''} each" if self.device.type == "cpu" else ""
+
+    def __enter__(self) -> "Runtime":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # A rank that fails alone leaves by the end of its process, which the others notice. The destructors of gloo and
+        # NCCL would wait for them.
+        common = (UserError, TrainingDivergedError, StoppedError, type(None))
+        if self.world_size == 1 or (isinstance(error, common) and not isinstance(error, LocalError)):
+            self.close()
 
     def close(self) -> None:
         """Leave the process group in order, and give the next run of this process its CPU threads back."""

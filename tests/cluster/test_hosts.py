@@ -68,13 +68,13 @@ class Started:
 
 
 @contextmanager
-def on_both(hosts, nodes, *flags, cwd, root=ROOT, data_dirs=(None, None)):
+def on_both(hosts, nodes, *flags, cwd, root=ROOT, data_dirs=(None, None), restarts=3):
     """Run the same command on both hosts, with a data directory each."""
     started = []
     try:
         for host, data_dir in enumerate(data_dirs):
             own = ["--data-dir", data_dir] if data_dir is not None else []
-            started.append(Started(hosts, host, nodes, *flags, *own, cwd=cwd, root=root))
+            started.append(Started(hosts, host, nodes, *flags, *own, cwd=cwd, root=root, MAX_RESTARTS=str(restarts)))
         yield started
     finally:
         for one in started:
@@ -142,6 +142,19 @@ def test_hosts_that_would_not_run_the_same_both_say_so(hosts, tmp_path, other, f
         report = one.text().partition("Root Cause")[2]
         assert "traceback : cifar.errors.U" in report, "torchrun knows the reason, too"
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_host_that_is_stopped_stops_the_other_without_restarts(hosts, tmp_path, asked):
+    flags = [*FLAGS, *MODEST, "--max-steps", "60000", "--run-dir", tmp_path / "run"]
+    with on_both(hosts, "2", *flags, cwd=tmp_path, restarts=0) as both:
+        both[0].until("   100] loss:")
+        both[asked].process.terminate()
+        began = time.monotonic()
+        assert [one.process.wait(60) for one in both] == [1, 1], "neither has finished"
+        assert time.monotonic() - began < 60
+        assert both[0].text().count("Stopped by SIGTERM after step") == 1
+        assert "Stopped by" not in both[1].text()
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared directory", "own directories"])

@@ -1,5 +1,6 @@
 """Checks that need two ranks; run by test_ranks.py as python -m tests.helpers.worker. A failed check fails it."""
 
+import threading
 import time
 from unittest.mock import patch
 
@@ -14,12 +15,12 @@ from cifar.data import Data, EvalLoader, load_data
 from cifar.datasets import synthetic
 from cifar.distributed.preemption import StopAgreement, StopRequest
 from cifar.distributed.runtime import Runtime, _ddp_kwargs
-from cifar.errors import UserError
+from cifar.errors import TrainingDivergedError, UserError
 from cifar.evaluation import evaluate
 from cifar.models import build_model
 from cifar.optim import build_optimizer
 from tests.helpers.forking import fork_ranks
-from train_ddp import train_step
+from train_ddp import main, train_step
 
 
 def check_two_ranks() -> None:
@@ -183,8 +184,31 @@ def check_missing_rank_is_waited_for_no_longer_than_the_timeout() -> None:
         runtime.gather(None)
 
 
+def check_runs_in_turn() -> None:
+    """A run that fails on all ranks leaves nothing behind in their processes: the next one trains."""
+    flags = [
+        "--dataset",
+        "synthetic",
+        "--device",
+        "cpu",
+        "--wandb",
+        "disabled",
+        "--max-steps",
+        "20",
+        "--log-steps",
+        "10",
+    ]
+    with pytest.raises(TrainingDivergedError):
+        main([*flags, "--lr", "1e30"])
+    assert not dist.is_initialized()
+    assert not [thread for thread in threading.enumerate() if thread.name in ("heartbeat", "stop-request")]
+    main([*flags, "--lr", "0.01"])
+    assert not dist.is_initialized()
+
+
 if __name__ == "__main__":
     synthetic.TRAIN_SIZE, synthetic.TEST_SIZE = 2_000, 1_001
     fork_ranks(2, check_two_ranks)
     fork_ranks(2, check_missing_rank_is_waited_for_no_longer_than_the_timeout)
+    fork_ranks(2, check_runs_in_turn)
     fork_ranks(2, lambda: explain.main(["--dataset", "synthetic", "--device", "cpu"]))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cifar.checkpoint import checkpoints
+from cifar.config import read_config
 from tests.helpers.disturb import FLAGS
 from tests.helpers.processes import ROOT, records, run
 from tests.helpers.terminal import Terminal
@@ -50,6 +51,32 @@ def test_accelerate_launch_that_would_be_ignored_is_refused(options, complaint, 
     assert output.stderr.count(complaint) == 1
     assert "loss" not in output.stdout
     assert not (tmp_path / "runs").exists()
+
+
+NOTEBOOK = """
+import socket, accelerate, train_ddp
+from tests.helpers.small import shrink
+
+def train(*rates):
+    for rate in rates:
+        flags = "--dataset synthetic --device cpu --wandb disabled --max-steps 2 --lr".split()
+        train_ddp.main([*flags, rate])
+
+shrink()
+for rates in (["0.01"], ["0.02", "0.03"]):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    accelerate.notebook_launcher(train, rates, num_processes=2, use_port=port)
+"""
+
+
+def test_every_call_in_a_notebook_trains_with_its_own_flags(tmp_path):
+    output = run([sys.executable, "-c", NOTEBOOK], tmp_path)
+    assert output.returncode == 0, output.stderr
+    assert [read_config(run_dir).lr for run_dir in sorted(tmp_path.glob("runs/*"))] == [0.01, 0.02, 0.03]
+    assert len([*tmp_path.glob("runs/*/result.json")]) == 3
+    assert output.stdout.count("2 processes on CPU") == 3
 
 
 @pytest.mark.parametrize(

@@ -17,14 +17,18 @@ from tests.helpers.soak import soak
 pytestmark = pytest.mark.slow
 
 TWO = ["--standalone", "--nproc_per_node=2"]
+# Number of ranks, restarts, and who is signalled: torchrun, the last rank, or all ranks.
+STOPS = ((2, 3, "rank"), (2, 0, "rank"), (1, 3, "ranks"), (2, 3, "torchrun"))
 
 
 @pytest.fixture(scope="module")
 def scenarios(tmp_path_factory):
     """Run them two at a time: most of their time is waiting, for processes to start or for a frozen one."""
-    parts = (short_soak, stopped, frozen, killed_under_an_endless_step)
+    parts = (short_soak, frozen, killed_under_an_endless_step)
     with ThreadPoolExecutor(2) as pool:
-        yield {part: pool.submit(part, tmp_path_factory.mktemp(part.__name__)) for part in parts}
+        running = {part: pool.submit(part, tmp_path_factory.mktemp(part.__name__)) for part in parts}
+        stops = {case: pool.submit(stopped, tmp_path_factory.mktemp("stopped"), *case) for case in STOPS}
+        yield running | stops
 
 
 def short_soak(folder):
@@ -37,14 +41,16 @@ def test_run_disturbed_at_random_equals_the_undisturbed_one(scenarios):
     assert len(report["disturbances"]) >= 3
 
 
-def stopped(folder):
-    """Send SIGUSR1 to rank one."""
+def stopped(folder, processes, restarts, whom):
+    """Send a signal."""
     run_dir = folder / "run"
-    run = Watched(run_dir, [*FLAGS, "--max-steps", "6000", "--run-dir", str(run_dir)], [*TWO, "--max-restarts=3"])
+    launcher = ["--standalone", f"--nproc_per_node={processes}", f"--max-restarts={restarts}"]
+    run = Watched(run_dir, [*FLAGS, "--max-steps", "20000", "--run-dir", str(run_dir)], launcher)
     try:
         run.until_step(40)
         ranks = run.ranks()
-        send(ranks[1], signal.SIGUSR1)
+        for process in {"torchrun": [run.agent], "rank": ranks[-1:], "ranks": ranks}[whom]:
+            send(process, signal.SIGTERM if whom == "torchrun" else signal.SIGUSR1)
         late = left_of(ranks, 10)
         status = run.end(20)
         return run_dir, run.output(), status, late
@@ -52,17 +58,22 @@ def stopped(folder):
         run.kill()
 
 
-def test_signal_to_one_rank_stops_all_after_the_same_step(scenarios):
-    run_dir, text, status, late = scenarios[stopped].result()
-    assert status == 0, "torchrun would restart it"
+@pytest.mark.parametrize("case", STOPS, ids=str)
+def test_stopped_run_is_not_finished_and_not_restarted(scenarios, case):
+    """Status 0 would mean finished, and torchrun restarts after any other, unless it is asked to stop, too."""
+    run_dir, text, status, late = scenarios[case].result()
+    assert status == 1, "torchrun's for every failure"
     assert late == []
-    (step,) = [line.split("after step ")[1].split(" of")[0] for line in text.splitlines() if "Stopped by" in line]
-    assert f"Stopped by SIGUSR1 after step {step} of 6,000; to continue: --resume {run_dir}" in text
+    assert text.count("\ndataset   synthetic: ") == 1, "one banner: no restart"
+    (line,) = [line for line in text.splitlines() if "Stopped by" in line]
+    step = line.split("after step ")[1].split(" of")[0]
+    name = "SIGTERM" if case[2] == "torchrun" else "SIGUSR1"
+    assert line == f"Stopped by {name} after step {step} of 20,000; to continue: --resume {run_dir}"
     newest = next(iter(checkpoints(run_dir)))
     assert newest == int(step.replace(",", ""))
     assert load_checkpoint(checkpoint_path(run_dir, newest))["state"]["step"] == newest
-    assert "Traceback" not in text
-    assert "closing signal" not in text, "torchrun had to end nothing"
+    assert "quitting" not in text
+    assert "Traceback" not in text.split(line)[0], "torchrun's own follows"
 
 
 def frozen(folder):

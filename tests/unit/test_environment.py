@@ -38,7 +38,7 @@ def environment(monkeypatch):
 def test_plain_python_is_one_process(environment):
     launch = Launch.from_environment()
     assert launch == Launch(rank=0, local_rank=0, world_size=1, local_world_size=1, host=0, hosts=1, elastic=False)
-    assert (launch.agent_pid, launch.agent(), is_rank_zero()) == (None, None, True)
+    assert (Launch.identify(1), launch.agent(), is_rank_zero()) == (None, None, True)
 
 
 def test_torchrun(environment):
@@ -55,7 +55,9 @@ def test_torchrun(environment):
 def test_incomplete_environment_is_an_error_that_is_printed(environment, monkeypatch, missing):
     environment(**rank_variables(1, 2))
     monkeypatch.delenv(missing)
-    with pytest.raises(UserError, match=f", but not {missing}: unset .* to train in one process, or .*torchrun"):
+    with pytest.raises(
+        UserError, match=f", but not {missing}: set that, too, or unset .* to train in one process, or .*torchrun"
+    ):
         Launch.from_environment()
     assert is_rank_zero()
 
@@ -63,7 +65,7 @@ def test_incomplete_environment_is_an_error_that_is_printed(environment, monkeyp
 @pytest.mark.parametrize("alone", rank_variables(1, 2))
 def test_leftover_variable_is_an_error_that_is_printed(environment, alone):
     environment(**{alone: 1})
-    with pytest.raises(UserError, match=f"the environment has {alone}, but not .*: unset {alone} to train in one"):
+    with pytest.raises(UserError, match=f"the environment has {alone}, but not .*, or unset {alone} to train in one"):
         Launch.from_environment()
     assert is_rank_zero()
 
@@ -92,27 +94,29 @@ def test_impossible_environment_is_an_error_that_is_printed(environment, wrong, 
     assert is_rank_zero()
 
 
-def in_session(wrapped):
-    """Return the agent that a worker of this process sees, as the leader of its session or under a script."""
-    results, write = os.pipe()
+@pytest.mark.parametrize(
+    ("file", "directory"),
+    [
+        ("/tmp/torchelastic_a/none_b/attempt_0/0/error.json", "/tmp/torchelastic_a/none_b"),
+        ("/tmp/torchelastic_a/none_b/attempt_12/7/error.json", "/tmp/torchelastic_a/none_b"),
+        ("logs/job/1_b/attempt_0/0/error.json", "logs/job/1_b"),  # --log-dir, --rdzv-id
+        ("", None),  # --log-dir /dev/null
+        ("/logs/error.json", None),  # another --logs-specs, or a scheduler's
+        (None, None),
+    ],
+)
+def test_launch_is_known_by_the_directory_of_its_agent_and_its_number(environment, file, directory):
+    environment(**({} if file is None else {"TORCHELASTIC_ERROR_FILE": file}))
+    assert Launch.identify(1) == (directory and f"{directory}#1")
+    assert Launch.identify(2) == (directory and f"{directory}#2")
 
-    def worker():
-        os.setsid()
-        return see() if not wrapped else wait(fork(see))
 
-    def see():
-        launch = Launch(elastic=True)
-        os.write(write, f"{launch.agent_pid} {launch.agent()}".encode())
-
-    assert wait(fork(worker)) == 0
-    os.close(write)
-    with os.fdopen(results) as file:
-        return file.read()
-
-
-@pytest.mark.parametrize("wrapped", [False, True], ids=["worker", "worker under a script"])
-def test_agent_is_the_parent_of_the_session(wrapped):
-    assert in_session(wrapped) == f"{os.getpid()} {process_id(os.getpid())}"
+@pytest.mark.parametrize("wrapped", [False, True], ids=["worker", "worker under a script in a session"])
+def test_agent_is_the_nearest_ancestor_without_the_workers_variables(wrapped):
+    show = "from cifar.distributed.environment import Launch; print(Launch(elastic=True).agent())"
+    script = ["setsid", "--wait", "sh", "-c", '"$@"; true', "sh"] if wrapped else []
+    seen = run([*script, sys.executable, "-c", show], ROOT, TORCHELASTIC_ERROR_FILE="error.json").stdout
+    assert seen == f"{(os.getpid(), process_id(os.getpid()))}\n"
 
 
 def test_process_id_depends_on_no_clock_and_no_host_name(monkeypatch):

@@ -93,7 +93,7 @@ def stop_after(monkeypatch):
 
 
 @pytest.mark.parametrize("flags", [RUN, pytest.param(MUON, marks=pytest.mark.slow)], ids=["sgd", "muon"])
-def test_stopped_after_every_step(undisturbed, tmp_path, stop_after, flags):
+def test_stopped_after_every_step(undisturbed, tmp_path, stop_after, flags, capsys):
     if flags is MUON:
         undisturbed = tmp_path / "undisturbed"
         train_ddp.main([*flags, "--run-dir", str(undisturbed)])
@@ -103,6 +103,7 @@ def test_stopped_after_every_step(undisturbed, tmp_path, stop_after, flags):
         train_ddp.main([*flags, "--run-dir", str(run_dir)])
     assert str(stopped.value) == f"Stopped by SIGTERM after step 1 of {LAST}; to continue: --resume {run_dir}"
     assert stopped.value.status == 128 + signal.SIGTERM
+    assert capsys.readouterr().out.endswith(f"\n{stopped.value}\n")
     for step in range(2, LAST):
         with pytest.raises(StoppedError, match=f"after step {step} of {LAST};"):
             resume(run_dir)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import shutil
 from pathlib import Path
@@ -9,17 +10,23 @@ from types import SimpleNamespace
 
 import pytest
 
+import train_ddp
 from cifar.config import TrainConfig, read_config
+from cifar.distributed import runtime
 from cifar.errors import UserError
 from cifar.files import write_json
 from cifar.resume import find_own_run
+from cifar.run import Run
 from cifar.run_dir import check_unused
+from tests.helpers.comparing import make_runs_tiny
+
+FLAGS = "--device cpu --dataset synthetic --wandb disabled --local-batch-size 20 --max-steps 2 --checkpoint-steps 1"
 
 
 def launched(agent, local_rank=0, others=()):
     """Return the parts of a runtime that `find_own_run` uses."""
     return SimpleNamespace(
-        launch=SimpleNamespace(agent=lambda: agent),
+        launch_id=agent,
         local_rank=local_rank,
         gather=lambda own: [*others, own],
         fail_together=contextlib.nullcontext,
@@ -28,8 +35,8 @@ def launched(agent, local_rank=0, others=()):
 
 @pytest.fixture
 def agent():
-    """The ID of a torchrun agent."""
-    return "boot:pid:[4026531836]:1234:56789"
+    """The ID of the first run of a torchrun."""
+    return "/tmp/torchelastic_91g9quuh/none_s_5_4rlf#1"
 
 
 def begin(run_dir, *launchers, **config):
@@ -73,7 +80,8 @@ def test_runs_of_other_agents_are_not_continued(tmp_path, monkeypatch, agent):
     monkeypatch.chdir(tmp_path)
     config = TrainConfig()
     assert find_own_run(config, launched(agent)) is config  # there isn't even a runs/
-    begin(Path("runs/other"), f"{agent}0", agent[:-1])
+    begin(Path("runs/other"), f"{agent}0", agent[:-1], agent.replace("#1", "#2"))
+    begin(Path("runs/of an earlier version"), "boot:pid:[4026531836]:1234:56789")
     begin(Path("runs/no launcher"))
     assert find_own_run(config, launched(agent)) is config
     assert find_own_run(config, launched(None)) is config  # not started by torchrun
@@ -103,3 +111,32 @@ def test_damaged_own_run_is_an_error_and_not_a_new_run(tmp_path, monkeypatch, ag
     (begin(Path("runs/a"), agent) / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"--resume runs/a: there is no run to continue"):
         find_own_run(TrainConfig(), launched(agent))
+
+
+def test_loop_over_seeds_goes_on_where_a_restart_interrupted_it(tmp_path, monkeypatch, capsys):
+    make_runs_tiny(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/a/none_b/attempt_0/0/error.json")
+    finish, crashed = Run.finish, []
+
+    def crash_once(run):
+        if run.config.seed == 1 and not crashed:
+            crashed.append(run.dir)
+            raise ZeroDivisionError
+        finish(run)
+
+    def program():
+        monkeypatch.setattr(runtime, "_numbers", itertools.count(1))  # as in a new process
+        for seed in range(3):
+            train_ddp.main([*FLAGS.split(), "--seed", str(seed)])
+
+    monkeypatch.setattr(Run, "finish", crash_once)
+    with pytest.raises(ZeroDivisionError):
+        program()
+    capsys.readouterr()
+    program()
+    first, *others = sorted(Path("runs").iterdir())
+    assert [read_config(run_dir).seed for run_dir in (first, *others)] == [0, 1, 2]
+    assert all((run_dir / "result.json").exists() for run_dir in (first, *others))
+    assert crashed == others[:1]
+    assert capsys.readouterr().out.startswith(f"the run in {first} has finished\n")

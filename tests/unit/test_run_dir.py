@@ -17,10 +17,13 @@ from cifar.run_dir import RunLock, check_unused, check_writable, create_run_dir,
 from tests.helpers.comparing import make_runs_tiny, traces
 from tests.helpers.forking import fork, wait
 
+PATIENCE = run_dir._PATIENCE_SECONDS
+
 
 @pytest.fixture(autouse=True)
 def _short_patience(monkeypatch):
     monkeypatch.setattr(run_dir, "_PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(run_dir, "_NOTICE_SECONDS", 0.1)
 
 
 @pytest.fixture
@@ -179,10 +182,16 @@ def test_holder_that_is_not_recorded_yet_is_refused_too(tmp_path, lock_elsewhere
         RunLock(tmp_path)
 
 
-def test_lock_waits_for_a_process_that_is_exiting(tmp_path, lock_elsewhere, monkeypatch):
+def test_lock_waits_for_a_process_that_is_exiting_and_says_so(tmp_path, lock_elsewhere, monkeypatch, capsys):
     monkeypatch.setattr(run_dir, "_PATIENCE_SECONDS", 20)
-    lock_elsewhere(tmp_path, then=partial(time.sleep, 0.5))
+    holder = lock_elsewhere(tmp_path, then=partial(time.sleep, 0.5))
     RunLock(tmp_path).release()
+    locked = f"{tmp_path} is locked by process {holder} on {os.uname().nodename}"
+    assert capsys.readouterr().err == f"{locked}: waiting for it, for 20 s\n"
+
+
+def test_lock_waits_as_long_as_a_file_server_holds_it_for_a_host_that_is_gone():
+    assert PATIENCE > 90
 
 
 def test_released_lock_can_be_acquired_by_another_process(tmp_path):
@@ -223,7 +232,7 @@ def test_directory_that_cannot_be_locked_is_refused_in_one_line(tmp_path):
     assert "\n" not in str(refused.value)
 
 
-def test_run_is_owned_by_the_torchrun_agents_recorded_last(tmp_path):
+def test_run_is_owned_by_the_launches_recorded(tmp_path):
     lock = RunLock(tmp_path)
     assert not lock.owned_by(["a:1:5.00"])
     lock.record_owner(["a:1:5.00", "b:2:6.00"])
@@ -232,4 +241,5 @@ def test_run_is_owned_by_the_torchrun_agents_recorded_last(tmp_path):
     assert not lock.owned_by(["c:3:7.00"])
     assert not lock.owned_by([])  # a run started without torchrun is never restarted by it
     lock.record_owner(["c:3:7.00"])
-    assert not lock.owned_by(["a:1:5.00", "b:2:6.00"])
+    assert owners(tmp_path) == ["a:1:5.00", "b:2:6.00", "c:3:7.00"]
+    assert lock.owned_by(["a:1:5.00"])  # a program may train a run on, and then be restarted from its beginning

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cifar.cli import launch
 from cifar.config import TrainConfig
 from cifar.distributed.device import choose_device, choose_precision
 from cifar.distributed.environment import Launch
@@ -101,6 +102,19 @@ def test_one_process_has_torchs_threads_within_the_quota(monkeypatch, own, cores
     try:
         Runtime(TrainConfig(device="cpu"))
         assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_failed_run_gives_the_threads_back(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr("cifar.distributed.runtime.available_cores", lambda: 2)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(TypeError), launch(["--device", "cpu"]) as (config, runtime):
+            runtime.prepare(build_model(config.model, 10)) + torch.get_num_threads()
+        assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
 

@@ -1,5 +1,6 @@
 """Preemption: a stop signal is noticed wherever the main thread is, and all ranks stop after the same step."""
 
+import multiprocessing
 import os
 import random
 import signal
@@ -114,7 +115,7 @@ def test_death_of_torchrun_is_a_stop_request():
     names, write = os.pipe()
 
     def rank():
-        os.setsid()
+        os.environ["TORCHELASTIC_ERROR_FILE"] = "error.json"
         with StopRequest(Launch(elastic=True)) as request:
             os.write(write, b".")
             wait_until(lambda: request.name is not None)
@@ -128,6 +129,23 @@ def test_death_of_torchrun_is_a_stop_request():
     os.close(write)
     with os.fdopen(names) as file:
         assert file.read() == ".the end of torchrun"
+
+
+@pytest.mark.parametrize(("started", "status"), [("by torchrun", -signal.SIGTERM), ("in a notebook", 0)])
+def test_torchrun_is_asked_to_stop_but_no_notebook_is(started, status):
+    def rank():
+        os.environ["TORCHELASTIC_ERROR_FILE"] = "error.json"
+        StopRequest(Launch(elastic=True)).pass_on()
+
+    def agent():
+        if started == "by torchrun":
+            wait(fork(rank))
+        else:
+            process = multiprocessing.get_context("fork").Process(target=rank)
+            process.start()
+            process.join()
+
+    assert wait(fork(agent)) == status
 
 
 class Ranks:
