@@ -309,7 +309,7 @@ def test_other_host_hears_of_a_mistake_before_the_ranks_have_joined(error, joine
     be_rank(1, alone=True)
     heard = []
     monkeypatch.setattr("cifar.cli.announce", lambda text: heard.append((text, capsys.readouterr().err)))
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: joined)
+    monkeypatch.setattr("cifar.cli.has_joined", lambda: joined)
     monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
     monkeypatch.setattr("os._exit", lambda status: None)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
