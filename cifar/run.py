@@ -173,6 +173,8 @@ class Run:
     def after_step(self) -> bool:
         """Advance the progress bar; return True, on all ranks after the same step, once a rank was asked to stop."""
         self._console.after_step()
+        end_of_epoch = self.state.step % self.plan.steps_per_epoch == 0
+        self.runtime.note_step(self.state.step, last=end_of_epoch or self.finished)
         if self._profiler is not None:
             self._profiler.after_step(last=self.finished)
         self._stopping = self._agreement.after_step() or self._stopping
@@ -231,7 +233,7 @@ class Run:
         names = sorted({name for _, name in requests if name is not None})
         text = f"Stopped by {', '.join(names)} after step {self.state.step:,} of {self._last_step:,}"
         if launch.restarts_left > 0 and len({host for host, _ in requests} - leaving):
-            text += f" on host {', '.join(map(str, sorted(leaving)))}; the others continue without it"
+            text += f" on host {', '.join(map(str, sorted(leaving)))}; torchrun restarts the others"
         else:
             text += f"; to continue: --resume {self.dir}"
         number = getattr(signal, names[0], None)  # None: the end of torchrun

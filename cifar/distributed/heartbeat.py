@@ -10,7 +10,8 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import psutil
 from torch.distributed import PrefixStore, Store, TCPStore
@@ -20,6 +21,15 @@ from cifar.distributed.environment import is_running, process_id
 _INTERVAL_SECONDS = 1.0
 _LIMIT = 0.75  # of the timeout: the rest is for ending the run within it
 _STOPPED = b"stopped"
+_PROGRAM = Path(__file__).resolve().parents[2]
+
+
+class _Step(NamedTuple):
+    """A training step: its number, when it ended, and the thread that trains."""
+
+    number: int
+    ended: float  # time.monotonic()
+    thread: int
 
 
 class Heartbeat:
@@ -29,10 +39,11 @@ class Heartbeat:
     process (SIGSTOP, swapping, a host cut off) stops counting wherever it is, so it can be named. Rank zero watches all
     ranks, and they watch rank zero: a few messages per rank and second, at any world size.
 
-    A rank that hangs in Python or on the device still counts; the timeout of the collectives covers that.
+    A rank that hangs in Python or on the device still counts; the timeout of the collectives covers that. Before it,
+    rank zero says at which line of the program every rank is.
 
     Attributes:
-        peer_is_gone: whether another rank of this host has ended without `stop`; known a beat later.
+        peer_is_gone: whether another rank has ended without `stop`; on its host known a beat later, on others two.
     """
 
     def __init__(
@@ -63,6 +74,8 @@ class Heartbeat:
         self._processes = gather((socket.gethostname(), os.getpid(), process_id(os.getpid())))
         self._peers = [r for r, (_, *process) in enumerate(self._processes) if r != rank and is_running(*process)]
         self.peer_is_gone = False
+        self._last_step: _Step | None = None
+        self._told: _Step | None = None
         self._stop, self._beating = threading.Event(), threading.Lock()
         threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
 
@@ -71,6 +84,10 @@ class Heartbeat:
         self._stop.set()
         with self._beating, contextlib.suppress(RuntimeError):  # the store may be gone already
             self._store.set(f"{self._rank}", _STOPPED.decode())
+
+    def note_step(self, step: int, last: bool) -> None:
+        """Note that the training step `step` has ended; after the `last` one of an epoch, no other follows at once."""
+        self._last_step = None if last else _Step(step, time.monotonic(), threading.get_ident())
 
     def _run(self) -> None:
         limit = _LIMIT * self._timeout
@@ -91,7 +108,10 @@ class Heartbeat:
                         return
                     self._store.set(f"{self._rank}", str(count))
                 if ended and any(last != _STOPPED for last in self._store.multi_get(ended)):
-                    self.peer_is_gone = True
+                    self._store.set("gone", "")  # hosts that wait for it cannot see its process
+                self.peer_is_gone = self.peer_is_gone or self._store.check(["gone"])
+                if (step := self._last_step) and time.monotonic() - step.ended > limit:
+                    self._tell_places(step)
                 beats = self._store.multi_get([f"{rank}" for rank in self._watched])
                 reported = json.loads(self._store.get("silent")) if self._store.check(["silent"]) else []
             except RuntimeError:
@@ -112,6 +132,24 @@ class Heartbeat:
                         self._store.set("silent", json.dumps(silent))
                 self._end(silent)
 
+    def _tell_places(self, step: "_Step") -> None:
+        """Let rank zero say, once, where each rank is: in the step after `step`, which does not end."""
+        key = f"place after {step.number}/"
+        first = not self._store.check([f"{key}{self._rank}"])
+        self._store.set(f"{key}{self._rank}", _place(step.thread))
+        if self._rank or first or self._told is step:  # a beat later, the others have told their places, too
+            return
+        self._told = step
+        keys = {rank: f"{key}{rank}" for rank in range(len(self._processes))}
+        places = {rank: self._store.get(keys[rank]).decode() for rank in keys if self._store.check([keys[rank]])}
+        where = "; ".join(f"rank {rank} is at {places.get(rank, 'an unknown place')}" for rank in keys)
+        print(
+            f"WARNING: step {step.number + 1:,} has not ended for {_LIMIT * self._timeout:.0f} s (--timeout "
+            f"{self._timeout:g} ends the run): {where}",
+            file=sys.stderr,
+            flush=True,
+        )
+
     def _end(self, silent: list[int]) -> None:
         """Name the silent ranks, kill those on this host, and exit: the main thread may wait for them in C."""
         if self._rank == min(set(range(len(self._processes))) - set(silent)):
@@ -128,3 +166,13 @@ class Heartbeat:
                     os.kill(pid, signal.SIGKILL)
         sys.stdout.flush()
         os._exit(1)
+
+
+def _place(thread: int) -> str:
+    """Return the line of this program, not of a library, at which a thread is."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None and not Path(frame.f_code.co_filename).is_relative_to(_PROGRAM):
+        frame = frame.f_back
+    if frame is None:
+        return "no line of this program"
+    return f"{Path(frame.f_code.co_filename).relative_to(_PROGRAM)}:{frame.f_lineno} ({frame.f_code.co_name})"

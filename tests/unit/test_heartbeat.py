@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -25,7 +26,8 @@ class Ranks:
     Neither ever ends its step. SIGUSR2 makes a rank announce a clean exit.
     """
 
-    def __init__(self, store_of_rank_zero):
+    def __init__(self, store_of_rank_zero, in_epoch=None):
+        self._in_epoch = in_epoch
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -48,6 +50,8 @@ class Ranks:
             return [json.loads(store.get(f"{call}/{other}")) for other in range(2)]
 
         heartbeat = Heartbeat(rank, 2, TIMEOUT, ("127.0.0.1", self.port), store_of_rank_zero, gather)
+        if self._in_epoch is not None:
+            heartbeat.note_step(7, last=not self._in_epoch)
 
         def stop(*_):
             heartbeat.stop()
@@ -58,6 +62,11 @@ class Ranks:
             store.set(f"ready/{rank}", "")
             while True:
                 time.sleep(0.1)
+
+    def say_on_another_host(self, key):
+        """Set a key of the heartbeats' store, whose prefix is the first value that rank zero gathered."""
+        prefix = json.loads(self._store.get("0/0"))
+        dist.PrefixStore(f"heartbeat/{prefix}", self._store).set(key, "")
 
     def kill(self):
         for pid in self.pids:
@@ -105,6 +114,29 @@ def test_stopped_heartbeat_is_not_missed(start):
     os.kill(ranks.pids[1], signal.SIGSTOP)  # no more heartbeats
     time.sleep(TIMEOUT)
     assert os.waitpid(ranks.pids[0], os.WNOHANG) == (0, 0)
+
+
+@pytest.mark.parametrize("in_epoch", [True, False])
+def test_ranks_that_hang_in_a_step_are_located(start, in_epoch, capfd):
+    """After the last step of an epoch, a test follows, which may take long."""
+    start(store_of_rank_zero=False, in_epoch=in_epoch)
+    time.sleep(1.5 * TIMEOUT)
+    lines = capfd.readouterr().err.splitlines()
+    if in_epoch:
+        (line,) = lines
+        place = r"tests/unit/test_heartbeat.py:\d+ \(_run\)"
+        words = r"WARNING: step 8 has not ended for 2 s \(--timeout 2 ends the run\): "
+        assert re.fullmatch(f"{words}rank 0 is at {place}; rank 1 is at {place}", line)
+    else:
+        assert lines == []
+
+
+def test_rank_learns_from_another_host_that_a_peer_is_gone(start):
+    """It cannot see the processes there."""
+    ranks = start(store_of_rank_zero=False)
+    ranks.say_on_another_host("gone")
+    os.kill(ranks.pids[0], signal.SIGTERM)
+    assert wait(ranks.pids[0]) == 1
 
 
 def test_rank_whose_peer_was_killed_quits_at_the_stop_signal(start, capfd):
