@@ -122,6 +122,8 @@ class TrainConfig(Recipe):
             raise UserError(
                 "--cuda-graph needs --precision fp32 or bf16: with fp16 the host decides at each step whether to update"
             )
+        if self.comm_hook == "powersgd" and self.precision == "fp16":
+            raise UserError("--comm-hook powersgd needs --precision bf16 or fp32: its error feedback keeps an overflow")
         if self.nesterov and self.momentum == 0:
             raise UserError("--nesterov needs a --momentum above 0")
 

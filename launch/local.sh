@@ -27,5 +27,6 @@ fi
 # By default torchrun dies of SIGUSR1, and of SIGHUP even under nohup.
 signals=SIGTERM,SIGINT,SIGQUIT,SIGUSR1
 [[ -n "$(trap -p HUP)" ]] || signals+=,SIGHUP
-exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$nproc" --signals-to-handle="$signals" \
+# The address, as this host's own name may lead elsewhere, or nowhere.
+exec "$python" -m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc_per_node="$nproc" --signals-to-handle="$signals" \
     "$root/train_ddp.py" "$@"

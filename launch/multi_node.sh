@@ -55,7 +55,9 @@ PYTHON
 read -r address is_host <<<"$mine"
 if command -v ip >/dev/null; then
     device=$(ip -o address show to "$address" | awk 'NR == 1 { print $2 }')
-    export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$device} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$device}
+    export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$device}
+    # NCCL takes a name for a prefix, unless "=" is before it. What an administrator has chosen in a file stays.
+    grep -qs NCCL_SOCKET_IFNAME /etc/nccl.conf ~/.nccl.conf || export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-"=$device"}
 fi
 
 # torchrun waits without a word until all hosts are there; then it has children. The notice ends within a second of

@@ -1,14 +1,17 @@
 """The device and the precision of a run, and what works on them."""
 
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 from cifar.distributed.environment import Launch
-from cifar.errors import UserError
+from cifar.errors import UserError, first_line
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+_DRIVER = Path("/proc/driver/nvidia/gpus")  # NVIDIA's driver has a directory there for each GPU
 
 
 def choose_device(wanted: Device, launch: Launch) -> Device:
@@ -19,6 +22,7 @@ def choose_device(wanted: Device, launch: Launch) -> Device:
     """
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if wanted == "auto":
+        _check_driver(has_cuda)
         wanted = "cuda" if has_cuda else "mps" if has_mps and launch.world_size == 1 else "cpu"
     if wanted == "cuda":
         gpus = torch.cuda.device_count() if has_cuda else 0
@@ -26,14 +30,30 @@ def choose_device(wanted: Device, launch: Launch) -> Device:
             raise UserError("--device cuda: PyTorch finds no GPU here; use --device cpu")
         if launch.local_world_size > gpus:
             raise UserError(
-                f"{launch.local_world_size} processes were started on this host, which has {gpus} GPU(s): "
-                f"use --nproc_per_node={gpus}, or --device cpu"
+                f"{launch.local_world_size} processes were started on this host, and this one sees {gpus} GPU(s): "
+                f"let each see as many as there are processes, or use --nproc_per_node={gpus}, or --device cpu"
             )
     if wanted == "mps" and not has_mps:
         raise UserError("--device mps: PyTorch finds no Apple GPU here; use --device cpu")
     if wanted == "mps" and launch.world_size > 1:
         raise UserError(f"--device mps trains in one process, not {launch.world_size}; use --device cpu")
     return wanted
+
+
+def _check_driver(has_cuda: bool) -> None:
+    """Refuse to train on the CPU because of a driver or a fabric manager that torch cannot work with.
+
+    Raises:
+        UserError: this host has GPUs, and a torch for GPUs cannot use them; the text has torch's reason.
+    """
+    if has_cuda or torch.version.cuda is None or not any(_DRIVER.glob("*")):
+        return
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        reason = first_line(error)
+        if "No CUDA GPUs are available" not in reason:  # hidden by CUDA_VISIBLE_DEVICES
+            raise UserError(f"this host has GPUs that torch cannot use: {reason}; or use --device cpu") from error
 
 
 def choose_precision(wanted: Precision, device_type: str) -> Precision:

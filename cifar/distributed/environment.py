@@ -212,12 +212,15 @@ def accelerate_fields() -> dict[str, str]:
     return fields | ({"device": "cpu"} if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1") else {})
 
 
-def quiet_nccl_watchdog() -> None:
-    """Keep NCCL's watchdog from collecting debugging dumps after a failed collective, unless the user asks for them.
+def prepare_nccl() -> None:
+    """Set up NCCL, unless the user has. To be called before the process group is made.
 
-    It would wait a minute for them, and leave a key in torchrun's store by which the next start's ranks are killed
-    (torch 2.11 to 2.14). To be called before the process group is made.
+    After a failed collective, its watchdog would wait a minute for debugging dumps, and leave a key in torchrun's store
+    by which the next start's ranks are killed (torch 2.11 to 2.14). With NVLS, the sums of switches, ranks do not start
+    on some rented parts of a host (NCCL 2.29, NVIDIA/nccl#2077), and sums have other bits from call to call
+    (NVIDIA/nccl#1497).
     """
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
     os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "500")
 

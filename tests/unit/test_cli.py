@@ -182,9 +182,16 @@ def test_value_out_of_range_is_named_in_one_line(flags):
     assert re.fullmatch(rf"{flags.replace(' ', ' is ')}(.0)?: it must be [^\n]+", str(mistake.value))
 
 
-def test_nesterov_needs_momentum():
-    with pytest.raises(UserError, match=r"--nesterov.*--momentum"):
-        parse_args(["--nesterov", "--momentum", "0"])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--nesterov --momentum 0", r"--nesterov.*--momentum"),
+        ("--comm-hook powersgd --precision fp16", r"--comm-hook powersgd.*--precision bf16"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags, message):
+    with pytest.raises(UserError, match=message):
+        parse_args(flags.split())
 
 
 @pytest.fixture

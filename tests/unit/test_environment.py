@@ -13,8 +13,8 @@ from cifar.distributed.environment import (
     Launch,
     accelerate_fields,
     is_rank_zero,
+    prepare_nccl,
     process_id,
-    quiet_nccl_watchdog,
     threads_per_process,
 )
 from cifar.errors import UserError
@@ -201,12 +201,14 @@ def test_torchrun_under_another_launcher_knows_the_other_hosts(environment, name
     Launch.from_environment().check()
 
 
-def test_nccl_makes_no_dumps_unless_asked(environment):
-    environment(TORCH_NCCL_DUMP_ON_TIMEOUT="", TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC="")  # to be restored afterwards
-    del os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"]
+def test_nccl_makes_no_dumps_and_uses_no_nvls_unless_asked(environment):
+    ours = ("TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "NCCL_NVLS_ENABLE")
+    environment(**dict.fromkeys(ours, ""))  # to be restored afterwards
+    for name in ours:
+        del os.environ[name]
     environment(TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC=9000)
-    quiet_nccl_watchdog()
-    assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "0"
+    prepare_nccl()
+    assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == os.environ["NCCL_NVLS_ENABLE"] == "0"
     assert os.environ["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"] == "9000"
 
 
