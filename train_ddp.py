@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         # 2. Define the model. DistributedDataParallel sends rank zero's weights to all ranks.
         torch.manual_seed(config.seed)
-        model = build_model(config.model, len(data.classes), data.sample)
+        model = build_model(config.model, len(data.classes), data.sample if runtime.is_main else None)
         model = runtime.prepare(model, compile=config.compile)
         if config.evaluate is not None:
             evaluate_checkpoint(config, model, data, runtime)

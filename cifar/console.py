@@ -11,6 +11,8 @@ from cifar.optim import base_learning_rate
 from cifar.resume import Resumed
 from cifar.train_state import LogPoint, TrainState
 
+# Parameters x images below which an H100 computes faster than the host launches kernels. `wide` has 1.2e8.
+_LAUNCH_BOUND = 1e8
 SYNTHETIC_WARNING = "WARNING: the synthetic dataset is not CIFAR-10: its accuracies do not compare with CIFAR-10's"
 
 
@@ -28,6 +30,9 @@ class Console:
         data, config = self._data, self._config
         where = "" if data.name == "synthetic" else f", from {config.data_dir}"
         sizes = f"{len(data.train.dataset):,} training, {len(data.test.dataset):,} test"
+        per_process = parameters * self._plan.micro_batch_sizes(rank=0)[0]
+        if self._runtime.world_size > 1 and self._runtime.device.type == "cuda" and per_process < _LAUNCH_BOUND:
+            batches += "; a step waits for the host, so larger batches, as of --recipe resnet18, are for several GPUs"
         lines = {
             "processes": self._runtime.describe(),
             "dataset": f"{data.name}{where}: {sizes}, {len(data.classes)} classes"

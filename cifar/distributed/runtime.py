@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import inspect
 import itertools
 import socket
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar
@@ -22,7 +24,7 @@ from cifar.config import TrainConfig
 from cifar.distributed import rendezvous
 from cifar.distributed.cpu import SMALL_BATCH, SMALL_WORK, available_cores, keep_freed_memory, native_convolutions
 from cifar.distributed.device import check_compiler, choose_device, choose_precision, computes_in_bf16
-from cifar.distributed.environment import Launch, chosen_threads, quiet_nccl_watchdog, threads_per_process
+from cifar.distributed.environment import Launch, chosen_threads, prepare_nccl, threads_per_process
 from cifar.distributed.heartbeat import Heartbeat
 from cifar.errors import LocalError, StoppedError, TrainingDivergedError, UserError
 
@@ -68,7 +70,7 @@ class Runtime:
 
         self.precision = choose_precision(config.precision, device_type)
         self._chosen = config.precision == "auto"
-        quiet_nccl_watchdog()
+        prepare_nccl()
         if not dist.is_initialized():  # accelerate keeps the device and precision of the last run in this process
             AcceleratorState._reset_state(reset_partial_state=True)
         # accelerate warns about the number of threads of a single CPU process, which torch has set well.
@@ -79,7 +81,6 @@ class Runtime:
                 cpu=device_type == "cpu",
                 mixed_precision={"fp32": "no"}.get(self.precision, self.precision),
                 kwargs_handlers=[
-                    _ddp_kwargs(config.comm_hook),
                     InitProcessGroupKwargs(
                         init_method=rendezvous.init_method(
                             dataclasses.replace(config, device=device_type, precision=self.precision)
@@ -94,6 +95,7 @@ class Runtime:
             device = torch.cuda.get_device_name() if device_type == "cuda" else f"this {device_type.upper()} device"
             raise LocalError(f"--precision bf16: {device} does not support it; use fp16 or fp32") from error
         self.device: torch.device = self.accelerator.device
+        self.accelerator.ddp_handler = _ddp_kwargs(config.comm_hook, batched_copies=self.device.type == "cuda")
         self.rank: int = self.accelerator.process_index
         self.local_rank: int = self.accelerator.local_process_index
         self.world_size: int = self.accelerator.num_processes
@@ -128,6 +130,12 @@ class Runtime:
             self.print0(
                 "WARNING: this CPU has no bfloat16 instructions: bf16 is emulated, and many times slower than fp32"
             )
+        cores = available_cores()
+        if self.device.type == "cuda" and cores < launch.local_world_size:
+            self.print0(
+                f"WARNING: {launch.local_world_size} GPUs get their kernels from {cores} CPU core(s) of this host: ask "
+                f"the scheduler for more, such as --cpus-per-gpu=4"
+            )
         if config.compile:
             with self.fail_together():
                 check_compiler(self.device)
@@ -139,8 +147,13 @@ class Runtime:
 
     @property
     def peer_is_gone(self) -> bool:
-        """Return whether another rank of this host has ended without `close`, by a signal or an error."""
+        """Return whether another rank has ended without `close`, by a signal or an error."""
         return self._heartbeat is not None and self._heartbeat.peer_is_gone
+
+    def note_step(self, step: int, last: bool) -> None:
+        """Note the end of a training step, by which the heartbeat notices one that does not end."""
+        if self._heartbeat is not None:
+            self._heartbeat.note_step(step, last)
 
     def print0(self, text: str = "") -> None:
         """Print one line from rank zero, above the progress bar if there is one."""
@@ -275,7 +288,9 @@ class Runtime:
         """Return processes and devices in one phrase, for the banner."""
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type.upper()
         if self.world_size == 1:
-            return f"1 process on {device}" + self._threads()
+            gpus = torch.cuda.device_count() if self.device.type == "cuda" else 1
+            others = f", 1 of {gpus} GPUs (torchrun --nproc_per_node=gpu uses all)" if gpus > 1 else ""
+            return f"1 process on {device}" + self._threads() + others
         backend = dist.get_backend()
         hosts = f", on {self.launch.hosts} hosts" if self.launch.hosts > 1 else ""
         return f"{self.world_size} processes on {device} ({backend})" + self._threads() + hosts
@@ -330,14 +345,27 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
-def _ddp_kwargs(comm_hook: str) -> DistributedDataParallelKwargs:
+@dataclass
+class _DDPKwargs(DistributedDataParallelKwargs):
+    """accelerate's options, and one that it lacks. (Its constructor takes no derived class.)"""
+
+    batched_grad_copy: bool = False
+
+
+def _ddp_kwargs(comm_hook: str, batched_copies: bool = False) -> DistributedDataParallelKwargs:
     """Return the options of DistributedDataParallel.
 
-    A gradient that is a view of its bucket need not be copied before and after the all-reduce. Rank 0 broadcasts its
-    buffers before each evaluation, so DDP need not do it in every step.
+    Rank 0 broadcasts its buffers before each evaluation, so DDP need not do it in every step. The first bucket holds 1
+    MiB, torch's default, for accelerate drops a `bucket_cap_mb` of 25 as the default that it is; any other value would
+    count for the first bucket, too, and delay the first exchange.
+
+    Args:
+        batched_copies: copy the gradients of a bucket into it in two kernels instead of one for each (torch 2.14).
     """
     powersgd = comm_hook == "powersgd"
-    return DistributedDataParallelKwargs(
+    known = "batched_grad_copy" in inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    return _DDPKwargs(
+        batched_grad_copy=batched_copies and known,
         gradient_as_bucket_view=True,
         broadcast_buffers=False,
         # PowerSGD runs several collectives per bucket, from callbacks whose order may differ between ranks, which then

@@ -52,7 +52,7 @@ def test_run_continues_while_a_host_leaves_and_returns(tmp_path):
     assert statuses == (0, 0)
     assert text.count("8 global") == 4, "alone, together, alone, together"
     assert text.count("4 local x 1 process x 2 accumulated = 8 global") == 2
-    assert "on host 1; the others continue without it" in text
+    assert "on host 1; torchrun restarts the others" in text
     assert "changed   world size 1 -> 2" in text
     assert result(run_dir)["steps"] == 4000
     # The same global batches as one undisturbed process, to summation order.

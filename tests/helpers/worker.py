@@ -68,8 +68,9 @@ def check_one_exchange_per_step(config: TrainConfig, runtime: Runtime, data: Dat
 def check_compression(runtime: Runtime) -> None:
     """Each hook averages over the ranks, as exactly as it promises."""
     gradients = {}
-    for name in ("none", "fp16", "bf16", "powersgd"):
-        runtime.accelerator.ddp_handler = _ddp_kwargs(name)
+    for name in ("none", "batched", "fp16", "bf16", "powersgd"):
+        hook, batched = ("none", True) if name == "batched" else (name, False)
+        runtime.accelerator.ddp_handler = _ddp_kwargs(hook, batched)
         torch.manual_seed(0)
         net = nn.Linear(300, 200, bias=False)
         model = runtime.prepare(net)
@@ -80,6 +81,7 @@ def check_compression(runtime: Runtime) -> None:
         assert net.weight.grad is not None
         gradients[name] = net.weight.grad.clone()
     exact = gradients["none"]
+    assert torch.equal(gradients["batched"], exact)
     for name, most in {"fp16": 2e-3, "bf16": 1e-2}.items():
         error = ((gradients[name] - exact).norm() / exact.norm()).item()
         assert 1e-6 < error < most, (name, error)

@@ -1,15 +1,19 @@
 """Console output: on a terminal a bar with images/s and the remaining time, plain lines elsewhere; the banner."""
 
+import dataclasses
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train_ddp
-from cifar.console import SYNTHETIC_WARNING, print_test
+from cifar.batch_plan import BatchPlan
+from cifar.console import SYNTHETIC_WARNING, Console, print_test
 from cifar.datasets import DATASETS
 from cifar.evaluation import Evaluation, evaluate
 from cifar.models import build_model
+from cifar.recipes import config_from_recipe
 from tests.helpers.comparing import make_runs_tiny, tiny_dataset
 from tests.helpers.terminal import shown
 
@@ -49,6 +53,24 @@ def test_of_a_hundred_classes_the_lowest_and_the_highest(runtime, capsys):
     assert lines[2] == "The 10 lowest and the 10 highest accuracies of 101 classes:"
     rows = [f"Accuracy for class: {f'class {i}':8s} is {i:.1f} %" for i in range(100)]
     assert lines[3:] == [*rows[:10], "...", *rows[90:]]
+
+
+@pytest.mark.parametrize(("gpus", "model", "says"), [(4, "net", True), (1, "net", False), (4, "resnet18", False)])
+def test_banner_says_that_tiny_batches_are_not_for_several_gpus(synthetic, gpus, model, says):
+    lines = []
+    runtime = SimpleNamespace(
+        world_size=gpus,
+        device=torch.device("cuda"),
+        describe=lambda: "",
+        describe_precision=lambda: "",
+        print0=lambda line="": lines.append(line),
+    )
+    config = config_from_recipe("resnet18" if model == "resnet18" else "tutorial")
+    plan = BatchPlan.make(config, gpus, 50_000)
+    data = dataclasses.replace(synthetic, plan=plan)
+    state = SimpleNamespace(model=build_model(model, 10), step=0)
+    Console(config, runtime, data).banner(state, "run", "", None)
+    assert any("a step waits for the host" in line for line in lines) == says
 
 
 @pytest.mark.parametrize(("name", "warnings"), [("synthetic", 2), ("mine", 0)])

@@ -1,11 +1,14 @@
 """On a fake GPU: no two devices in one operator, no wait in the hot loop, and no more kernels than stated."""
 
 import contextlib
+import io
 from unittest.mock import patch
 
 import pytest
 import torch
 
+from cifar.distributed.runtime import Runtime
+from cifar.recipes import config_from_recipe
 from tests.helpers import fake_cuda
 from tests.helpers.fake_cuda import DeviceError, FakeCuda, SyncError, forked, pretend, unsupported
 from tests.helpers.launches import CEILINGS, exceeded, measure
@@ -134,3 +137,14 @@ def test_later_torch_is_tried_and_skipped_with_the_reason(monkeypatch):
     assert unsupported() is None
     with patch.object(fake_cuda, "_backward", side_effect=AttributeError("_input_metadata")):
         assert unsupported() == "torch 99.0.0 differs inside: AttributeError: _input_metadata"
+
+
+@pytest.mark.parametrize("cores", [0, 1])
+def test_fewer_cores_than_gpus_are_a_warning(cores):
+    def start(_):
+        written = io.StringIO()
+        with patch("cifar.distributed.runtime.available_cores", lambda: cores), contextlib.redirect_stdout(written):
+            Runtime(config_from_recipe("tutorial", device="cuda"))
+        assert (f"WARNING: 1 GPUs get their kernels from {cores} CPU core(s)" in written.getvalue()) == (cores == 0)
+
+    on_fake_gpu(start)

@@ -1,12 +1,14 @@
 """The device that is chosen, and the collectives of a single process."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from cifar.cli import launch
 from cifar.config import TrainConfig
+from cifar.distributed import device
 from cifar.distributed.device import choose_device, choose_precision
 from cifar.distributed.environment import Launch
 from cifar.distributed.runtime import Runtime
@@ -38,11 +40,41 @@ def test_more_processes_than_gpus_names_both_counts(monkeypatch):
     assert choose_device("cpu", Launch(world_size=3, local_world_size=3)) == "cpu"
 
 
-@pytest.mark.parametrize("device", ["cuda", "mps"])
-def test_missing_device(monkeypatch, device):
+@pytest.mark.parametrize(
+    ("reason", "refused"),
+    [("The NVIDIA driver on your system is too old", True), ("No CUDA GPUs are available", False)],
+)
+def test_gpus_that_torch_cannot_use_are_not_passed_over(monkeypatch, tmp_path, reason, refused):
+    """Unless they are hidden, by CUDA_VISIBLE_DEVICES, or the CPU is asked for."""
+
+    def init():
+        raise RuntimeError(f"{reason}\nmore")
+
     have(monkeypatch)
-    with pytest.raises(UserError, match=f"--device {device}.*--device cpu"):
-        choose_device(device, Launch())
+    (tmp_path / "0000:01:00.0").mkdir()
+    monkeypatch.setattr(device, "_DRIVER", tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", init)
+    assert choose_device("cpu", Launch()) == "cpu"
+    if refused:
+        with pytest.raises(UserError, match=f"GPUs that torch cannot use: {reason}; or use --device cpu"):
+            choose_device("auto", Launch())
+    else:
+        assert choose_device("auto", Launch()) == "cpu"
+
+
+def test_banner_says_that_other_gpus_are_idle(monkeypatch):
+    have(monkeypatch, gpus=8)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
+    alone = SimpleNamespace(device=torch.device("cuda"), world_size=1, _threads=lambda: "")
+    assert "1 process on H100, 1 of 8 GPUs (torchrun --nproc_per_node=gpu " in Runtime.describe(alone)
+
+
+@pytest.mark.parametrize("wanted", ["cuda", "mps"])
+def test_missing_device(monkeypatch, wanted):
+    have(monkeypatch)
+    with pytest.raises(UserError, match=f"--device {wanted}.*--device cpu"):
+        choose_device(wanted, Launch())
 
 
 @pytest.mark.parametrize(
