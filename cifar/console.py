@@ -13,6 +13,7 @@ from cifar.train_state import LogPoint, TrainState
 
 # Parameters x images below which an H100 computes faster than the host launches kernels. `wide` has 1.2e8.
 _LAUNCH_BOUND = 1e8
+_MANY_TIMES = 8  # linear scaling holds to a point, which depends on the model (Goyal et al. 2017)
 SYNTHETIC_WARNING = "WARNING: the synthetic dataset is not CIFAR-10: its accuracies do not compare with CIFAR-10's"
 
 
@@ -52,6 +53,11 @@ class Console:
                 lines["changed"] = ", ".join(resumed.changes)
         for name, text in lines.items():
             self._runtime.print0(f"{name:<9} {text}")
+        if (times := base_learning_rate(config, self._plan) / config.lr) >= _MANY_TIMES:
+            self._runtime.print0(
+                f"WARNING: lr is {times:g} times the recipe's. At 8 times, wide stopped learning in its second epoch: "
+                f"watch the loss, or use a lower --lr or --global-batch-size"
+            )
         if self._data.name == "synthetic":
             self._runtime.print0(SYNTHETIC_WARNING)
         self._runtime.print0()

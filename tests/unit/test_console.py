@@ -73,6 +73,14 @@ def test_banner_says_that_tiny_batches_are_not_for_several_gpus(synthetic, gpus,
     assert any("a step waits for the host" in line for line in lines) == says
 
 
+@pytest.mark.parametrize(("size", "warns"), [(28, False), (32, True)])
+def test_rate_far_above_the_recipes_is_a_warning(tmp_path, monkeypatch, capsys, size, warns):
+    make_runs_tiny(monkeypatch)
+    flags = [*FLAGS.split(), "--global-batch-size", str(size), "--max-steps", "1", "--run-dir", str(tmp_path / "run")]
+    train_ddp.main(flags)
+    assert ("WARNING: lr is 8 times the recipe's" in capsys.readouterr().out) == warns
+
+
 @pytest.mark.parametrize(("name", "warnings"), [("synthetic", 2), ("mine", 0)])
 def test_only_synthetic_is_announced_as_such(name, warnings, tmp_path, monkeypatch, capsys):
     """At the start and beside the accuracy; a new dataset is named with its classes."""
