@@ -176,32 +176,24 @@ def is_held_out(name):
     return int(hashlib.sha256(name.encode()).hexdigest()[:16], 16) / 2**64 < 0.1
 
 
-def held_out(dataset):
-    return set(contents(dataset.test))
-
-
 def test_a_tenth_is_held_out_by_the_names(folder, tmp_path):
     without_test(folder, 100)
     before = load(folder)
     assert before.note == "test: a tenth of train/, by a hash of each picture's name, at least one of each class"
-    by_hash = [k for k in range(100) if is_held_out(f"{k}.png")]
-    wanted = sorted(
-        (read_image(folder / "train" / name / f"{k}.png").numpy().tobytes(), label)
+    held_out = [f"{k}.png" for k in range(100) if is_held_out(f"{k}.png")]
+    assert 5 < len(held_out) < 15
+    assert contents(before.test) == sorted(
+        (read_image(folder / "train" / name / file).numpy().tobytes(), label)
         for label, name in enumerate(COLORS)
-        for k in by_hash
+        for file in held_out
     )
-    assert 5 < len(by_hash) < 15
-    assert contents(before.test) == wanted
-    assert contents((torch.cat([before.train[0], before.test[0]]), torch.cat([before.train[1], before.test[1]]))) == (
-        expected(folder, "train")
-    )
+    assert sorted(contents(before.train) + contents(before.test)) == expected(folder, "train")
     # Neither new pictures nor another place move any.
     for k in range(100, 130):
         draw(folder / "train" / "ant" / f"{k}.png", k)
-    moved = folder.rename(tmp_path / "moved")
-    after = load(moved)
+    after = load(folder.rename(tmp_path / "moved"))
     assert set(contents(before.train)) < set(contents(after.train))
-    assert held_out(before) < held_out(after)
+    assert set(contents(before.test)) < set(contents(after.test))
 
 
 @pytest.mark.parametrize(("low", "sizes"), [(False, (9, 3)), (True, (3, 9))])
@@ -247,6 +239,18 @@ def one_picture(folder):
         (folder / "train" / "bee" / f"{k}.png").unlink()
 
 
+def padded(folder, count):
+    """Add readable pictures until there are `count`."""
+    for k in range(count - 24):
+        os.link(folder / "train" / "ant" / "0.png", folder / "train" / "ant" / f"more-{k}.png")
+
+
+def class_of_unreadable_pictures(folder):
+    padded(folder, 300)
+    for path in (folder / "test" / "bee").iterdir():
+        broken(path)
+
+
 NUMBER = "{}/train must hold 2 to 1,000 directories of pictures, one for each class, not "
 BOTH = "only one of {}/train and {}/test has pictures of "
 
@@ -265,6 +269,7 @@ BOTH = "only one of {}/train and {}/test has pictures of "
          "there is no picture in {}/test/bee: add some, or remove the class everywhere"),
         (make(b"a\nb"), "{}/train: rename the class 'a\\nb': its name cannot be printed"),
         (make(b"\xff"), "{}/train: rename the class '\\udcff': its name cannot be printed"),
+        (class_of_unreadable_pictures, "there is no readable picture for test of class bee: add pictures"),
         (one_picture, "there is no readable picture for training of class bee: add pictures"),
         (lambda folder: broken(folder / "test" / "bee" / "x.png"),
          "1 of the 25 pictures in {} cannot be read, more than 1 %: remove or replace them: {}/test/bee/x.png is not a "
@@ -284,40 +289,37 @@ def test_unreadable_folder_is_a_mistake(folder, monkeypatch):
     assert refusal(folder) == f"cannot read {folder / 'train' / 'ant'}: Permission denied"
 
 
-def padded(folder, count):
-    """Add readable pictures until there are `count`."""
-    for k in range(count - 24):
-        draw(folder / "train" / "ant" / f"more-{k}.bmp", k % 200)
-
-
 def warnings_in(text):
     return [line for line in text.splitlines() if line.startswith("WARNING")]
 
 
-def test_one_percent_is_left_out_and_named_each_time(folder, capfd, decodings):
-    padded(folder, 198)
+def test_one_percent_is_left_out_and_named_each_time(folder, capfd, decodings, monkeypatch):
+    monkeypatch.setattr(folder_module, "_NAMED", 2)
+    padded(folder, 297)
     broken(folder / "train" / "bee" / "x.png")
     (folder / "train" / "cat" / "y.png").symlink_to("nowhere")
+    broken(folder / "train" / "cat" / "z.png")
     for _ in range(2):
         dataset = load(folder)
-        assert dataset.note == "2 unreadable left out"
-        assert len(dataset.train[0]) + len(dataset.test[0]) == 198
+        assert dataset.note == "3 unreadable left out"
+        assert len(dataset.train[0]) + len(dataset.test[0]) == 297
         assert warnings_in(capfd.readouterr().out) == [
             f"WARNING: left out: {folder}/train/bee/x.png is not a picture in a supported format",
             f"WARNING: left out: {folder}/train/cat/y.png cannot be read as a picture: No such file or directory",
+            "WARNING: left out: 1 more",
         ]
-    assert decodings == [200]
-    broken(folder / "train" / "bee" / "z.png")
+    assert decodings == [300]
+    broken(folder / "train" / "bee" / "w.png")
     text = refusal(folder)
-    assert text.startswith(f"3 of the 201 pictures in {folder} cannot be read, more than 1 %")
-    assert all(f"{name}.png" in text for name in ("x", "y", "z"))
+    assert text.startswith(f"4 of the 301 pictures in {folder} cannot be read, more than 1 %")
+    assert all(f"{name}.png" in text for name in ("w", "x", "y"))
 
 
 def test_picture_that_can_be_read_later_is_decoded(folder, decodings, monkeypatch):
     """Such as one whose permissions have been mended: its size and time are the same."""
 
     def fail_once(path):
-        if path.name == "more-0.bmp":
+        if path.name == "more-0.png":
             raise UserError(f"{path} cannot be read as a picture: Permission denied")
         return read_image(path)
 
@@ -327,24 +329,6 @@ def test_picture_that_can_be_read_later_is_decoded(folder, decodings, monkeypatc
         assert load(folder).note == "1 unreadable left out"
     assert load(folder).note == ""
     assert decodings == [200, 200]
-
-
-def test_many_unreadable_pictures_are_counted(folder, capfd, monkeypatch):
-    monkeypatch.setattr(folder_module, "_NAMED", 2)
-    padded(folder, 495)
-    for k in range(5):
-        broken(folder / "train" / "bee" / f"x{k}.png")
-    prepare_folder(folder)
-    lines = warnings_in(capfd.readouterr().out)
-    assert len(lines) == 3
-    assert lines[-1] == "WARNING: left out: 3 more"
-
-
-def test_class_of_unreadable_pictures(folder):
-    padded(folder, 300)
-    for path in (folder / "test" / "bee").iterdir():
-        broken(path)
-    assert refusal(folder) == "there is no readable picture for test of class bee: add pictures"
 
 
 # The cache
@@ -383,8 +367,7 @@ def test_pictures_are_decoded_again_once_one_has_changed(folder, decodings, chan
 
 
 def test_progress_in_plain_lines_and_on_a_terminal(folder, capfd):
-    for k in range(2076):
-        os.link(folder / "train" / "ant" / "0.png", folder / "train" / "ant" / f"more-{k}.png")
+    padded(folder, 2100)
     prepare_folder(folder)
     lines = [f"decoding 2,100 pictures in {folder}", "  1,000 of 2,100 pictures", "  2,000 of 2,100 pictures"]
     assert capfd.readouterr().out.splitlines() == lines
@@ -498,64 +481,42 @@ def test_what_a_killed_process_leaves_is_removed(folder):
 # Where the pixels are kept
 
 
-@pytest.fixture
-def as_reader(folder, own_cache):
-    """Return a function that loads the folder in a copy of this process that must not write to it.
+def test_read_only_folder(folder, own_cache, capfd):
+    """Its pixels are read, and new ones kept in the user's cache. Nothing is read-only for root, who becomes nobody."""
+    reader = os.geteuid() or 65534
 
-    Nothing is read-only for root, so that a copy of root becomes nobody, who needs a way to the folder.
-    """
-    reader = 65534 if os.geteuid() == 0 else os.geteuid()
+    def start():
+        os.environ["XDG_CACHE_HOME"] = str(user)
+        os.setuid(reader)
+        if user.stat().st_uid == reader:
+            assert contents(load(moved).train) == expected(moved, "train")
+        else:
+            assert "the decoded pictures cannot be written to " in refusal(moved)
+
+    def output():
+        capfd.readouterr()
+        moved.chmod(0o555)
+        assert wait(fork(start)) == 0
+        moved.chmod(0o755)
+        return capfd.readouterr().out
+
     with tempfile.TemporaryDirectory(dir="/tmp") as open_to_all:
         os.chmod(open_to_all, 0o755)
         moved, user = folder.rename(f"{open_to_all}/pets"), own_cache.rename(f"{open_to_all}/user")
+        load(moved)
         os.chown(user, reader, -1)
-
-        def start():
-            os.environ["XDG_CACHE_HOME"] = str(user)
-            if os.geteuid() != reader:
-                os.setuid(reader)
-            if user.stat().st_uid == reader:
-                assert contents(load(moved).train) == expected(moved, "train")
-            else:
-                assert "the decoded pictures cannot be written to " in refusal(moved)
-
-        def do():
-            moved.chmod(0o555)
-            try:
-                assert wait(fork(start)) == 0
-            finally:
-                moved.chmod(0o755)
-
-        yield do, moved, user
-
-
-def test_read_only_folder_is_kept_in_the_users_cache(as_reader, capfd):
-    do, folder, user = as_reader
-    before = traces(folder)
-    for start in (1, 2):
-        do()
-        text = capfd.readouterr().out
-        assert ("decoding" in text) == (start == 1)
-        assert "WARNING" not in text
-    name = f"pets-{hashlib.sha256(bytes(folder)).hexdigest()[:16]}-pillow-{PIL.__version__}.npz"
-    assert {path.name for path in (user / "torch" / "cifar-ddp").iterdir()} == {name, f"{name}.lock"}
-    assert traces(folder) == before
-
-
-def test_read_only_folder_with_its_pixels_needs_no_other_place(as_reader, capfd):
-    do, folder, user = as_reader
-    load(folder)
-    capfd.readouterr()
-    do()
-    assert capfd.readouterr().out == ""
-    assert list(user.iterdir()) == []
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give the user's cache to somebody else")
-def test_without_any_place_is_a_mistake(as_reader):
-    do, _, user = as_reader
-    os.chown(user, 0, -1)
-    do()
+        assert (output(), list(user.iterdir())) == ("", [])
+        draw(moved / "train" / "ant" / "new.png", 9)
+        before = traces(moved)
+        assert output() == f"decoding 25 pictures in {moved}\n"
+        assert output() == "", "the stale pixels beside the pictures hide the user's"
+        assert traces(moved) == before
+        name = f"pets-{hashlib.sha256(bytes(moved)).hexdigest()[:16]}-pillow-{PIL.__version__}.npz"
+        assert {path.name for path in (user / "torch" / "cifar-ddp").iterdir()} == {name, f"{name}.lock"}
+        if reader != os.geteuid():
+            shutil.rmtree(user / "torch")
+            os.chown(user, 0, -1)
+            output()
 
 
 def test_full_disk_is_not_the_end(folder, own_cache, decodings, monkeypatch):
@@ -575,27 +536,13 @@ def test_full_disk_is_not_the_end(folder, own_cache, decodings, monkeypatch):
     assert decodings == [24]
 
 
-def test_stale_pixels_beside_do_not_hide_those_of_the_user(folder, decodings, monkeypatch):
-    load(folder)
-    stale = (folder / CACHE).read_bytes()
-    draw(folder / "train" / "ant" / "new.png", 9)
-    load(folder)
-    _, users = picture_cache._places(folder)
-    users.parent.mkdir(parents=True)
-    (folder / CACHE).rename(users)
-    (folder / CACHE).write_bytes(stale)
-    assert contents(load(folder).train) == expected(folder, "train")
-    assert len(decodings) == 2
-
-
 def test_launches_take_turns(folder, capfd):
     """The second waits for the first, says so, and decodes nothing."""
     files, _ = list_files(folder)
     place = picture_cache._places(folder)[0]
     with FileLock(f"{place}.lock"):
-        child = fork(lambda: prepare_folder(folder))
-        deadline, text = time.monotonic() + 30, ""
-        while "waiting for another process" not in text and time.monotonic() < deadline:
+        child, text = fork(lambda: prepare_folder(folder), seconds=30), ""
+        while "waiting for another process" not in text and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
             text += capfd.readouterr().out
             time.sleep(0.05)
         picture_cache._write(place, files, picture_cache._decode(folder, files))
@@ -629,18 +576,7 @@ def resume(run_dir, *flags):
     train_ddp.main(["--resume", str(run_dir), "--max-steps", "5", *map(str, flags)])
 
 
-def test_banner_and_result(folder, trained, capfd):
-    prepare_folder(folder)
-    resume(trained)
-    assert result(trained)["dataset"] == "folder"
-    (line,) = [line for line in capfd.readouterr().out.splitlines() if line.startswith("dataset")]
-    assert line == (
-        f"dataset   folder, from {folder}: 15 training, 6 test, 3 classes; test: a tenth of train/, by a hash of each "
-        f"picture's name, at least one of each class"
-    )
-
-
-def test_resume_notices_changed_pictures(folder, trained, tmp_path):
+def test_resume_notices_changed_pictures(folder, trained, tmp_path, capfd):
     facts = json.loads((trained / "config.json").read_text())
     new = folder / "train" / "ant" / "new.png"
     draw(new, 9)
@@ -655,7 +591,11 @@ def test_resume_notices_changed_pictures(folder, trained, tmp_path):
     new.unlink()
     moved = folder.rename(tmp_path / "elsewhere")
     resume(trained, "--data-dir", moved)
-    assert result(trained)["steps"] == 5
+    assert (result(trained)["steps"], result(trained)["dataset"]) == (5, "folder")
+    assert (
+        f"dataset   folder, from {moved}: 15 training, 6 test, 3 classes; test: a tenth of train/, by a hash of each "
+        f"picture's name, at least one of each class\n"
+    ) in capfd.readouterr().out
 
 
 def test_resume_names_the_decoders(trained, monkeypatch):
