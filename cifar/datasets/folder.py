@@ -4,7 +4,7 @@ import hashlib
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -26,23 +26,24 @@ def prepare_folder(data_dir: Path, data_url: str | None = None) -> None:
         data_url: not used; a folder has no archive.
 
     Raises:
-        UserError: the folder does not have this form, or the decoded pictures cannot be written anywhere.
+        UserError: the folder does not have this form, more than 1 % of the pictures are unreadable, or the decoded
+            ones cannot be written anywhere.
     """
     files, ignored = list_files(data_dir)
     problems = prepare_pictures(data_dir, files).problems
     if ignored:
         number = "1 file" if ignored == 1 else f"{ignored:,} files"
         print(f"{number} in {data_dir} ignored: no supported format of pictures has such a suffix", flush=True)
-    if _too_many(problems, files):  # load_folder says so
-        return
+    if 100 * len(problems) > len(files):
+        reasons = [f"{data_dir / path} {reason}" for path, reason in problems.items()]
+        raise UserError(
+            f"{len(problems):,} of the {len(files):,} pictures in {data_dir} cannot be read, more than 1 %: remove or "
+            f"replace them: {_first(reasons, '; ')}"
+        )
     for path, reason in list(problems.items())[:_NAMED]:
         print(f"WARNING: left out: {data_dir / path} {reason}", flush=True)
     if len(problems) > _NAMED:
         print(f"WARNING: left out: {len(problems) - _NAMED:,} more", flush=True)
-
-
-def _too_many(problems: Sized, files: Sized) -> bool:
-    return 100 * len(problems) > len(files)
 
 
 def load_folder(data_dir: Path) -> Dataset:
@@ -51,20 +52,13 @@ def load_folder(data_dir: Path) -> Dataset:
     Images are in the order of a hash of their paths, so that the first of them are a random sample of all classes.
 
     Raises:
-        UserError: the folder does not have this form, it has changed meanwhile, a class has no readable picture for a
-            split, or more than 1 % of the pictures are unreadable.
+        UserError: the folder has changed meanwhile, or a class has no readable picture for a split.
     """
     files, _ = list_files(data_dir)
     pictures = find_pictures(data_dir, files)
     if pictures is None:
         raise UserError(f"the pictures in {data_dir} have changed while they were read: start again")
     problems = pictures.problems
-    if _too_many(problems, files):
-        reasons = [f"{data_dir / path} {reason}" for path, reason in problems.items()]
-        raise UserError(
-            f"{len(problems):,} of the {len(files):,} pictures in {data_dir} cannot be read, more than 1 %: remove or "
-            f"replace them: {_first(reasons, '; ')}"
-        )
     notes = [f"{len(problems):,} unreadable left out"] if problems else []
     paths = sorted(files.keys() - problems.keys(), key=_hash)
     test = {path for path in paths if path.startswith("test/")}
@@ -74,10 +68,10 @@ def load_folder(data_dir: Path) -> Dataset:
     rows = {path: row for row, path in enumerate(files)}
     labels = {name: label for label, name in enumerate(sorted(set(map(_class_of, files))))}
     pixels = torch.from_numpy(pictures.pixels).flatten(1)  # whole images are copied faster
+    members_of = {"training": [path for path in paths if path not in test], "test": [p for p in paths if p in test]}
     splits: list[Split] = []
-    for members in ([path for path in paths if path not in test], [path for path in paths if path in test]):
+    for split, members in members_of.items():
         if missing := sorted(labels.keys() - set(map(_class_of, members))):
-            split = "test" if splits else "training"
             raise UserError(f"there is no readable picture for {split} of class {_first(missing)}: add pictures")
         images = pixels.index_select(0, torch.tensor([rows[path] for path in members]))
         splits.append((images.view(-1, 3, 32, 32), torch.tensor([labels[_class_of(path)] for path in members])))
