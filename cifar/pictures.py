@@ -1,12 +1,12 @@
 """Read a picture file, of any size and format, as the models expect it."""
 
-import functools
+import contextlib
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from cifar.errors import UserError, first_line
@@ -18,13 +18,7 @@ FORMATS = {
     "TIFF": ".tif .tiff", "PPM": ".ppm .pgm .pbm .pnm .pfm", "JPEG2000": ".jp2 .j2k .jpx", "AVIF": ".avif",
     "ICO": ".ico", "TGA": ".tga",
 }  # fmt: skip
-
-
-@functools.cache
-def picture_formats() -> tuple[str, ...]:
-    """Return the names of `FORMATS` that this Pillow knows; AVIF, for one, is new in 11.3."""
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
+SUFFIXES = frozenset(" ".join(FORMATS.values()).split())
 
 
 def read_image(path: Path) -> Tensor:
@@ -39,9 +33,16 @@ def read_image(path: Path) -> Tensor:
         with warnings.catch_warnings():
             # Of large pictures (Pillow refuses those above 179 million pixels) and of details that viewers ignore, too.
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=picture_formats()) as file:
-                upright = _upright(_to_rgb(file), file)
-        pixels = np.asarray(ImageOps.fit(upright, (32, 32), Image.Resampling.LANCZOS))
+            Image.init()
+            known = [name for name in FORMATS if name in Image.OPEN]  # AVIF is new in Pillow 11.3
+            with Image.open(path, formats=known) as file:
+                file.load()
+                # Damaged EXIF data is ignored, as viewers do. The picture is turned before the data is written again,
+                # which fails if any tag in it is damaged.
+                with contextlib.suppress(Exception):
+                    ImageOps.exif_transpose(file, in_place=True)
+                image = _to_rgb(file)
+        pixels = np.asarray(ImageOps.fit(image, (32, 32), Image.Resampling.LANCZOS))
     except UnidentifiedImageError as error:
         raise UserError(f"{path} is not a picture in a supported format") from error
     except Exception as error:  # a damaged or hostile file can make a decoder raise anything
@@ -54,8 +55,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     """Return `image` as a viewer shows it: deep gray scaled to bytes, where Pillow clips it; transparency on white."""
     if image.mode.startswith(("I", "F")):
         return _scale_to_bytes(image).convert("RGB")
-    if image.mode == "La":  # gray that is multiplied by its alpha; Pillow converts it in two steps only
-        image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -85,24 +84,3 @@ def _scale_to_bytes(image: Image.Image) -> Image.Image:
     levels = np.interp(np.nan_to_num(values, nan=low), (low, high), (0, 255))
     levels[values == image.info.get("transparency")] = 255  # a PNG's, on white, too
     return Image.fromarray(np.rint(levels).astype(np.uint8))
-
-
-def _upright(image: Image.Image, file: Image.Image) -> Image.Image:
-    """Turn `image` as the EXIF data of `file` says. EXIF data that cannot be read is ignored, as viewers do.
-
-    (ImageOps.exif_transpose also writes the EXIF data again, which fails if any tag in it is damaged.)
-    """
-    methods: dict[object, Image.Transpose] = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_270,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_90,
-    }
-    try:
-        method = methods.get(file.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # damaged data can make its decoder raise anything
-        return image
-    return image if method is None else image.transpose(method)
