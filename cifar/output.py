@@ -5,7 +5,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from typing import TextIO
+from typing import Any, TextIO
 
 
 @contextlib.contextmanager
@@ -23,25 +23,25 @@ def safe_output() -> Iterator[None]:
     try:
         yield
     finally:
-        sys.stdout.flush()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
         sys.stdout, sys.stderr = before
 
 
 class _SafeFile(io.FileIO):
-    """A file that drops what it cannot write. A full disk may have room again later."""
+    """A file that drops what it cannot write."""
 
-    def write(self, data: bytes) -> int:  # type: ignore[override]
-        """Return the number of bytes that are written or dropped."""
+    def write(self, data: Any, /) -> int:
+        """Return the number of bytes that were written or dropped."""
         with contextlib.suppress(OSError):
-            return super().write(data) or len(data)  # None: the reader of a non-blocking pipe is too slow
+            return super().write(data) or len(data)  # None if a non-blocking pipe is full
         return len(data)
 
 
 def _safe_stream(descriptor: int, stream: TextIO | None) -> TextIO:
-    """Return a stream that writes as `stream` does, which is None if Python was started without it."""
+    """Return a stream to a descriptor, in the encoding of `stream`; that is None if the descriptor was closed."""
     file = io.BufferedWriter(_SafeFile(descriptor, "w", closefd=False))
-    options = {"encoding": stream.encoding, "line_buffering": stream.line_buffering} if stream else {}
-    return io.TextIOWrapper(file, errors="backslashreplace", **options)
+    return io.TextIOWrapper(file, stream.encoding if stream else None, "backslashreplace", line_buffering=True)
 
 
 def _occupy_standard_descriptors() -> None:
