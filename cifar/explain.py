@@ -64,10 +64,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def explain_forward(net: nn.Module, images: Tensor, runtime: Runtime) -> None:
     """Show the shapes through the layers."""
-    runtime.print0(f"   images {_shape(images)} in [{images.min():.2f}, {images.max():.2f}]")
+    runtime.print0(f"   images {list(images.shape)} in [{images.min():.2f}, {images.max():.2f}]")
 
     def show(name: str) -> Any:
-        return lambda _, inputs, output: runtime.print0(f"   {name:<6} {_shape(inputs[0]):>20} -> {_shape(output)}")
+        return lambda _, inputs, output: runtime.print0(
+            f"   {name:<6} {list(inputs[0].shape)!s:>20} -> {list(output.shape)}"
+        )
 
     layers = [(name, module) for name, module in net.named_modules() if not list(module.children())]
     hooks = [module.register_forward_hook(show(name)) for name, module in layers]
@@ -80,7 +82,7 @@ def explain_forward(net: nn.Module, images: Tensor, runtime: Runtime) -> None:
 def explain_gradients(own: Tensors, averaged: Tensors, runtime: Runtime) -> None:
     """Show the gradients, and that DistributedDataParallel has replaced those of all ranks by their mean."""
     for name, gradient in averaged.items():
-        runtime.print0(f"   {name + '.grad':<18} {_shape(gradient):>16}  norm {gradient.norm():.6f}")
+        runtime.print0(f"   {name + '.grad':<18} {list(gradient.shape)!s:>16}  norm {gradient.norm():.6f}")
     if runtime.world_size == 1:
         return
     before, after = runtime.gather(_norm(own)), runtime.gather(_norm(averaged))
@@ -127,10 +129,6 @@ def _norm(gradients: Tensors) -> float:
 
 def _difference(a: Tensors, b: Tensors) -> float:
     return max((a[name] - b[name]).abs().max().item() for name in b)
-
-
-def _shape(tensor: Tensor) -> str:
-    return f"{list(tensor.shape)}"
 
 
 def _check(holds: bool, claim: str) -> None:

@@ -28,23 +28,14 @@ _ATTEMPTS = 5  # for each source
 
 @dataclass(frozen=True)
 class Archive:
-    """The archive of a dataset.
+    """The archive of a dataset."""
 
-    Attributes:
-        title: name of the dataset, for messages.
-        name: of the file.
-        folder: that it unpacks to.
-        size: in bytes.
-        sha256: in hexadecimal.
-        urls: sources, to be tried in order.
-    """
-
-    title: str
-    name: str
-    folder: str
-    size: int
-    sha256: str
-    urls: tuple[str, ...]
+    title: str  # name of the dataset, for messages
+    name: str  # of the file
+    folder: str  # that it unpacks to
+    size: int  # in bytes
+    sha256: str  # in hexadecimal
+    urls: tuple[str, ...]  # sources, to be tried in order
 
 
 class UnavailableError(UserError):

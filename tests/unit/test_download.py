@@ -38,19 +38,6 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_sources_are_tried_in_order(server, tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    urls = [
-        server.plays("/gone", says(404)),
-        server.plays("/broken", says(500)),
-        server.plays("/good", serves(CONTENT)),
-        server.plays("/never", serves(CONTENT)),
-    ]
-    assert get(tmp_path, *urls) == CONTENT
-    assert server.paths == ["/gone", "/broken", "/good"]
-    assert names(tmp_path) == ["notes.txt", "small.tar.gz.part"]
-
-
 def test_credentials_reach_their_host_only(server, tmp_path, capsys):
     """Not the host of a redirection, nor the screen."""
     sent = []
