@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
         loss = train_step(model, [(images, labels)], len(images) * runtime.world_size, optimizer, runtime)
         runtime.print0("\nBACKWARD: every .grad is None before it")
-        runtime.print0(f"   loss: cross-entropy {runtime.mean(loss):.4f} (guessing costs {math.log(len(data.classes)):.4f})")
+        mean, guessing = runtime.mean(loss), math.log(len(data.classes))
+        runtime.print0(f"   loss: cross-entropy {mean:.4f} (guessing costs {guessing:.4f})")
         explain_gradients(own, _gradients(net), runtime)
         explain_update(net, optimizer, before, lr, runtime)
 
