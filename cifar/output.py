@@ -1,7 +1,6 @@
 """Output that cannot be written does not end the program: a closed pipe, a full disk, a terminal that is gone."""
 
 import contextlib
-import errno
 import io
 import os
 import sys
@@ -11,57 +10,38 @@ from typing import Any, TextIO
 
 @contextlib.contextmanager
 def safe_output() -> Iterator[None]:
-    """Run a block in which writing to stdout or stderr never raises: what nobody can read is dropped."""
+    """Run a block in which writing to this process's stdout or stderr never raises: what cannot be written is dropped.
+
+    What replaces them in a notebook or a test is left alone.
+    """
     _occupy_standard_descriptors()
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = streams = tuple(_SafeStream(stream) for stream in before)
+    if sys.stdout is sys.__stdout__:
+        sys.stdout = _safe_stream(1, sys.stdout)
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = _safe_stream(2, sys.stderr)
     try:
         yield
     finally:
-        for stream in streams:
-            stream.finish()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
         sys.stdout, sys.stderr = before
 
 
-class _SafeStream:
-    """A text stream whose write errors are ignored."""
+class _SafeFile(io.FileIO):
+    """A file that drops what it cannot write."""
 
-    def __init__(self, stream: TextIO | None) -> None:  # None if the descriptor was closed before Python started
-        self._stream: TextIO = stream or open(os.devnull, "w")  # noqa: SIM115
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a class name that the terminal's encoding lacks
+    def write(self, data: Any, /) -> int:
+        """Return the number of bytes that were written or dropped."""
+        with contextlib.suppress(OSError):
+            return super().write(data) or len(data)  # None if a non-blocking pipe is full
+        return len(data)
 
-    def write(self, text: str) -> int:
-        """Write `text`, or drop it."""
-        with self._ignore_errors():
-            self._stream.write(text)
-        return len(text)
 
-    def flush(self) -> None:
-        """Flush, or drop what is in the buffer."""
-        with self._ignore_errors():
-            self._stream.flush()
-
-    def finish(self) -> None:
-        """Flush for the last time, so that Python's own flush at exit cannot fail."""
-        with self._ignore_errors(last=True):
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    @contextlib.contextmanager
-    def _ignore_errors(self, last: bool = False) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, ValueError) as error:  # ValueError: the stream is closed
-            # A full disk may have room again later; a reader that is gone does not come back.
-            if last or getattr(error, "errno", None) != errno.ENOSPC:
-                with contextlib.suppress(OSError, ValueError):
-                    nowhere = os.open(os.devnull, os.O_WRONLY)
-                    os.dup2(nowhere, self._stream.fileno())
-                    os.close(nowhere)
-                    self._stream.flush()
+def _safe_stream(descriptor: int, stream: TextIO | None) -> TextIO:
+    """Return a stream to a descriptor, in the encoding of `stream`; that is None if the descriptor was closed."""
+    file = io.BufferedWriter(_SafeFile(descriptor, "w", closefd=False))
+    return io.TextIOWrapper(file, stream.encoding if stream else None, "backslashreplace", line_buffering=True)
 
 
 def _occupy_standard_descriptors() -> None:

@@ -25,6 +25,6 @@ def load_cifar100(data_dir: Path) -> Dataset:
     """Load CIFAR-100 from `data_dir/cifar-100-python`: 50,000 training and 10,000 test images.
 
     Raises:
-        UserError: names the file that is missing, corrupt or unreadable.
+        UserError: a file is missing, corrupt or unreadable.
     """
     return read("CIFAR100", ARCHIVE, data_dir)

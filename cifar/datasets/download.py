@@ -4,7 +4,6 @@ torch.hub, torchvision and pooch start over after an interruption; a slow source
 """
 
 import base64
-import contextlib
 import hashlib
 import http.client
 import os
@@ -14,7 +13,6 @@ import tarfile
 import tempfile
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +20,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from cifar.errors import UserError, without_credentials
+from cifar.errors import UserError, first_line, without_credentials
 
 _CHUNK = 1 << 20  # bytes
 _ATTEMPTS = 5  # for each source
@@ -30,27 +28,14 @@ _ATTEMPTS = 5  # for each source
 
 @dataclass(frozen=True)
 class Archive:
-    """The archive of a dataset.
+    """The archive of a dataset."""
 
-    Attributes:
-        title: name of the dataset, for messages.
-        name: of the file.
-        folder: that it unpacks to.
-        size: in bytes.
-        sha256: in hexadecimal.
-        urls: sources, to be tried in order.
-    """
-
-    title: str
-    name: str
-    folder: str
-    size: int
-    sha256: str
-    urls: tuple[str, ...]
-
-
-class DownloadError(Exception):
-    """The reason why a source failed, or the reasons of all sources."""
+    title: str  # name of the dataset, for messages
+    name: str  # of the file
+    folder: str  # that it unpacks to
+    size: int  # in bytes
+    sha256: str  # in hexadecimal
+    urls: tuple[str, ...]  # sources, to be tried in order
 
 
 class UnavailableError(UserError):
@@ -97,16 +82,14 @@ def prepare(archive: Archive, data_dir: Path, data_url: str | None) -> None:
                     f"{file} is corrupt or incomplete: its SHA-256 is not that of {title}; "
                     f"move it away to download it again"
                 )
-        return
-    except DownloadError as error:
-        reason = f"it is not in {data_dir} and no source worked ({error})"
     except OSError as error:
-        reason = f"it is not in {data_dir} and cannot be written there ({error})"
-    raise UnavailableError(
-        f"{title} is not available: {reason}; name a mirror with --data-url URL, copy the directory {archive.folder} "
-        f"or the file {archive.name} into {data_dir}, or use the synthetic dataset with --dataset synthetic",
-        reason,
-    )
+        reason = f"it is not in {data_dir} and cannot be put there ({error})"
+        raise UnavailableError(
+            f"{title} is not available: {reason}; name a mirror with --data-url URL, copy the directory "
+            f"{archive.folder} or the file {archive.name} into {data_dir}, or use the synthetic dataset with "
+            f"--dataset synthetic",
+            reason,
+        ) from error
 
 
 def _lock(archive: Archive, data_dir: Path) -> AbstractContextManager[object]:
@@ -135,12 +118,13 @@ def _unpack(archive: Archive, file: Path, data_dir: Path) -> None:
 def fetch(archive: Archive, folder: Path, timeout: float = 20.0) -> Path:
     """Download `archive`, or the rest of it, and return the verified file `folder/NAME.part`. The caller deletes it.
 
+    A source is asked again, five times in all, while it brings bytes.
+
     Args:
         timeout: seconds without a byte after which a source has stalled.
 
     Raises:
-        DownloadError: no source worked.
-        OSError: the directory cannot be written.
+        OSError: no source worked, and why, or the directory cannot be written.
     """
     part = folder / f"{archive.name}.part"
     part.touch()
@@ -150,52 +134,40 @@ def fetch(archive: Archive, folder: Path, timeout: float = 20.0) -> Path:
             before = part.stat().st_size
             try:
                 _receive(url, archive, part, timeout)
+                reason = f"ended after {part.stat().st_size:,} of {archive.size:,} bytes"
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                reason = first_line(error)
+            if part.stat().st_size >= archive.size:
                 if sha256(part) == archive.sha256:
                     return part
                 part.write_bytes(b"")  # start over: the wrong bytes may come from an earlier source
                 reason = "the SHA-256 is not that of the archive"
-            except DownloadError as error:
-                reason = str(error)
             if part.stat().st_size == before:
-                break  # nothing gained
+                break
         failures.append(f"{without_credentials(url)}: {reason}")
     if part.stat().st_size == 0:
         part.unlink()
-    raise DownloadError("; ".join(failures))
+    raise OSError("; ".join(failures))
 
 
 def _receive(url: str, archive: Archive, part: Path, timeout: float) -> None:
     """Append the missing bytes to `part`, or replace its content if the source cannot resume."""
-    have, size = part.stat().st_size, archive.size
-    if have >= size:
+    have = part.stat().st_size
+    if have >= archive.size:
         return
     headers = {"User-Agent": "cifar-ddp"} | ({"Range": f"bytes={have}-"} if have else {})
-    with _network_errors(timeout):
-        response = urllib.request.urlopen(_request(url, headers), timeout=timeout)
-    with response:
-        if response.status != 206 or f"bytes {have}-" not in response.headers.get("Content-Range", ""):
-            have = 0  # the source sends the whole file
-        # Refuse a wrong file before it replaces bytes that the next source could resume.
-        if response.headers.get_content_type() == "text/html":
-            raise DownloadError("sent a web page")
-        length = response.headers.get("Content-Length", "")
-        if length.isdecimal() and have + int(length) != size:
-            raise DownloadError(f"has {have + int(length):,} bytes instead of {size:,}")
-        print(f"downloading {without_credentials(url)}" + (f", from byte {have:,} on" if have else ""), flush=True)
-        draw = sys.stderr.isatty()
-        bar = tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=archive.name, disable=not draw)
-        with bar, part.open("ab") as file:
-            file.truncate(have)
-            while have < size:
-                with _network_errors(timeout):
-                    chunk = response.read1(min(_CHUNK, size - have))
-                if not chunk:
-                    raise DownloadError(f"ended after {have:,} of {size:,} bytes")
+    with urllib.request.urlopen(_request(url, headers), timeout=timeout) as response, part.open("ab") as file:
+        if response.headers.get_content_type() == "text/html":  # a login page must not replace what is there
+            raise ValueError("sent a web page")
+        if response.status != 206:  # the source sends the whole file
+            have = file.truncate(0)
+        print(f"downloading {without_credentials(url)}", flush=True)
+        seconds = 0.1 if sys.stderr.isatty() else 10.0  # between updates, which remain in a log
+        unit = {"unit": "B", "unit_scale": True}
+        with tqdm(desc=archive.name, total=archive.size, initial=have, mininterval=seconds, **unit) as bar:
+            while bar.n < archive.size and (chunk := response.read1(_CHUNK)):
                 file.write(chunk)
                 bar.update(len(chunk))
-                tenth, have = 10 * have // size, have + len(chunk)
-                if not draw and 10 * have // size > tenth:
-                    print(f"  {10 * have // size}0 % of {size / 1e6:,.1f} MB", flush=True)
 
 
 def _request(url: str, headers: dict[str, str]) -> urllib.request.Request:
@@ -208,18 +180,6 @@ def _request(url: str, headers: dict[str, str]) -> urllib.request.Request:
     token = base64.b64encode(urllib.parse.unquote_to_bytes(user)).decode()
     request.add_unredirected_header("Authorization", f"Basic {token}")  # not for the host of a redirection
     return request
-
-
-@contextlib.contextmanager
-def _network_errors(timeout: float) -> Iterator[None]:
-    """Convert network errors to DownloadError. (Not used for the disk: no other source would mend that.)"""
-    try:
-        yield
-    except TimeoutError as error:
-        raise DownloadError(f"no data for {timeout:g} s") from error
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        text = " ".join(str(error).split()).strip("<>")  # on one line, and urllib's brackets removed
-        raise DownloadError(text or type(error).__name__) from error
 
 
 def sha256(path: Path) -> str:

@@ -14,7 +14,10 @@ from cifar.errors import UserError
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Where torchrun expects a worker's error, below a directory that each agent makes for itself (mkdtemp; torch 2.14).
 _ERROR_FILE = re.compile(r"(.+)/attempt_\d+/\d+/error\.json")
-_ADVICE = "to train in one process, or start several with `torchrun --nproc_per_node=N train_ddp.py`"
+_ADVICE = (
+    "set all of them, as torchrun and `accelerate launch --config_file launch/accelerate.yaml` do, "
+    "or unset them to train in one process"
+)
 
 # Launchers whose processes torchrun's variables do not connect: how many they started, and the index of this one. In a
 # SLURM allocation or batch script SLURM_NTASKS is set, but not SLURM_STEP_NUM_TASKS (SLURM 22.05).
@@ -25,15 +28,15 @@ _OTHERS = (
     ("mpirun", "PMI_SIZE", "PMI_RANK"),
 )
 
-# What `accelerate launch` can be configured for, but this program does not do: the default, and what to do instead.
-_DDP = "this program trains with DistributedDataParallel: use launch/accelerate.yaml"
+# What `accelerate launch` can be configured for, and the values besides "no", "0" and "" that this program follows.
 _ACCELERATE = {
-    "ACCELERATE_USE_FSDP": ("false", _DDP),
-    "ACCELERATE_USE_DEEPSPEED": ("false", _DDP),
-    "ACCELERATE_USE_MEGATRON_LM": ("false", _DDP),
-    "ACCELERATE_USE_PARALLELISM_CONFIG": ("false", _DDP),
-    "ACCELERATE_DYNAMO_BACKEND": ("no", "only --compile compiles the model: set it to no"),
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "only --global-batch-size decides the accumulation: set it to 1"),
+    "ACCELERATE_USE_FSDP": ("false",),
+    "ACCELERATE_USE_DEEPSPEED": ("false",),
+    "ACCELERATE_USE_MEGATRON_LM": ("false",),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("false",),
+    "ACCELERATE_DYNAMO_BACKEND": (),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1",),
+    "ACCELERATE_MIXED_PRECISION": ("bf16", "fp16"),
 }
 
 
@@ -63,41 +66,36 @@ class Launch:
 
     @classmethod
     def from_environment(cls) -> "Launch":
-        """Read the launcher's variables; without any, describe a single process.
+        """Read torchrun's variables; without any of them, describe a single process or that of another launcher.
 
         Raises:
             UserError: some are missing, or they make no sense together.
         """
         if missing := _missing():
-            _, world_size, rank = _other_launcher()
-            if world_size > 1 or len(missing) == len(_TORCHRUN):
-                return cls(rank=rank, local_rank=rank, world_size=world_size, local_world_size=world_size)
-            if "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" in missing:
-                # `accelerate launch --cpu --num_processes 2` sets only the address (accelerate 1.15).
-                raise UserError(
-                    "accelerate launch was asked for several processes and started only this one: "
-                    "use `accelerate launch --config_file launch/accelerate.yaml --num_processes N train_ddp.py`, "
-                    "or `torchrun --nproc_per_node=N train_ddp.py`"
-                )
+            _, copies, index = _other_launcher()
+            if copies > 1 or len(missing) == len(_TORCHRUN):
+                return cls(rank=index, local_rank=index, world_size=copies, local_world_size=copies)
             given = ", ".join(name for name in _TORCHRUN if name in os.environ)
-            lacking, unset = ", ".join(missing), f"unset {given} {_ADVICE}"
-            raise UserError(f"the environment has {given}, but not {lacking}: set that, too, or {unset}")
-        rank, world_size, local_rank, local_world_size = map(_integer, _TORCHRUN[:4])
-        if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
-            values = ", ".join(f"{name}={os.environ[name]}" for name in _TORCHRUN[:4])
-            raise UserError(f"these variables contradict each other: {values}: unset them {_ADVICE}")
-        if not 0 <= _integer("MASTER_PORT") < 1 << 16:
-            raise UserError(f"MASTER_PORT={os.environ['MASTER_PORT']} is not a port: correct it")
-        return cls(
-            rank=rank,
-            local_rank=local_rank,
-            world_size=world_size,
-            local_world_size=local_world_size,
-            host=_integer("GROUP_RANK", 0),
-            hosts=_integer("GROUP_WORLD_SIZE", 1),
-            elastic="TORCHELASTIC_RUN_ID" in os.environ,
-            restarts_left=_integer("TORCHELASTIC_MAX_RESTARTS", 0) - _integer("TORCHELASTIC_RESTART_COUNT", 0),
-        )
+            raise UserError(f"the environment has {given}, but not {', '.join(missing)}: {_ADVICE}")
+        try:
+            launch = cls(
+                rank=_integer("RANK"),
+                local_rank=_integer("LOCAL_RANK"),
+                world_size=_integer("WORLD_SIZE"),
+                local_world_size=_integer("LOCAL_WORLD_SIZE"),
+                host=_integer("GROUP_RANK"),
+                hosts=_integer("GROUP_WORLD_SIZE", 1),
+                elastic="TORCHELASTIC_RUN_ID" in os.environ,
+                restarts_left=_integer("TORCHELASTIC_MAX_RESTARTS") - _integer("TORCHELASTIC_RESTART_COUNT"),
+            )
+            possible = 0 <= launch.rank < launch.world_size and 0 <= _integer("MASTER_PORT") < 1 << 16
+            possible = possible and 0 <= launch.local_rank < launch.local_world_size <= launch.world_size
+        except ValueError:  # not an integer
+            possible = False
+        if not possible:
+            values = ", ".join(f"{name}={os.environ[name]}" for name in _TORCHRUN)
+            raise UserError(f"these variables contradict each other: {values}: {_ADVICE}")
+        return launch
 
     def check(self) -> None:
         """Refuse what would train otherwise than its launcher was asked to.
@@ -106,22 +104,21 @@ class Launch:
             UserError: several processes would train separately, or accelerate was configured for what is not done here.
         """
         launcher, copies, _ = _other_launcher()
-        if copies > 1 and _missing():
+        # A torchrun that may restart can be the first or the last of 1 to N hosts.
+        single_host = self.elastic and self.hosts == 1 and _integer("TORCHELASTIC_MAX_RESTARTS") == 0
+        if copies > 1 and (single_host or _missing()):
             raise UserError(
                 f"{launcher} started {copies} processes, which would train separately: use `torchrun "
                 f"--nproc_per_node=N train_ddp.py` on one host, launch/multi_node.sh on several, "
                 f"`sbatch launch/slurm.sbatch` under SLURM, or `{launcher} -n 1` for one process"
             )
-        # A torchrun that may restart can be the first or the last of 1 to N hosts.
-        if copies > 1 and self.elastic and self.hosts == 1 and _integer("TORCHELASTIC_MAX_RESTARTS", 0) == 0:
+        values = {name: os.environ[name] for name in _ACCELERATE if name in os.environ}
+        ignored = [f"{k}={v}" for k, v in values.items() if v.lower() not in ("no", "0", "", *_ACCELERATE[k])]
+        if ignored:
             raise UserError(
-                f"{launcher} started torchrun {copies} times, which would train separately: tell torchrun of the other "
-                f"hosts, as launch/slurm.sbatch and launch/multi_node.sh do, or use `{launcher} -n 1`"
+                f"accelerate's configuration sets {', '.join(ignored)}, which would be ignored: use "
+                f"launch/accelerate.yaml, and the flags --compile, --global-batch-size and --precision"
             )
-        for name, (default, reason) in _ACCELERATE.items():
-            value = os.environ.get(name, default)
-            if value.lower() not in (default, "0", "no", ""):
-                raise UserError(f"accelerate's configuration sets {name}={value}, but {reason}")
 
     @staticmethod
     def identify(number: int) -> str | None:
@@ -181,34 +178,27 @@ def is_running(pid: int, own_id: str) -> bool:
 
 
 def is_rank_zero() -> bool:
-    """Return whether this process is rank zero, the one that prints and writes.
-
-    A process whose place is unknown, because of a broken environment, speaks for itself.
-    """
-    try:
-        return Launch.from_environment().rank == 0
-    except UserError:
-        return True
+    """Return whether this process is rank zero, the one that prints and writes."""
+    return _place().rank == 0
 
 
 def is_local_rank_zero() -> bool:
     """Return whether this process is the one of its host that prints before the ranks have met."""
+    return _place().local_rank == 0
+
+
+def _place() -> Launch:
+    """Return the launch; a process whose place is unknown, because of a broken environment, speaks for itself."""
     try:
-        return Launch.from_environment().local_rank == 0
+        return Launch.from_environment()
     except UserError:
-        return True
+        return Launch()
 
 
 def accelerate_fields() -> dict[str, str]:
-    """Return the fields of a TrainConfig, `precision` and `device`, that accelerate's configuration decides.
-
-    Raises:
-        UserError: the precision is fp8, or unknown.
-    """
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if precision not in ("no", "bf16", "fp16"):
-        raise UserError(f"ACCELERATE_MIXED_PRECISION={precision} is not supported: use no, bf16 or fp16")
-    fields = {} if precision == "no" else {"precision": precision}
+    """Return the fields of a TrainConfig, `precision` and `device`, that accelerate's configuration decides."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
+    fields = {"precision": precision} if precision in ("bf16", "fp16") else {}
     return fields | ({"device": "cpu"} if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1") else {})
 
 
@@ -254,15 +244,9 @@ def _other_launcher() -> tuple[str, int, int]:
         count = os.environ.get(size, "")
         # In the shell of `srun --pty`, the user starts the processes.
         if count.isdecimal() and int(count) > 1 and "SLURM_PTY_PORT" not in os.environ:
-            return name, int(count), _integer(rank, 0)
+            return name, int(count), _integer(rank)
     return "python", 1, 0
 
 
-def _integer(name: str, default: int | None = None) -> int:
-    value = os.environ.get(name, default)
-    try:
-        return int(value)  # type: ignore[arg-type]
-    except ValueError:
-        raise UserError(
-            f"{name} is {value!r} in the environment, which is not an integer: correct or unset it"
-        ) from None
+def _integer(name: str, default: int = 0) -> int:
+    return int(os.environ.get(name, default))

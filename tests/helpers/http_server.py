@@ -104,14 +104,12 @@ def serves(content: bytes, upto: int | None = None, then: Behaviour | None = Non
     return behaviour
 
 
-def says(
-    status: int, content: bytes = b"sorry", kind: str = "text/plain", upto: int | None = None, length: bool = True
-) -> Behaviour:
-    """Send `content` or its first `upto` bytes, whatever Range was requested; `length`: with a Content-Length."""
+def says(status: int, content: bytes = b"sorry", kind: str = "text/plain", length: bool = True) -> Behaviour:
+    """Send `content`, whatever Range was requested; `length`: with a Content-Length."""
 
     def behaviour(reply: Reply) -> None:
         reply.head(status, len(content) if length else None, Content_Type=kind)
-        reply.body(content[:upto])
+        reply.body(content)
 
     return behaviour
 

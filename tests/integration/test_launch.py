@@ -39,9 +39,12 @@ def test_local_without_a_gpu_returns_the_status_of_one_process(tmp_path):
     ("options", "complaint"),
     [
         # accelerate starts one process and does not say so.
-        ("--cpu --num_processes 2", "accelerate launch was asked for several processes and started only this one"),
-        ("--use_fsdp --num_processes 1", "ACCELERATE_USE_FSDP=true, but this program trains with Distributed"),
-        ("--cpu --num_processes 1 --dynamo_backend inductor", "ACCELERATE_DYNAMO_BACKEND=INDUCTOR, but only --compile"),
+        ("--cpu --num_processes 2", "error: the environment has MASTER_ADDR"),
+        ("--use_fsdp --num_processes 1", "ACCELERATE_USE_FSDP=true, which would be ignored"),
+        (
+            "--cpu --num_processes 1 --dynamo_backend inductor",
+            "ACCELERATE_DYNAMO_BACKEND=INDUCTOR, which would be ignored",
+        ),
     ],
     ids=["separate copies", "FSDP", "dynamo"],
 )

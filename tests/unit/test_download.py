@@ -1,17 +1,15 @@
 """Downloads from a real HTTP server on 127.0.0.1 that truncates, stalls and lies."""
 
 import base64
-import errno
 import hashlib
 import random
-import resource
-import socket
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from cifar.datasets.download import Archive, DownloadError, fetch
+from cifar.datasets.download import Archive, fetch
 from tests.helpers.http_server import Exchange, Reply, Server, says, serves, stalls
 
 CONTENT = random.Random(0).randbytes(300_000)
@@ -40,19 +38,6 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_sources_are_tried_in_order(server, tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    urls = [
-        server.plays("/gone", says(404)),
-        server.plays("/broken", says(500)),
-        server.plays("/good", serves(CONTENT)),
-        server.plays("/never", serves(CONTENT)),
-    ]
-    assert get(tmp_path, *urls) == CONTENT
-    assert server.paths == ["/gone", "/broken", "/good"]
-    assert names(tmp_path) == ["notes.txt", "small.tar.gz.part"]
-
-
 def test_credentials_reach_their_host_only(server, tmp_path, capsys):
     """Not the host of a redirection, nor the screen."""
     sent = []
@@ -71,7 +56,7 @@ def test_credentials_reach_their_host_only(server, tmp_path, capsys):
     assert sent == ["Basic " + base64.b64encode(b"me:secret@").decode(), None]
     part(tmp_path).unlink()
     server.plays(f"/b{signed}", says(403))
-    with pytest.raises(DownloadError) as caught:
+    with pytest.raises(OSError, match="403") as caught:
         get(tmp_path, address[1])
     assert "secret" not in str(caught.value) + str(capsys.readouterr())
 
@@ -82,46 +67,32 @@ def test_truncated_download_is_resumed(server, tmp_path):
     assert server.exchanges == [Exchange("/a", None, 100_000), Exchange("/a", "bytes=100000-", 200_000)]
 
 
-def test_partial_file_of_another_launch_is_resumed(server, tmp_path):
-    part(tmp_path).write_bytes(CONTENT[:250_000])
-    assert get(tmp_path, server.plays("/a", serves(CONTENT))) == CONTENT
-    assert server.exchanges == [Exchange("/a", "bytes=250000-", 50_000)]
-
-
 def test_next_source_resumes(server, tmp_path):
     dies = server.plays("/dies", serves(CONTENT, upto=100_000), says(503))
     assert get(tmp_path, dies, server.plays("/good", serves(CONTENT))) == CONTENT
     assert server.exchanges[-1] == Exchange("/good", "bytes=100000-", 200_000)
 
 
-def test_complete_file_needs_no_source(server, tmp_path):
-    part(tmp_path).write_bytes(CONTENT)
-    assert get(tmp_path, server.plays("/a", says(500))) == CONTENT
-    assert server.exchanges == []
-
-
-def test_server_without_range(server, tmp_path):
-    """A server that ignores Range, or does not give a length, sends the whole file."""
-    part(tmp_path).write_bytes(CONTENT[:1000])
-    assert get(tmp_path, server.plays("/a", says(200, CONTENT))) == CONTENT
-    assert server.exchanges == [Exchange("/a", "bytes=1000-", len(CONTENT))]
-    part(tmp_path).unlink()
-    assert get(tmp_path, server.plays("/b", says(200, CONTENT + b"not read", length=False))) == CONTENT
-
-
-def test_206_with_another_range_is_not_appended(server, tmp_path):
-    def from_the_start(reply: Reply) -> None:
-        reply.head(206, len(CONTENT), Content_Range=f"bytes 0-{len(CONTENT) - 1}/{len(CONTENT)}")
-        reply.body(CONTENT)
-
-    part(tmp_path).write_bytes(CONTENT[:1000])
-    assert get(tmp_path, server.plays("/a", from_the_start)) == CONTENT
-    assert len(server.exchanges) == 1
+@pytest.mark.parametrize(
+    ("have", "behaviour", "exchanges"),
+    [
+        (250_000, serves(CONTENT), [Exchange("/a", "bytes=250000-", 50_000)]),
+        (300_000, says(500), []),
+        (1_000, says(200, CONTENT), [Exchange("/a", "bytes=1000-", 300_000)]),
+        (0, says(200, CONTENT, length=False), [Exchange("/a", None, 300_000)]),
+    ],
+    ids=["rest", "nothing", "no range", "no length"],
+)
+def test_partial_file_of_another_launch_is_resumed(server, tmp_path, have, behaviour, exchanges):
+    """A server that ignores Range sends the whole file."""
+    part(tmp_path).write_bytes(CONTENT[:have])
+    assert get(tmp_path, server.plays("/a", behaviour)) == CONTENT
+    assert server.exchanges == exchanges
 
 
 def test_repeated_truncation_is_given_up(server, tmp_path):
     """After five attempts, and what they brought is kept."""
-    with pytest.raises(DownloadError, match=r"/a: ended after 50,000 of 300,000 bytes"):
+    with pytest.raises(OSError, match=r"/a: ended after 50,000 of 300,000 bytes"):
         get(tmp_path, server.plays("/a", serves(CONTENT, upto=10_000)))
     assert len(server.exchanges) == 5
     assert part(tmp_path).read_bytes() == CONTENT[:50_000]
@@ -130,9 +101,8 @@ def test_repeated_truncation_is_given_up(server, tmp_path):
 def test_stalled_source_is_given_up(server, tmp_path):
     """Before the headers, before the first byte, and half way, where it is resumed."""
     urls = [server.plays("/a", stalls), server.plays("/b", serves(CONTENT, upto=0, then=stalls))]
-    with pytest.raises(DownloadError) as caught:
+    with pytest.raises(OSError, match=r"/a: timed out; .*/b: timed out"):
         get(tmp_path, *urls, timeout=0.2)
-    assert str(caught.value) == f"{urls[0]}: no data for 0.2 s; {urls[1]}: no data for 0.2 s"
     assert server.paths == ["/a", "/b"]
     assert names(tmp_path) == []
 
@@ -146,21 +116,17 @@ def test_stalled_source_is_given_up(server, tmp_path):
     [
         (says(404), "HTTP Error 404: Not Found"),
         (says(200, b"<html>Please log in</html>", "text/html; charset=utf-8"), "sent a web page"),
-        (says(200, b"<html>Please log in</html>", "text/html", length=False), "sent a web page"),
         (says(200, LIE), "the SHA-256 is not that of the archive"),
         (says(200, LIE + b"!", length=False), "the SHA-256 is not that of the archive"),
-        (says(200, CONTENT + b"!"), "has 300,001 bytes instead of 300,000"),
-        (says(200, CONTENT[:-1]), "has 299,999 bytes instead of 300,000"),
-        (lambda reply: reply.wfile.write(b"not\vHTTP\r\n"), "not HTTP"),
+        (lambda reply: reply.wfile.write(b"not HTTP\r\n"), "not HTTP"),
     ],
-    ids=["404", "page", "endless page", "wrong bytes", "endless", "too long", "too short", "not HTTP"],
+    ids=["404", "page", "wrong bytes", "too long", "not HTTP"],
 )
 def test_wrong_content_is_refused(server, tmp_path, behaviour, reason):
-    """The source is asked once and named with its reason on one line, and the next one is asked for the whole file."""
+    """The source is asked once and named with its reason, and the next one is asked for the whole file."""
     liar = server.plays("/liar", behaviour)
-    with pytest.raises(DownloadError) as caught:
+    with pytest.raises(OSError, match=f"^{liar}: {reason}$"):
         get(tmp_path, liar)
-    assert str(caught.value) == f"{liar}: {reason}"
     assert server.paths == ["/liar"]
     assert names(tmp_path) == []
 
@@ -172,7 +138,7 @@ def test_wrong_content_does_not_replace_a_partial_file(server, tmp_path):
     part(tmp_path).write_bytes(CONTENT[:1000])
     page = server.plays("/page", says(200, b"<html>Please log in</html>", "text/html", length=False))
     short = server.plays("/short", serves(CONTENT[:1000]))  # answers 416
-    with pytest.raises(DownloadError, match=r"sent a web page; .*HTTP Error 416"):
+    with pytest.raises(OSError, match=r"sent a web page; .*HTTP Error 416"):
         get(tmp_path, page, short)
     assert part(tmp_path).read_bytes() == CONTENT[:1000]
 
@@ -184,61 +150,20 @@ def test_wrong_partial_file_is_replaced(server, tmp_path, size):
     assert server.exchanges[-1] == Exchange("/a", None, len(CONTENT))
 
 
-def test_every_reason_is_given(server, tmp_path):
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # reserved, and not listening
-        refused = f"http://127.0.0.1:{unused.getsockname()[1]}/a"
-        urls = [refused, "mirror.example/no-scheme", server.plays("/b", says(503))]
-        with pytest.raises(DownloadError) as caught:
-            get(tmp_path, *urls)
-    reasons = [
-        f"urlopen error [Errno {errno.ECONNREFUSED}] Connection refused",
-        f"unknown url type: {urls[1]!r}",
-        "HTTP Error 503: Service Unavailable",
-    ]
-    assert str(caught.value) == "; ".join(f"{url}: {reason}" for url, reason in zip(urls, reasons, strict=True))
-
-
-def test_file_url(tmp_path):
+def test_urls_that_are_not_http(tmp_path):
     """A mirror may be a local file."""
     mirror = tmp_path / "mirror.tar.gz"
     mirror.write_bytes(CONTENT)
+    with pytest.raises(OSError, match=r"^mirror.example/a: unknown url type: .*; http://127.0.0.1:1/a: .*refused"):
+        get(tmp_path, "mirror.example/a", "http://127.0.0.1:1/a")
     assert get(tmp_path, mirror.as_uri()) == CONTENT
     assert mirror.read_bytes() == CONTENT
 
 
-def test_disk_error_is_not_blamed_on_a_source(server, tmp_path):
+def test_progress_begins_where_the_partial_file_ends(server, tmp_path, capsys):
+    part(tmp_path).write_bytes(CONTENT[:150_000])
     url = server.plays("/a", serves(CONTENT))
-    with pytest.raises(FileNotFoundError):
-        get(tmp_path / "missing", url)
-    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # like a full disk
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            get(tmp_path, url, url)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
-    assert len(server.exchanges) == 1
-
-
-def test_progress_lines(server, tmp_path, capsys):
-    """Without a terminal: a line for each source and each tenth."""
-    url = server.plays("/a", serves(CONTENT, upto=150_000), serves(CONTENT))
     get(tmp_path, url)
     shown = capsys.readouterr()
-    lines = shown.out.splitlines()
-    assert shown.err == ""
-    assert lines[0] == f"downloading {url}"
-    assert f"downloading {url}, from byte 150,000 on" in lines
-    assert lines[-1] == "  100 % of 0.3 MB"
-
-
-def test_progress_bar(server, tmp_path, monkeypatch, capsys):
-    """On a terminal. The bar starts where the partial file ends."""
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    part(tmp_path).write_bytes(CONTENT[:150_000])
-    get(tmp_path, server.plays("/a", serves(CONTENT)))
-    shown = capsys.readouterr()
-    assert "small.tar.gz:  50%" in shown.err
-    assert "100%" in shown.err
-    assert "%" not in shown.out
+    assert shown.out == f"downloading {url}\n"
+    assert re.search(r"small.tar.gz: +50%.*small.tar.gz: +100%", shown.err, re.DOTALL)

@@ -51,45 +51,29 @@ def test_torchrun(environment):
     assert not is_rank_zero()
 
 
-@pytest.mark.parametrize("missing", rank_variables(1, 2))
-def test_incomplete_environment_is_an_error_that_is_printed(environment, monkeypatch, missing):
-    environment(**rank_variables(1, 2))
-    monkeypatch.delenv(missing)
-    with pytest.raises(
-        UserError, match=f", but not {missing}: set that, too, or unset .* to train in one process, or .*torchrun"
-    ):
+@pytest.mark.parametrize("name", rank_variables(1, 2))
+def test_incomplete_environment_is_an_error_that_is_printed(environment, monkeypatch, name):
+    environment(**{name: 1})  # left over
+    with pytest.raises(UserError, match=f"the environment has {name}, but not .*, or unset them to train in one"):
         Launch.from_environment()
     assert is_rank_zero()
-
-
-@pytest.mark.parametrize("alone", rank_variables(1, 2))
-def test_leftover_variable_is_an_error_that_is_printed(environment, alone):
-    environment(**{alone: 1})
-    with pytest.raises(UserError, match=f"the environment has {alone}, but not .*, or unset {alone} to train in one"):
+    environment(**rank_variables(1, 2))
+    monkeypatch.delenv(name)
+    with pytest.raises(UserError, match=f", but not {name}: set all of them, as torchrun and .*launch/accelerate.yaml"):
         Launch.from_environment()
     assert is_rank_zero()
 
 
 @pytest.mark.parametrize(
-    ("wrong", "complaint"),
+    "wrong",
     [
-        ({"RANK": "2"}, "contradict each other: RANK=2, WORLD_SIZE=2"),
-        ({"RANK": "-1"}, "contradict each other"),
-        ({"LOCAL_RANK": "-1"}, "contradict each other"),
-        ({"LOCAL_WORLD_SIZE": "1"}, "contradict each other"),
-        ({"LOCAL_WORLD_SIZE": "3"}, "contradict each other"),
-        ({"WORLD_SIZE": "0"}, "contradict each other"),
-        ({"WORLD_SIZE": ""}, "WORLD_SIZE is '' in the environment, which is not an integer"),
-        ({"RANK": "one"}, "RANK is 'one' in the environment, which is not an integer"),
-        ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http' in the environment, which is not an integer"),
-        ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536 is not a port"),
-        ({"GROUP_RANK": "x"}, "GROUP_RANK is 'x'"),
+        *("RANK=2", "RANK=-1", "RANK=one", "LOCAL_RANK=-1", "LOCAL_WORLD_SIZE=1", "LOCAL_WORLD_SIZE=3"),
+        *("WORLD_SIZE=0", "WORLD_SIZE=", "MASTER_PORT=http", "MASTER_PORT=65536"),
     ],
-    ids=str,
 )
-def test_impossible_environment_is_an_error_that_is_printed(environment, wrong, complaint):
-    environment(**rank_variables(1, 2) | wrong)
-    with pytest.raises(UserError, match=complaint):
+def test_impossible_environment_is_an_error_that_is_printed(environment, wrong):
+    environment(**rank_variables(1, 2) | dict([wrong.split("=")]))
+    with pytest.raises(UserError, match=f"^these variables contradict each other: .*{wrong}[,:]"):
         Launch.from_environment()
     assert is_rank_zero()
 
@@ -195,7 +179,7 @@ def test_torchrun_under_another_launcher_knows_the_other_hosts(environment, name
     launch.check()
     assert (launch.rank, launch.world_size) == (1, 4)
     environment(GROUP_WORLD_SIZE=1)  # each torchrun for itself
-    with pytest.raises(UserError, match="started torchrun 2 times, which would train separately"):
+    with pytest.raises(UserError, match="started 2 processes, which would train separately"):
         Launch.from_environment().check()
     environment(TORCHELASTIC_MAX_RESTARTS=3)  # for example the first of --nnodes=1:2
     Launch.from_environment().check()
@@ -219,31 +203,20 @@ def test_store_of_the_agent_or_of_rank_zero(environment):
     assert Launch.store() == (("10.0.0.1", 29400), False)
 
 
-def test_accelerate_that_started_one_process_of_several_is_refused(environment):
-    # The variables that `accelerate launch --cpu --num_processes 2` sets; see also tests/integration/test_launch.py.
-    environment(ACCELERATE_MIXED_PRECISION="no")
-    Launch.from_environment().check()  # --num_processes 1 sets no address
-    environment(MASTER_ADDR="127.0.0.1")
-    with pytest.raises(UserError, match=r"started only this one.*torchrun"):
-        Launch.from_environment().check()
-
-
 @pytest.mark.parametrize(
-    ("name", "on", "off", "advice"),
+    ("name", "followed", "ignored"),
     [
-        ("USE_FSDP", "true", "false", "launch/accelerate.yaml"),
-        ("USE_DEEPSPEED", "true", "false", "launch/accelerate.yaml"),
-        ("USE_MEGATRON_LM", "true", "false", "launch/accelerate.yaml"),
-        ("USE_PARALLELISM_CONFIG", "true", "false", "launch/accelerate.yaml"),
-        ("DYNAMO_BACKEND", "INDUCTOR", "NO", "--compile"),
-        ("GRADIENT_ACCUMULATION_STEPS", "4", "1", "--global-batch-size"),
+        *((f"USE_{name}", "false", "true") for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")),
+        ("DYNAMO_BACKEND", "NO", "INDUCTOR"),
+        ("GRADIENT_ACCUMULATION_STEPS", "1", "4"),
+        ("MIXED_PRECISION", "bf16", "fp8"),
     ],
 )
-def test_accelerate_configuration_that_would_be_ignored_is_refused(environment, name, on, off, advice):
-    environment(**{f"ACCELERATE_{name}": off})
+def test_accelerate_configuration_that_would_be_ignored_is_refused(environment, name, followed, ignored):
+    environment(**{f"ACCELERATE_{name}": followed})
     Launch.from_environment().check()
-    environment(**{f"ACCELERATE_{name}": on})
-    with pytest.raises(UserError, match=f"ACCELERATE_{name}={on}, but .*{advice}"):
+    environment(**{f"ACCELERATE_{name}": ignored})
+    with pytest.raises(UserError, match=f"ACCELERATE_{name}={ignored}, which would be ignored: .*accelerate.yaml"):
         Launch.from_environment().check()
 
 
@@ -253,9 +226,6 @@ def test_precision_and_device_of_accelerate_launch(environment):
     assert accelerate_fields() == {}
     environment(ACCELERATE_MIXED_PRECISION="bf16", ACCELERATE_USE_CPU="True")
     assert accelerate_fields() == {"precision": "bf16", "device": "cpu"}
-    environment(ACCELERATE_MIXED_PRECISION="fp8")
-    with pytest.raises(UserError, match="ACCELERATE_MIXED_PRECISION=fp8 is not supported: use no, bf16 or fp16"):
-        accelerate_fields()
 
 
 @pytest.mark.parametrize(

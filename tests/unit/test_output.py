@@ -1,81 +1,60 @@
 """Output that cannot be written is dropped, and the program goes on."""
 
-import errno
-import io
-import os
+import subprocess
 import sys
 
 import pytest
 
 from cifar.output import safe_output
+from tests.helpers.processes import ROOT, clean_environment
+
+HEAD = "import os, sys\nfrom cifar.output import safe_output\nwith safe_output():\n"
+PRINT = "    for _ in range(3): print('x' * 100_000)\n    print('x', file=sys.stderr)\n    print('x', end='')\n"
 
 
-def broken_pipe():
-    """Return a text stream to a pipe that nobody reads."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    return open(writer, "w")
+def shell(redirection, code, **variables):
+    """Run Python code in `safe_output`; `{}` in the redirection is the command."""
+    command = redirection.format(f'{sys.executable} -c "$CODE"') + "; exit ${PIPESTATUS[0]}"
+    environment = clean_environment(PYTHONPATH=str(ROOT), CODE=HEAD + code, **variables)
+    return subprocess.run(["bash", "-c", command], env=environment, capture_output=True, timeout=60)
 
 
-def test_closed_pipe_takes_what_is_written_and_is_flushed_at_exit(monkeypatch):
-    stream = broken_pipe()
-    monkeypatch.setattr(sys, "stdout", stream)
+@pytest.mark.parametrize(
+    "redirection",
+    ["{} | true", "{} 2>&1 | true", "{} >/dev/full 2>/dev/full", "{} >&- 2>&- <&-", "{} 2>&-"],
+    ids=["closed pipe", "two closed pipes", "full disk", "no streams", "no stderr"],
+)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_what_cannot_be_written_is_dropped(redirection, unbuffered, tmp_path):
+    """Python's own flush at exit does not fail, and no file becomes stdout."""
+    code = (
+        PRINT
+        + f"    fd = os.open({str(tmp_path / 'file')!r}, os.O_CREAT | os.O_WRONLY)\n    sys.exit(7 if fd > 2 else 8)"
+    )
+    done = shell(redirection, code, PYTHONUNBUFFERED=unbuffered)
+    assert (done.returncode, done.stderr) == (7, b"" if "2>" in redirection else b"x\n")
+
+
+def test_output_returns_once_a_full_disk_has_room():
+    code = "    full, out = os.open('/dev/full', os.O_WRONLY), os.dup(1)\n"
+    code += "    os.dup2(full, 1); print('lost'); os.dup2(out, 1); print('seen')"
+    assert shell("{}", code).stdout == b"seen\n"
+
+
+def test_pipe_whose_reader_is_slow():
+    code = "    os.set_blocking(1, False)\n" + PRINT + "    sys.exit(7)"
+    done = shell("{} | (sleep 0.5; cat >/dev/null)", code)
+    assert done.returncode == 7
+
+
+def test_characters_that_the_encoding_lacks_are_escaped():
+    assert shell("{}", "    print('f\\u00fcr')", PYTHONIOENCODING="ascii").stdout == b"f\\xfcr\n"
+
+
+def test_streams_of_a_notebook_are_left_alone(capsys):
+    streams = sys.stdout, sys.stderr
     with safe_output():
-        for _ in range(3):
-            print("x" * 100_000, flush=True)
-        sys.stdout.flush()
-    assert sys.stdout is stream
-    stream.write("more")
-    stream.close()  # as Python does at exit: no BrokenPipeError, no status 120
-
-
-def test_output_still_buffered_at_the_end_is_dropped(monkeypatch):
-    stream = broken_pipe()
-    monkeypatch.setattr(sys, "stderr", stream)
-    with safe_output():
-        print("buffered", file=sys.stderr)
-    stream.close()
-
-
-class FullDisk(io.StringIO):
-    """A stream that has no room for a while."""
-
-    full = True
-
-    def write(self, text):
-        if self.full:
-            raise OSError(errno.ENOSPC, "no space")
-        return super().write(text)
-
-
-def test_output_returns_once_a_full_disk_has_room(monkeypatch):
-    stream = FullDisk()
-    monkeypatch.setattr(sys, "stdout", stream)
-    with safe_output():
-        print("lost")
-        FullDisk.full = False
-        print("seen")
-    assert stream.getvalue() == "seen\n"
-
-
-@pytest.mark.parametrize("stream", [None, "closed"])
-def test_no_stream_at_all(monkeypatch, stream):
-    if stream == "closed":
-        stream = io.StringIO()
-        stream.close()
-    monkeypatch.setattr(sys, "stdout", stream)
-    with safe_output():
-        print("anyone?")
-        sys.stdout.flush()
-    assert sys.stdout is stream
-
-
-def test_characters_that_the_encoding_lacks_are_escaped(monkeypatch):
-    raw = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
-    with safe_output():
-        print("für")
-    assert raw.getvalue() == b"f\\xfcr\n"
+        assert (sys.stdout, sys.stderr) == streams
 
 
 def test_other_errors_are_raised():
