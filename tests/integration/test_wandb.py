@@ -93,6 +93,7 @@ def test_steps_of_another_run_under_the_same_id_are_no_secret(runtime, server, t
 
 
 def test_lost_steps_are_sent_after_a_resume(runtime, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(wandb_logger, "_FINISH_SECONDS", 2)
     train_steps(runtime, tmp_path, 1, 2, exit_code=1)
     train_steps(runtime, tmp_path, 3, 4, meanwhile=server.close, exit_code=1, preempting=True)
     with WandbServer() as again:

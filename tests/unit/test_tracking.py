@@ -48,6 +48,7 @@ def test_configuration_is_recorded(recorded):
     config = merged(found["config"])
     assert (config["recipe"], config["wandb"], config["world_size"]) == ("tutorial", "offline", 2)
     assert found["exit"][-1]["exit_code"] == 0
+    assert "model" not in [artifact["type"] for artifact in found["artifact"]], "WANDB_LOG_MODEL is not set"
 
 
 def test_history_equals_metrics_jsonl(recorded):
@@ -179,16 +180,6 @@ def test_failed_start_costs_one_warning(
     assert len(offline_runs(tmp_path)) == made
 
 
-def test_environment_names_the_run(runtime, tmp_path, wandb, monkeypatch):
-    for name in ("PROJECT", "NAME", "RUN_ID"):
-        monkeypatch.setenv(f"WANDB_{name}", name.lower())
-    with tracking(runtime, tmp_path) as tracked:
-        tracked.close()
-    (offline,) = offline_runs(tmp_path)
-    (run,) = read_back(offline)["run"]
-    assert (run["project"], run["display_name"], run["run_id"]) == ("project", "name", "run_id")
-
-
 def test_runs_of_one_process_have_their_own_data_directories(runtime, tmp_path, wandb, monkeypatch):
     monkeypatch.delenv("WANDB_DATA_DIR", raising=False)
     for name in "ab":
@@ -199,7 +190,9 @@ def test_runs_of_one_process_have_their_own_data_directories(runtime, tmp_path, 
     assert "WANDB_DATA_DIR" not in os.environ
 
 
-def test_environment_moves_the_files(runtime, tmp_path, wandb, monkeypatch):
+def test_environment_names_the_run_and_moves_its_files(runtime, tmp_path, wandb, monkeypatch):
+    for name in ("PROJECT", "NAME", "RUN_ID"):
+        monkeypatch.setenv(f"WANDB_{name}", name.lower())
     run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     run_dir.mkdir()
     elsewhere.mkdir()
@@ -212,7 +205,8 @@ def test_environment_moves_the_files(runtime, tmp_path, wandb, monkeypatch):
             assert str(elsewhere) in tracked.describe()
             tracked.close()
     newest, _ = offline_runs(elsewhere)[::-1]
-    assert read_back(newest)["run"]
+    (run,) = read_back(newest)["run"]
+    assert (run["project"], run["display_name"], run["run_id"]) == ("project", "name", "run_id")
     assert len(list(elsewhere.glob("wandb/superseded-*"))) == 1
     assert other.exists(), "another run's record is not ours to rename"
 
@@ -229,37 +223,31 @@ def test_environment_wins_over_our_settings(runtime, tmp_path, wandb, monkeypatc
     assert "finish_timeout" in seen[0].model_fields_set
 
 
-def finish_with_model(runtime, run_dir, monkeypatch):
-    """Log a made-up checkpoint as the best one; return the model artifacts in W&B's newest record."""
-    monkeypatch.setenv("WANDB_DATA_DIR", str(run_dir / "wandb"))
-    (run_dir / "step-7.pt").write_bytes(b"weights")
-    with tracking(runtime, run_dir) as tracked:
-        tracked.log_train(point(1))
-        tracked.finish(1, {"model": "net", "best_accuracy": 0.5}, evaluation(0.5), run_dir / "step-7.pt")
-        tracked.close()
-    (newest,) = offline_runs(run_dir)
-    return [artifact for artifact in read_back(newest)["artifact"] if artifact["type"] == "model"]
-
-
-@pytest.mark.parametrize("value", ["end", pytest.param("checkpoint", marks=pytest.mark.slow)])
-def test_best_checkpoint_becomes_a_model_artifact(runtime, tmp_path, wandb, monkeypatch, capfd, value):
+@pytest.mark.parametrize(
+    ("value", "models", "counts_as"),
+    [("end", 1, None), ("best", 0, "false"), pytest.param("checkpoint", 1, "end", marks=pytest.mark.slow)],
+)
+def test_best_checkpoint_becomes_a_model_artifact(
+    runtime, tmp_path, wandb, monkeypatch, capfd, value, models, counts_as
+):
     """Also after a kill between its record and the end of the run: then the new record replaces the old one."""
     monkeypatch.setenv("WANDB_LOG_MODEL", value)
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "wandb"))
+    (tmp_path / "step-7.pt").write_bytes(b"weights")
     for _ in range(2):
-        (artifact,) = finish_with_model(runtime, tmp_path, monkeypatch)
-        assert artifact["name"] == f"model-{(tmp_path / 'wandb' / 'id.txt').read_text().strip()}"
-        assert sorted(artifact["aliases"]) == ["best", "latest"]
-        (entry,) = artifact["manifest"]["contents"]
-        assert Path(entry["local_path"]).read_bytes() == b"weights"
-    warning = "WARNING: WANDB_LOG_MODEL=checkpoint counts as end\n"
-    assert capfd.readouterr().out == (2 * warning if value == "checkpoint" else "")
-
-
-def test_no_model_artifact_unless_asked_for(runtime, tmp_path, wandb, monkeypatch, capfd):
-    assert finish_with_model(runtime, tmp_path, monkeypatch) == []
-    monkeypatch.setenv("WANDB_LOG_MODEL", "best")
-    assert finish_with_model(runtime, tmp_path, monkeypatch) == []
-    assert capfd.readouterr().out == "WARNING: WANDB_LOG_MODEL=best counts as false\n"
+        with tracking(runtime, tmp_path) as tracked:
+            tracked.finish(1, {"best_accuracy": 0.5}, evaluation(0.5), tmp_path / "step-7.pt")
+            tracked.close()
+        (newest,) = offline_runs(tmp_path)
+        artifacts = [artifact for artifact in read_back(newest)["artifact"] if artifact["type"] == "model"]
+        assert len(artifacts) == models
+        for artifact in artifacts:
+            assert artifact["name"] == f"model-{(tmp_path / 'wandb' / 'id.txt').read_text().strip()}"
+            assert sorted(artifact["aliases"]) == ["best", "latest"]
+            (entry,) = artifact["manifest"]["contents"]
+            assert Path(entry["local_path"]).read_bytes() == b"weights"
+    warning = f"WARNING: WANDB_LOG_MODEL={value} counts as {counts_as}\n"
+    assert capfd.readouterr().out == (2 * warning if counts_as else "")
 
 
 def test_missing_package_costs_one_warning(runtime, tmp_path, monkeypatch, capsys):
