@@ -5,10 +5,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from cifar.errors import UserError, without_credentials
 from cifar.files import read_json
+
+# The range of a field: a predicate that is false for NaN, and the words for it.
+_Range = tuple[Callable[[float], bool], str]
+_COUNT: _Range = (lambda x: x >= 1, "at least 1")
+_POSITIVE: _Range = (lambda x: 0 < x < math.inf, "a number above 0")
+_FRACTION: _Range = (lambda x: 0 <= x < 1, "at least 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,47 +23,47 @@ class Recipe:
 
     model: str = "net"
     """Model to train."""
-    epochs: int = 4
+    epochs: Annotated[int, _COUNT] = 4
     """Passes over the training images."""
-    local_batch_size: int = 4
+    local_batch_size: Annotated[int, _COUNT] = 4
     """The most images that one process runs at once (a micro-batch)."""
-    global_batch_size: int | None = None
+    global_batch_size: Annotated[int | None, _COUNT] = None
     """Images that one optimizer step sees. More than local batch x world size accumulates gradients."""
-    lr: float = 0.001
+    lr: Annotated[float, _POSITIVE] = 0.001
     """Learning rate, stated for the recipe's own global batch; see --lr-scaling."""
     lr_scaling: Literal["linear", "none"] = "linear"
     """linear: lr x global batch / the recipe's own global batch (Goyal et al. 2017). none: lr as it is."""
     optimizer: Literal["sgd", "muon"] = "sgd"
     """sgd, or muon: Muon for the convolution filters and SGD for the other parameters."""
-    momentum: float = 0.9
+    momentum: Annotated[float, _FRACTION] = 0.9
     """Momentum of SGD."""
     nesterov: bool = False
     """Use Nesterov momentum."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, (lambda x: 0 <= x < math.inf, "at least 0")] = 0.0
     """Weight decay of SGD."""
-    bias_lr_scale: float = 1.0
+    bias_lr_scale: Annotated[float, _POSITIVE] = 1.0
     """Learning rate of the biases as a multiple of lr."""
-    muon_lr: float = 0.24
+    muon_lr: Annotated[float, _POSITIVE] = 0.24
     """Learning rate of Muon; it follows the same schedule as lr."""
-    muon_momentum: float = 0.6
+    muon_momentum: Annotated[float, _FRACTION] = 0.6
     """Nesterov momentum of Muon."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """Learning rate over the run: constant, or falling to zero along half a cosine or a straight line."""
     warmup_epochs: float = 0.0
     """Epochs of linear warm-up; the schedule is multiplied by it."""
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, _FRACTION] = 0.0
     """Share of the target probability spread evenly over all classes (Szegedy et al. 2016)."""
     augment: Literal["none", "crop-flip", "crop-altflip"] = "none"
     """none; a random crop and a random horizontal flip; or a random crop and a flip in every other epoch."""
-    crop_padding: int = 4
+    crop_padding: Annotated[int, (lambda x: 0 <= x <= 31, "from 0 to 31")] = 4
     """Pixels by which a random crop may shift an image."""
-    cutout: int = 0
+    cutout: Annotated[int, (lambda x: 0 <= x <= 32, "from 0 to 32")] = 0
     """Side in pixels of the gray square cut out of each training image; 0 for none (DeVries & Taylor 2017)."""
     tta: Literal["none", "flip", "crop"] = "none"
     """Test-time augmentation at the end of the run: average over mirrored, and over shifted and mirrored images."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     """Precision of the forward and backward pass; the weights stay fp32. auto: bf16 if the device computes in it."""
-    log_steps: int = 2000
+    log_steps: Annotated[int, _COUNT] = 2000
     """Optimizer steps between two lines of running loss."""
 
 
@@ -74,9 +80,9 @@ class TrainConfig(Recipe):
     folder: pictures from its train/CLASS/ and test/CLASS/."""
     data_url: str | None = None
     """URL of the dataset's archive (cifar-10-python.tar.gz) to try before the built-in sources."""
-    max_steps: int | None = None
+    max_steps: Annotated[int | None, _COUNT] = None
     """End training after this many optimizer steps; evaluation and records follow as usual."""
-    seed: int = 0
+    seed: Annotated[int, (lambda x: 0 <= x < 2**63, "at least 0 and below 2**63")] = 0
     """Seed of the weights, the shuffling and the augmentation."""
     compile: bool = False
     """Compile the model with torch.compile."""
@@ -92,11 +98,11 @@ class TrainConfig(Recipe):
     """Directory of this run; it must not hold another run."""
     resume: Path | None = None
     """Continue the run in this directory from its newest valid checkpoint, with its own configuration."""
-    checkpoint_steps: int | None = None
+    checkpoint_steps: Annotated[int | None, _COUNT] = None
     """Save a checkpoint every so many optimizer steps, besides the one after each epoch."""
-    keep_checkpoints: int = 3
+    keep_checkpoints: Annotated[int, _COUNT] = 3
     """Number of newest checkpoints to keep, besides the one with the best test accuracy."""
-    timeout: float = 120
+    timeout: Annotated[float, (lambda x: 5 <= x <= 86_400, "from 5 seconds to a day")] = 120
     """Seconds in which a rank that hangs or freezes ends the run (torch's default is 30 minutes)."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: online if a W&B key is configured, else offline; never a prompt."""
@@ -112,10 +118,11 @@ class TrainConfig(Recipe):
         Raises:
             UserError: a value is out of range; names the flag and the allowed values.
         """
-        for name, (holds, allowed) in _ALLOWED.items():
+        for name, hint in get_type_hints(TrainConfig, include_extras=True).items():
             value = getattr(self, name)
-            if value is not None and not holds(value):
-                raise UserError(f"{flag(name)} is {value}: it must be {allowed}")
+            for holds, allowed in getattr(hint, "__metadata__", ()):
+                if value is not None and not holds(value):
+                    raise UserError(f"{flag(name)} is {value}: it must be {allowed}")
         if not 0 <= self.warmup_epochs <= self.epochs:
             raise UserError(f"--warmup-epochs is {self.warmup_epochs:g}: it must be from 0 to --epochs, {self.epochs}")
         if self.cuda_graph and self.precision == "fp16":
@@ -153,23 +160,6 @@ class TrainConfig(Recipe):
 
 # Fields of version 0.2.0 that are no more, with the values that changed nothing.
 _REMOVED = {("small_share", 0.0), ("small_size", 24)}
-
-# The allowed values of a field, by a predicate that is false for NaN, and in words.
-_Allowed = tuple[Callable[[float], bool], str]
-_COUNT: _Allowed = (lambda x: x >= 1, "at least 1")
-_POSITIVE: _Allowed = (lambda x: 0 < x < math.inf, "a number above 0")
-_FRACTION: _Allowed = (lambda x: 0 <= x < 1, "at least 0 and below 1")
-_ALLOWED: dict[str, _Allowed] = {
-    **dict.fromkeys(("epochs", "max_steps", "local_batch_size", "global_batch_size"), _COUNT),
-    **dict.fromkeys(("log_steps", "checkpoint_steps", "keep_checkpoints"), _COUNT),
-    **dict.fromkeys(("lr", "muon_lr", "bias_lr_scale"), _POSITIVE),
-    **dict.fromkeys(("momentum", "muon_momentum", "label_smoothing"), _FRACTION),
-    "weight_decay": (lambda x: 0 <= x < math.inf, "at least 0"),
-    "crop_padding": (lambda x: 0 <= x <= 31, "from 0 to 31"),
-    "cutout": (lambda x: 0 <= x <= 32, "from 0 to 32"),
-    "seed": (lambda x: 0 <= x < 2**63, "at least 0 and below 2**63"),
-    "timeout": (lambda x: 5 <= x <= 86_400, "from 5 seconds to a day"),
-}
 
 
 def _is_a(value: Any, hint: Any) -> bool:

@@ -12,8 +12,8 @@ from accelerate.utils import patch_environment
 with patch_environment(MPLBACKEND="agg", MATPLOTLIBRC=os.devnull):
     import matplotlib
     from matplotlib.axes import Axes as Axes
+    from matplotlib.colors import LinearSegmentedColormap as LinearSegmentedColormap
     from matplotlib.figure import Figure as Figure  # no pyplot: nothing here needs a window or global state
-    from matplotlib.layout_engine import ConstrainedLayoutEngine as ConstrainedLayoutEngine
     from matplotlib.ticker import EngFormatter as EngFormatter
 
 

@@ -1,13 +1,12 @@
-"""The report of a finished run: index.html, which needs no other file, and report.png."""
+"""The report of a finished run: index.html, which needs no other file, and report.png, with the same charts."""
 
 import base64
 import io
 import json
 import math
-from collections.abc import Callable
-from functools import partial
+import textwrap
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jinja2
 from PIL import Image
@@ -16,23 +15,25 @@ from torch import Tensor
 from cifar.evaluation import MANY_CLASSES, Evaluation
 from cifar.files import write_atomically
 from cifar.metrics import read_metrics, series
-from cifar.plotting import Axes, ConstrainedLayoutEngine, Figure, default_style
+from cifar.plotting import Axes, Figure, LinearSegmentedColormap, default_style
 
 _WRONG_IMAGES = 36
 
 # Colours of the charts. In the page, CSS variables replace them, so that the charts follow its colour scheme.
 _INK, _SOFT, _LINE, _TRAIN, _TEST = "#1d2733", "#5b6875", "#d9dfe5", "#1f6fb4", "#c9480f"
 _VARIABLES = {_INK: "--ink", _SOFT: "--soft", _LINE: "--line", _TRAIN: "--train", _TEST: "--test"}
+_ALARM = "#b3261e"
 _STYLE: Any = {
-    "font.size": 10, "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "font.size": 10, "legend.fontsize": 9, "legend.frameon": False,
+    "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": _LINE,
     "text.color": _INK, "axes.titlecolor": _INK, "axes.labelcolor": _SOFT, "axes.edgecolor": _SOFT,
     "xtick.color": _SOFT, "ytick.color": _SOFT,
+    "figure.constrained_layout.w_pad": 0.1, "figure.constrained_layout.h_pad": 0.1,
     "svg.fonttype": "none", "svg.hashsalt": "cifar-ddp",
 }  # fmt: skip
 
 Records = list[dict[str, Any]]
-T = TypeVar("T")
 
 
 def write_report(run_dir: Path, test: Evaluation, images: Tensor) -> None:
@@ -47,10 +48,24 @@ def write_report(run_dir: Path, test: Evaluation, images: Tensor) -> None:
     records = read_metrics(run_dir)
     result = json.loads((run_dir / "result.json").read_text())
     config = json.loads((run_dir / "config.json").read_text())
+    headline, facts, is_synthetic = _headline(result), _facts(result), result["dataset"] == "synthetic"
     with default_style(_STYLE):
-        page = _page(run_dir.resolve().name, records, result, config, test, images)
-        figure = _figure(records, result, config, test)
+        figure = _figure(records, config["config"]["label_smoothing"], test)
+        page = _template().render(
+            name=run_dir.resolve().name,
+            headline=headline,
+            facts=facts,
+            is_synthetic=is_synthetic,
+            charts=_svg(figure),
+            wrong=_wrong_images(test, images),
+            wrong_total=test.total - test.correct,
+            lists={"Accuracy of each class": _class_accuracies(test), "Configuration": _settings(config)},
+        )
         write_atomically(run_dir / "index.html", lambda file: file.write(page.encode()))
+        # The picture has to say what the page says around the charts.
+        title, color = (f"SYNTHETIC DATASET, NOT CIFAR-10. {headline}", _ALARM) if is_synthetic else (headline, _INK)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=17, fontweight="bold", color=color)
+        figure.supxlabel(textwrap.fill(facts, 150), x=0.01, ha="left", fontsize=10, color=_SOFT)
         write_atomically(run_dir / "report.png", lambda file: figure.savefig(file, format="png", dpi=110))
 
 
@@ -59,29 +74,34 @@ def _headline(result: dict[str, Any]) -> str:
     return f"Test accuracy {accuracy}: {result['test_correct']:,} of {total}"
 
 
-def _facts(result: dict[str, Any]) -> list[str]:
+def _facts(result: dict[str, Any]) -> str:
     tta = result.get("test_accuracy_tta")
-    with_tta = [f"{100 * tta:.2f} % with test-time augmentation ({result['tta']})"] if tta is not None else []
-    return [
-        *with_tta,
-        f"dataset {result['dataset']}",
-        f"recipe {result['recipe']}",
-        f"model {result['model']}",
-        f"{result['steps']:,} steps of {result['global_batch_size']:,} images",
-        f"{result['trained_on']}, {result['precision']}",
-        f"seed {result['seed']}",
-        f"{result['train_seconds']:,.0f} s of training, {result['images_per_second']:,.0f} images/s",
-    ]
-
-
-def _page(
-    name: str, records: Records, result: dict[str, Any], config: dict[str, Any], test: Evaluation, images: Tensor
-) -> str:
-    """Return index.html."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("cifar", "."), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
+    with_tta = "" if tta is None else f"{100 * tta:.2f} % with test-time augmentation ({result['tta']}), "
+    return (
+        f"{with_tta}dataset {result['dataset']}, recipe {result['recipe']}, model {result['model']}, "
+        f"{result['steps']:,} steps of {result['global_batch_size']:,} images, "
+        f"{result['trained_on']}, {result['precision']}, seed {result['seed']}, "
+        f"{result['train_seconds']:,.0f} s of training, {result['images_per_second']:,.0f} images/s"
     )
-    wrong = [
+
+
+def _template() -> jinja2.Template:
+    loader = jinja2.PackageLoader("cifar", ".")
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    return environment.get_template("report.html.jinja")
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    return config["config"] | {key: value for key, value in config.items() if key not in ("config", "starts")}
+
+
+def _class_accuracies(test: Evaluation) -> dict[str, str]:
+    accuracies = test.class_accuracies().items()
+    return {name: f"{100 * value:.1f} %" if math.isfinite(value) else "no images" for name, value in accuracies}
+
+
+def _wrong_images(test: Evaluation, images: Tensor) -> list[dict[str, Any]]:
+    return [
         {
             "index": i,
             "png": _png(images[i]),
@@ -91,36 +111,6 @@ def _page(
         }
         for i in test.most_confidently_wrong(_WRONG_IMAGES)
     ]
-    return environment.get_template("report.html.jinja").render(
-        name=name,
-        headline=_headline(result),
-        facts=_facts(result),
-        synthetic=result["dataset"] == "synthetic",
-        charts={
-            "Cross-entropy": _svg(partial(_draw_losses, smoothing=config["config"]["label_smoothing"]), records),
-            "Test accuracy, %": _svg(_draw_accuracy, records),
-            "Images per second": _svg(_draw_throughput, records),
-        },
-        classes=test.classes,
-        class_accuracies=test.class_accuracies(),
-        confusion=test.confusion().tolist(),
-        confusion_picture=_svg(_draw_confusion, test, (8, 7)) if len(test.classes) > MANY_CLASSES else "",
-        wrong=wrong,
-        wrong_total=test.total - test.correct,
-        settings=config["config"] | {key: value for key, value in config.items() if key not in ("config", "starts")},
-    )
-
-
-def _svg(draw: Callable[[Axes, T], None], content: T, size: tuple[float, float] = (5.6, 2.7)) -> str:
-    """Return a chart of `size`, in inches, as an SVG element in the page's colours."""
-    figure = Figure(figsize=size, layout="constrained")
-    draw(figure.subplots(), content)
-    file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    svg = file.getvalue()
-    for color, variable in _VARIABLES.items():
-        svg = svg.replace(color, f"var({variable})")
-    return svg[svg.index("<svg") :]
 
 
 def _png(image: Tensor) -> str:
@@ -129,56 +119,44 @@ def _png(image: Tensor) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _figure(records: Records, result: dict[str, Any], config: dict[str, Any], test: Evaluation) -> Figure:
-    """Return report.png: loss and accuracy over the run, accuracy of each class, confusion matrix."""
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08, rect=(0, 0, 1, 0.87))
-    figure = Figure(figsize=(17, 6.6), layout=layout)
-    axes = figure.subplot_mosaic("LCM;ACM", width_ratios=(1, 0.85, 1.15))
-    _draw_losses(axes["L"], records, config["config"]["label_smoothing"])
-    _draw_accuracy(axes["A"], records)
-    axes["L"].set_title("Cross-entropy")
-    axes["A"].set_title("Test accuracy, %")
-    _draw_class_accuracies(axes["C"], test)
-    _draw_confusion(axes["M"], test)
-    classes = len(test.classes)
-    axes["M"].set_title("Confusion matrix, " + ("images" if classes <= MANY_CLASSES else f"{classes:,} classes"))
-    figure.text(0.012, 0.97, _headline(result), fontsize=17, fontweight="bold", va="top")
-    figure.text(0.012, 0.905, "   |   ".join(_facts(result)), fontsize=10.5, color=_SOFT, va="top")
-    if result["dataset"] == "synthetic":
-        figure.text(
-            0.988, 0.962, "SYNTHETIC DATASET, NOT CIFAR-10", fontsize=12, fontweight="bold", color="white",
-            ha="right", va="top", bbox={"boxstyle": "round,pad=0.5", "facecolor": "#b3261e", "edgecolor": "none"},
-        )  # fmt: skip
+def _svg(figure: Figure) -> str:
+    """Return `figure` as an SVG element in the page's colours."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    svg = file.getvalue()
+    for color, variable in _VARIABLES.items():
+        svg = svg.replace(color, f"var({variable})")
+    return svg[svg.index("<svg") :]
+
+
+def _figure(records: Records, smoothing: float, test: Evaluation) -> Figure:
+    """Return the charts: loss, accuracy and throughput over the run, accuracy of each class, confusion matrix."""
+    figure = Figure(figsize=(12.5, 9), layout="constrained")
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(1, 2)).flat
+    losses, accuracy, throughput = above.subplots(1, 3)
+    training = f"training, with label smoothing {smoothing:g}" if smoothing else "training"  # which the test has not
+    _plot(losses, "Cross-entropy", records, "train/loss", color=_TRAIN, label=training)
+    _plot(losses, "Cross-entropy", records, "test/loss", color=_TEST, marker="o", label="test")
+    losses.legend()
+    _plot(accuracy, "Test accuracy, %", records, "test/accuracy", scale=100, color=_TEST, marker="o")
+    accuracy.set_ylim(0, 100)
+    _plot(throughput, "Images per second", records, "train/images_per_second", color=_TRAIN)
+    throughput.set_ylim(bottom=0)
+    throughput.yaxis.set_major_formatter("{x:,.0f}")
+    classes, matrix = below.subplots(1, 2)
+    _draw_class_accuracies(classes, test)
+    _draw_confusion(matrix, test)
     return figure
 
 
-def _plot(axes: Axes, records: Records, name: str, scale: float = 1, **style: Any) -> None:
+def _plot(axes: Axes, title: str, records: Records, name: str, scale: float = 1, **style: Any) -> None:
     points = series(records, name)
     if len(points) == 1:
         style["marker"] = "o"  # a line needs two points to be seen
     axes.plot([step for step, _ in points], [scale * value for _, value in points], markersize=4, **style)
+    axes.set(title=title, xlabel="optimizer step")
     axes.set_xlim(left=0)
-    axes.set_xlabel("optimizer step")
-    axes.locator_params(axis="x", nbins=6)  # room for the larger text on a phone
     axes.xaxis.set_major_formatter("{x:,.0f}")
-
-
-def _draw_losses(axes: Axes, records: Records, smoothing: float) -> None:
-    training = f"training, with label smoothing {smoothing:g}" if smoothing else "training"  # which the test has not
-    _plot(axes, records, "train/loss", color=_TRAIN, label=training)
-    _plot(axes, records, "test/loss", color=_TEST, marker="o", label="test")
-    axes.legend(frameon=False)
-
-
-def _draw_accuracy(axes: Axes, records: Records) -> None:
-    _plot(axes, records, "test/accuracy", scale=100, color=_TEST, marker="o")
-    axes.set_ylim(0, 100)
-
-
-def _draw_throughput(axes: Axes, records: Records) -> None:
-    _plot(axes, records, "train/images_per_second", color=_TRAIN)
-    axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter("{x:,.0f}")
 
 
 def _draw_class_accuracies(axes: Axes, test: Evaluation) -> None:
@@ -189,30 +167,38 @@ def _draw_class_accuracies(axes: Axes, test: Evaluation) -> None:
         title = f"The {half} lowest and {half} highest of {len(accuracies)} classes, %"
         lowest, highest = test.lowest_and_highest(half)
         accuracies = lowest | highest
-    bars = axes.barh(list(accuracies), [100 * value for value in accuracies.values()], color=_TRAIN, height=0.7)
+    percents = [100 * value for value in accuracies.values()]
+    bars = axes.barh(range(len(percents)), percents, 0.7, tick_label=list(map(_short, accuracies)), color=_TRAIN)
     axes.bar_label(bars, fmt="%.1f", padding=4, fontsize=9, color=_INK)
     axes.set(title=title, xlim=(0, 100))
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.tick_params(axis="y", length=0)
     axes.set_axisbelow(True)
 
 
 def _draw_confusion(axes: Axes, test: Evaluation) -> None:
+    """Draw the confusion matrix: the darker, the larger the share of the true class's images."""
     confusion, n = test.confusion(), len(test.classes)
     shares = confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
-    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    color_map = LinearSegmentedColormap.from_list("", [f"{_TRAIN}00", _TRAIN])  # from transparent, on any page
+    axes.imshow(shares.numpy(), cmap=color_map, vmin=0, vmax=1, interpolation="none")
+    title = f"Confusion matrix, {n:,} classes"
     if n <= MANY_CLASSES:
+        title = "Confusion matrix, images"
         for i, row in enumerate(confusion.tolist()):
             for j, count in enumerate(row):
-                color = "white" if shares[i, j] > 0.65 else _INK if count else "#c4ccd4"
+                color = "white" if shares[i, j] > 0.8 else _INK if count else _LINE
                 weight = "bold" if i == j else "normal"
                 axes.text(j, i, f"{count}", ha="center", va="center", fontsize=8.5, color=color, fontweight=weight)
     named = range(0, n, math.ceil(n / MANY_CLASSES))
-    names = [test.classes[k] for k in named]
+    names = [_short(test.classes[k]) for k in named]
     axes.set_xticks(named, names, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(named, names)
-    axes.set(xlabel="predicted class", ylabel="true class")
+    axes.set(title=title, xlabel="predicted class", ylabel="true class")
     axes.grid(False)
-    axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
+
+
+def _short(name: str) -> str:
+    """Return a class name as it has room beside a chart."""
+    return name if len(name) <= 18 else f"{name[:17]}…"

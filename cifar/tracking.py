@@ -1,8 +1,6 @@
 """Record a run in metrics.jsonl and in W&B, from rank zero."""
 
-import contextlib
 import itertools
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -10,23 +8,11 @@ from typing import Any
 from cifar.config import TrainConfig
 from cifar.data import Data
 from cifar.distributed.runtime import Runtime
-from cifar.errors import first_line
 from cifar.evaluation import Evaluation
 from cifar.files import read_json
 from cifar.metrics import MetricsFile, numbers
 from cifar.train_state import LogPoint
-from cifar.wandb_logger import (
-    STEP_AXIS,
-    charted,
-    check_log_model,
-    define_metrics,
-    finish,
-    log_model,
-    pictures,
-    replay,
-    start_wandb,
-    stop_wandb,
-)  # fmt: skip
+from cifar.wandb_logger import STEP_AXIS, WandbRun
 
 
 class Tracking:
@@ -41,31 +27,18 @@ class Tracking:
             facts: added to `config` in W&B's configuration of the run.
             step: the step at which the run continues; records after it are dropped.
         """
-        self._accelerator = runtime.accelerator
-        self._runtime, self._data, self._run_dir = runtime, data, run_dir
+        self._runtime, self._images = runtime, data.test.dataset.images
         self._metrics = MetricsFile(run_dir / "metrics.jsonl")
-        # accelerate logs to a list of trackers; append to it for TensorBoard, MLflow and others.
-        self._accelerator.trackers = []
-        recorded = self._metrics.keep_until(step) if runtime.is_main else []
         self._row: dict[str, Any] = {}
-        self._wandb = start_wandb(config, runtime, run_dir)
-        self._started = self._wandb is not None
-        if self._wandb is not None:
-            self._accelerator.trackers.append(self._wandb)
-            with self._survive_wandb():
-                self._wandb.store_init_configuration(config.to_json() | facts)
-                define_metrics(self._wandb.tracker)
-                replay(self._wandb.tracker, recorded)
-                check_log_model(runtime.print0)
+        recorded = self._metrics.keep_until(step) if runtime.is_main else []
+        self._wandb = WandbRun(run_dir, runtime.is_main and config.wandb != "disabled", runtime.print0)
+        self._wandb.start(config, facts, recorded)
+        # accelerate logs to a list of trackers; append to it for TensorBoard, MLflow and others.
+        runtime.accelerator.trackers = [self._wandb]
 
     def describe(self) -> str:
         """Return where the W&B run is, for the banner: a URL, the command that uploads it, or "no record"."""
-        if self._wandb is None:
-            return "no record"
-        run = self._wandb.tracker
-        if run.disabled:
-            return "no record"
-        return f"offline, upload with: wandb sync {Path(run.dir).parent}" if run.offline else str(run.url)
+        return self._wandb.describe()
 
     def log_train(self, point: LogPoint, test_follows: bool = False) -> None:
         """Record training metrics. `test_follows`: `log_test` is called next, for the same step."""
@@ -83,54 +56,22 @@ class Tracking:
         self._log(step, {"epoch": epoch, "test/loss": test.loss, "test/accuracy": test.accuracy, **classes})
 
     def finish(self, step: int, result: dict[str, Any], test: Evaluation, best: Path) -> None:
-        """Record the result, the confusion matrix, the most confidently wrong images and the model in W&B.
-
-        Args:
-            best: the checkpoint with the best test accuracy.
-        """
-        with self._survive_wandb():
-            if self._wandb is not None:
-                run = self._wandb.tracker
-                run.summary.update(result)  # before the pictures, which may fail
-                # One call each, in this order: W&B stores an image once, where the list has it, and the table refers
-                # to that file. A resumed run may be beyond `step` already.
-                for name, value in pictures(self._data, test).items():
-                    run.log({name: value}, step=max(step, run.step))
-                about = ("dataset", "model", "recipe", "best_step", "best_accuracy")
-                log_model(run, best, {name: result.get(name) for name in about} | {"classes": list(test.classes)})
+        """Record the result in W&B, with pictures of the test, and the checkpoint `best` if it is asked for."""
+        self._wandb.log_result(step, result, test, self._images, best)
 
     def close(self, exit_code: int = 0, preempting: bool = False) -> None:
-        """Finish the W&B run. A silent server is waited for at most 30 s, or 4 s if `exit_code` is not 0."""
-        with self._survive_wandb():
-            if self._wandb is not None:
-                finish(self._wandb.tracker, exit_code, preempting)
-        if self._started:
-            stop_wandb(self._run_dir)
+        """Finish the W&B run."""
+        self._wandb.close(exit_code, preempting)
 
     def _log(self, step: int, values: dict[str, Any], complete: bool = True) -> None:
         if not self._runtime.is_main:
             return
         self._metrics.log(step, values)
-        values = charted(numbers(values))
         # A W&B step cannot be added to after a resume: send its training and test metrics together, or neither.
-        self._row |= values
+        self._row |= numbers(values)
         if complete:
-            with self._survive_wandb():
-                self._accelerator.log({STEP_AXIS: step, **self._row}, step=step)
+            self._runtime.accelerator.log({STEP_AXIS: step, **self._row}, step=step)
             self._row = {}
-
-    @contextlib.contextmanager
-    def _survive_wandb(self) -> Iterator[None]:
-        """Turn an exception of W&B (killed service, full disk) into a warning, and continue without W&B."""
-        try:
-            yield
-        except Exception as error:
-            if self._wandb is None:
-                raise
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            self._runtime.print0(f"WARNING: W&B's record is incomplete, metrics.jsonl is not: {reason}")
-            self._accelerator.trackers.remove(self._wandb)
-            self._wandb = None
 
 
 _OF_A_START = ("world_size", "device", "version", "git_commit", "python", "torch", "accelerate")

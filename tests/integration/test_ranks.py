@@ -91,10 +91,8 @@ def test_out_of_memory_on_some_rank_is_one_line(tmp_path, ranks):
 def test_slow_start_of_wandb_does_not_end_the_run(tmp_path):
     driver = tmp_path / "driver.py"
     driver.write_text(
-        "import time, cifar.tracking, train_ddp\n"
-        "def start_wandb(config, runtime, run_dir):\n"
-        "    time.sleep(8 * runtime.is_main)\n"
-        "cifar.tracking.start_wandb = start_wandb\n"
+        "import os, time, cifar.tracking, train_ddp\n"
+        "cifar.tracking.WandbRun.start = lambda *_: time.sleep(8 * (os.environ['RANK'] == '0'))\n"
         "train_ddp.main()\n"
     )
     flags = ["--dataset", "synthetic", "--max-steps", 3, "--timeout", 5]

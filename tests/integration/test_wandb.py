@@ -93,6 +93,7 @@ def test_steps_of_another_run_under_the_same_id_are_no_secret(runtime, server, t
 
 
 def test_lost_steps_are_sent_after_a_resume(runtime, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(wandb_logger, "_FINISH_SECONDS", 2)
     train_steps(runtime, tmp_path, 1, 2, exit_code=1)
     train_steps(runtime, tmp_path, 3, 4, meanwhile=server.close, exit_code=1, preempting=True)
     with WandbServer() as again:
@@ -103,23 +104,23 @@ def test_lost_steps_are_sent_after_a_resume(runtime, server, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("failure", [WandbServer.close, WandbServer.hang])
-def test_stop_does_not_wait_for_the_server(runtime, server, tmp_path, capfd, failure):
-    began = time.monotonic()
+def test_stop_does_not_wait_for_the_server(runtime, server, tmp_path, monkeypatch, capfd, failure):
+    monkeypatch.setattr(wandb_logger, "_FINISH_SECONDS", 2)
+    began = []
 
     def fail():
-        nonlocal began
         failure(server)
-        began = time.monotonic()
+        began.append(time.monotonic())
 
     train_steps(runtime, tmp_path, 1, 2, 3, meanwhile=fail, exit_code=1, preempting=True)
-    assert time.monotonic() - began < wandb_logger._STOP_SECONDS + 3
+    assert time.monotonic() - began[0] < 2 + 3
     rows, found = on_disk(tmp_path)
     assert rows == expected(1, 2, 3)
     assert found["exit"][-1]["exit_code"] == 1
     assert left_of([child for child in psutil.Process().children() if "wandb" in child.name()], timeout=0) == []
     printed = capfd.readouterr()
     assert printed.err == ""
-    warning = "W&B's record is incomplete, metrics.jsonl is not: TimeoutError: no answer from the server in 4 s"
+    warning = "W&B's record is incomplete, metrics.jsonl is not: TimeoutError: Timed out finishing run."
     assert printed.out == f"WARNING: {warning}\n"
 
 
@@ -251,7 +252,7 @@ def test_silent_server_does_not_delay_a_stop(server, launched, tmp_path):
     assert any(process.name().startswith("wandb-core") for process in below)
     server.hang()
     os.kill(launched.pid, signal.SIGTERM)
-    assert left_of(below, timeout=10) == []
+    assert left_of(below, timeout=wandb_logger._FINISH_SECONDS + 6) == []
     launched.wait(timeout=20)
     assert "Stopped by SIGTERM after step" in (tmp_path / "output").read_text()
     rows, _ = on_disk(tmp_path / "run")

@@ -82,14 +82,18 @@ def test_page_has_every_section(written):
     assert "<h1>Test accuracy 66.67 %: 200 of 300 test images</h1>" in page
     for fact in ("70.00 % with test-time augmentation (crop)", "40 steps of 500 images", "then 1 process on cpu, fp32"):
         assert fact in page
-    headings = "Cross-entropy|Test accuracy|Images per second|Accuracy of each class|Confusion matrix"
-    headings += "|Most confidently wrong|Configuration"
-    assert re.findall(r"<(?:h2|summary)>([^<,:]+)", page) == headings.split("|")
+    assert re.findall(r"<(?:h2|summary)>([^<:]+)", page) == [
+        "Most confidently wrong", "Accuracy of each class", "Configuration"
+    ]  # fmt: skip
+    texts = re.findall("<text[^>]*>([^<]+)</text>", page)
+    charts = ("Cross-entropy", "Test accuracy, %", "Images per second", "Accuracy of each class, %")
+    assert {*charts, "Confusion matrix, images"} <= {*texts}
     percents = [f"{100 * value:.1f}" for value in TEST.class_accuracies().values()]
-    assert re.findall(r"<span>([\d.]+)</span>\n", page) == percents
-    assert [int(cell) for cell in re.findall(r">(\d+)</td>", page)] == TEST.confusion().flatten().tolist()
+    assert [text for text in texts if text in percents] == percents
+    assert re.findall(r"<span>([\d.]+) %</span>", page) == percents
+    assert [int(text) for text in texts if text.isdigit()][-9:] == TEST.confusion().flatten().tolist()
     assert "<span>lr</span><span>0.05</span>" in page
-    assert "training, with label smoothing 0.2<" in page, "the curves do not compare"
+    assert "training, with label smoothing 0.2" in texts, "the curves do not compare"
     assert "Synthetic" not in page
 
 
@@ -97,15 +101,14 @@ def test_names_and_values_are_escaped(written):
     page = written[0]
     assert "&lt;x &amp; y&gt;" in page
     assert "<span>&lt;net&gt;</span>" in page
-    assert page.count("a &lt;b&gt;") >= 4, "bars, two sides of the matrix, wrong pictures"
+    assert page.count("a &lt;b&gt;") >= 5, "bars, two sides of the matrix, wrong pictures, list"
     assert not re.search("<x|<net|<b>(?!a &lt;b&gt;|plane|[$])", page)
 
 
 def test_charts_follow_the_colour_scheme(written):
-    charts = re.findall("<svg.*?</svg>", written[0], re.DOTALL)
-    assert len(charts) == 3
-    colours = set(re.findall(r"(?:fill|stroke): ([^;\"]+)", "".join(charts)))
-    assert colours == {"none", *(f"var(--{name})" for name in ("ink", "soft", "line", "train", "test"))}
+    (charts,) = re.findall("<svg.*?</svg>", written[0], re.DOTALL)
+    colours = set(re.findall(r"(?:fill|stroke): ([^;\"]+)", charts))
+    assert colours == {"none", "#ffffff", *(f"var(--{name})" for name in ("ink", "soft", "line", "train", "test"))}
 
 
 def test_wrong_pictures_are_the_test_images(written):
@@ -130,14 +133,14 @@ def test_synthetic_dataset_with_a_hundred_classes(written, tmp_path):
     assert "Synthetic dataset, not CIFAR-10" in page
     assert (picture == RED).all(2).any()
     assert not (written[1] == RED).all(2).any()
-    assert all(f"<span>class {i}.</span>" in page for i in range(100)), "a class has no accuracy"
-    assert "<table" not in page, "ten thousand numbers"
-    assert page.count("<image") == 1, "the confusion matrix is a picture"
+    assert all(f"<span>class {i}.</span><span>" in page for i in range(100)), "a class has no accuracy"
+    assert page.count("<text") < 150, "ten thousand numbers in the confusion matrix"
 
 
+@pytest.mark.filterwarnings("error")
 def test_no_records_no_mistakes_and_an_empty_class(tmp_path):
-    test = replace(TEST, predicted=TEST.labels, classes=(*TEST.classes, "empty"))
+    test = replace(TEST, predicted=TEST.labels, classes=("a", "b", "c" * 200, "empty"))
     page, _ = report(tmp_path / "run", test, [], smoothing=0.0)
     assert ">training<" in page
     assert "Most confidently wrong" not in page
-    assert re.search(r'<span>empty</span><span class="bar"><i style="width: 0%"></i></span>\n<span>no images', page)
+    assert "<span>empty</span><span>no images</span>" in page

@@ -1,10 +1,8 @@
 """What Tracking records: offline W&B runs, read back with W&B's own reader."""
 
-import importlib
 import json
 import os
 import sys
-import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +11,6 @@ import pytest
 from PIL import Image
 
 from cifar import wandb_logger
-from cifar.config import TrainConfig
 from cifar.metrics import read_metrics, series
 from tests.helpers.tracking import CLASSES, evaluation, make_data, merged, offline_runs, point, read_back, tracking
 from tests.helpers.wandb_server import KEY, NOWHERE
@@ -51,6 +48,7 @@ def test_configuration_is_recorded(recorded):
     config = merged(found["config"])
     assert (config["recipe"], config["wandb"], config["world_size"]) == ("tutorial", "offline", 2)
     assert found["exit"][-1]["exit_code"] == 0
+    assert "model" not in [artifact["type"] for artifact in found["artifact"]], "WANDB_LOG_MODEL is not set"
 
 
 def test_history_equals_metrics_jsonl(recorded):
@@ -182,16 +180,6 @@ def test_failed_start_costs_one_warning(
     assert len(offline_runs(tmp_path)) == made
 
 
-def test_environment_names_the_run(runtime, tmp_path, wandb, monkeypatch):
-    for name in ("PROJECT", "NAME", "RUN_ID"):
-        monkeypatch.setenv(f"WANDB_{name}", name.lower())
-    with tracking(runtime, tmp_path) as tracked:
-        tracked.close()
-    (offline,) = offline_runs(tmp_path)
-    (run,) = read_back(offline)["run"]
-    assert (run["project"], run["display_name"], run["run_id"]) == ("project", "name", "run_id")
-
-
 def test_runs_of_one_process_have_their_own_data_directories(runtime, tmp_path, wandb, monkeypatch):
     monkeypatch.delenv("WANDB_DATA_DIR", raising=False)
     for name in "ab":
@@ -202,7 +190,9 @@ def test_runs_of_one_process_have_their_own_data_directories(runtime, tmp_path, 
     assert "WANDB_DATA_DIR" not in os.environ
 
 
-def test_environment_moves_the_files(runtime, tmp_path, wandb, monkeypatch):
+def test_environment_names_the_run_and_moves_its_files(runtime, tmp_path, wandb, monkeypatch):
+    for name in ("PROJECT", "NAME", "RUN_ID"):
+        monkeypatch.setenv(f"WANDB_{name}", name.lower())
     run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     run_dir.mkdir()
     elsewhere.mkdir()
@@ -215,7 +205,8 @@ def test_environment_moves_the_files(runtime, tmp_path, wandb, monkeypatch):
             assert str(elsewhere) in tracked.describe()
             tracked.close()
     newest, _ = offline_runs(elsewhere)[::-1]
-    assert read_back(newest)["run"]
+    (run,) = read_back(newest)["run"]
+    assert (run["project"], run["display_name"], run["run_id"]) == ("project", "name", "run_id")
     assert len(list(elsewhere.glob("wandb/superseded-*"))) == 1
     assert other.exists(), "another run's record is not ours to rename"
 
@@ -224,87 +215,82 @@ def test_environment_moves_the_files(runtime, tmp_path, wandb, monkeypatch):
 def test_environment_wins_over_our_settings(runtime, tmp_path, wandb, monkeypatch, variable, value):
     seen = []
     monkeypatch.setenv(variable, value)
-    monkeypatch.setattr(wandb_logger, "WandBTracker", lambda *_, settings, **__: seen.append(settings) or 1 / 0)
-    wandb_logger.start_wandb(TrainConfig(device="cpu", wandb="offline"), runtime, tmp_path)
+    monkeypatch.setattr("wandb.init", lambda settings, **_: seen.append(settings) or 1 / 0)
+    with tracking(runtime, tmp_path):
+        pass
     name = variable.removeprefix("WANDB_").lower()
     assert name not in seen[0].model_fields_set
     assert "finish_timeout" in seen[0].model_fields_set
 
 
-def finish_with_model(runtime, run_dir, monkeypatch):
-    """Log a made-up checkpoint as the best one; return the model artifacts in W&B's newest record."""
-    monkeypatch.setenv("WANDB_DATA_DIR", str(run_dir / "wandb"))
-    (run_dir / "step-7.pt").write_bytes(b"weights")
-    with tracking(runtime, run_dir) as tracked:
-        tracked.log_train(point(1))
-        tracked.finish(1, {"model": "net", "best_accuracy": 0.5}, evaluation(0.5), run_dir / "step-7.pt")
-        tracked.close()
-    (newest,) = offline_runs(run_dir)
-    return [artifact for artifact in read_back(newest)["artifact"] if artifact["type"] == "model"]
-
-
-@pytest.mark.parametrize("value", ["end", pytest.param("checkpoint", marks=pytest.mark.slow)])
-def test_best_checkpoint_becomes_a_model_artifact(runtime, tmp_path, wandb, monkeypatch, capfd, value):
+@pytest.mark.parametrize(
+    ("value", "models", "counts_as"),
+    [("end", 1, None), ("best", 0, "false"), pytest.param("checkpoint", 1, "end", marks=pytest.mark.slow)],
+)
+def test_best_checkpoint_becomes_a_model_artifact(
+    runtime, tmp_path, wandb, monkeypatch, capfd, value, models, counts_as
+):
     """Also after a kill between its record and the end of the run: then the new record replaces the old one."""
     monkeypatch.setenv("WANDB_LOG_MODEL", value)
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "wandb"))
+    (tmp_path / "step-7.pt").write_bytes(b"weights")
     for _ in range(2):
-        (artifact,) = finish_with_model(runtime, tmp_path, monkeypatch)
-        assert artifact["name"] == f"model-{(tmp_path / 'wandb' / 'id.txt').read_text().strip()}"
-        assert sorted(artifact["aliases"]) == ["best", "latest"]
-        (entry,) = artifact["manifest"]["contents"]
-        assert Path(entry["local_path"]).read_bytes() == b"weights"
-        assert json.loads(artifact["metadata"])["classes"] == list(CLASSES)
-    lines = capfd.readouterr().out.splitlines()
-    assert [line.split(":")[1] for line in lines] == [" WANDB_LOG_MODEL=checkpoint"] * (0 if value == "end" else 2)
-
-
-def test_no_model_artifact_unless_asked_for(runtime, tmp_path, wandb, monkeypatch, capfd):
-    assert finish_with_model(runtime, tmp_path, monkeypatch) == []
-    monkeypatch.setenv("WANDB_LOG_MODEL", "best")
-    assert finish_with_model(runtime, tmp_path, monkeypatch) == []
-    (warning,) = capfd.readouterr().out.splitlines()
-    assert warning == "WARNING: WANDB_LOG_MODEL=best is none of end, true, checkpoint and false: no model is logged"
+        with tracking(runtime, tmp_path) as tracked:
+            tracked.finish(1, {"best_accuracy": 0.5}, evaluation(0.5), tmp_path / "step-7.pt")
+            tracked.close()
+        (newest,) = offline_runs(tmp_path)
+        artifacts = [artifact for artifact in read_back(newest)["artifact"] if artifact["type"] == "model"]
+        assert len(artifacts) == models
+        for artifact in artifacts:
+            assert artifact["name"] == f"model-{(tmp_path / 'wandb' / 'id.txt').read_text().strip()}"
+            assert sorted(artifact["aliases"]) == ["best", "latest"]
+            (entry,) = artifact["manifest"]["contents"]
+            assert Path(entry["local_path"]).read_bytes() == b"weights"
+    warning = f"WARNING: WANDB_LOG_MODEL={value} counts as {counts_as}\n"
+    assert capfd.readouterr().out == (2 * warning if counts_as else "")
 
 
 def test_missing_package_costs_one_warning(runtime, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    importlib.reload(wandb_logger)
-    assert wandb_logger.start_wandb(TrainConfig(device="cpu"), runtime, tmp_path) is None
+    with tracking(runtime, tmp_path) as tracked:
+        assert tracked.describe() == "no record"
+        tracked.log_train(point(1))
+        tracked.close()
     (warning,) = capsys.readouterr().out.splitlines()
-    assert warning.startswith("WARNING: no W&B record: ")
-    assert "pip install wandb" in warning
+    assert warning.startswith("WARNING: W&B's record is incomplete, metrics.jsonl is not: ModuleNotFoundError: ")
+    assert series(read_metrics(tmp_path), "train/loss") == [(1, 1.0)]
 
 
-def test_failing_wandb_costs_one_warning(runtime, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("name", "losses"),
+    [
+        ("wandb.Run.define_metric", []),  # at the start
+        ("wandb.Run.log", []),
+        ("wandb.Image", [1.0]),  # at the end
+        ("wandb.Run.finish", [1.0]),
+    ],
+)
+def test_failing_wandb_costs_one_warning(runtime, tmp_path, wandb, monkeypatch, capsys, name, losses):
+    """Nothing raises; what had been recorded before stays, with the mark of its end."""
+
     def fail(*_, **__):
         raise BrokenPipeError("its process was killed\nsecond line")
 
-    run = types.SimpleNamespace(log=fail, disabled=False, define_metric=lambda *_, **__: None, step=0, offline=False)
-    broken = types.SimpleNamespace(name="wandb", tracker=run, log=fail, store_init_configuration=lambda _: None)
-    monkeypatch.setattr("cifar.tracking.start_wandb", lambda *_: broken)
+    monkeypatch.setattr(name, fail)
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))
     with tracking(runtime, tmp_path) as tracked:
-        for step in (1, 2):
+        for step in (1, 1):
             tracked.log_train(point(step))
-        tracked.finish(2, {}, evaluation(0.5), tmp_path / "best.pt")
+        tracked.finish(1, {"test_accuracy": 0.5}, evaluation(0.5), tmp_path / "best.pt")
         tracked.close()
+    assert tracked.describe() == "no record"
     assert capsys.readouterr().out.splitlines() == [
         "WARNING: W&B's record is incomplete, metrics.jsonl is not: BrokenPipeError: its process was killed"
     ]
-    assert series(read_metrics(tmp_path), "train/loss") == [(1, 1.0), (2, 0.5)]
-    assert tracked.describe() == "no record"
-
-
-def test_failing_pictures_leave_a_finished_record(runtime, tmp_path, wandb, monkeypatch, capsys):
-    def fail(*_):
-        raise ValueError("a picture\nsecond line")
-
-    monkeypatch.setattr("cifar.tracking.pictures", fail)
-    with tracking(runtime, tmp_path) as tracked:
-        tracked.log_train(point(1))
-        tracked.finish(1, {"test_accuracy": 0.5}, evaluation(0.5), tmp_path / "best.pt")
-        tracked.close()
-    assert capsys.readouterr().out.count("WARNING") == 1
+    assert series(read_metrics(tmp_path), "train/loss") == [(1, 1.0), (1, 1.0)]
     (offline,) = offline_runs(tmp_path)
     records = read_back(offline)
-    assert merged(records["summary"])["test_accuracy"] == 0.5
+    assert [row["item"]["train/loss"] for row in records.get("history", []) if "train/loss" in row["item"]] == losses
     assert [record["exit_code"] for record in records["exit"]] == [0]
+    if losses:
+        assert merged(records["summary"])["test_accuracy"] == 0.5
