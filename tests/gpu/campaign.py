@@ -17,6 +17,9 @@ from tests.helpers.processes import ROOT, kill_tree
 
 QUICK = ["--dataset", "synthetic", "--wandb", "disabled", "--log-steps", "50"]
 LAUNCHER = ["--standalone", "--local-addr=127.0.0.1"]
+# As in README, where torchrun asks for this host's name; no variable of __main__ then tells NCCL an interface.
+PLAIN_TORCHRUN = ["env", "-u", "GLOO_SOCKET_IFNAME", "-u", "NCCL_SOCKET_IFNAME", sys.executable, "-m",
+                  "torch.distributed.run"]  # fmt: skip
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", *LAUNCHER]
 TRAIN = [sys.executable, "train_ddp.py"]
 MODULE = [sys.executable, "-m"]
@@ -49,8 +52,11 @@ class Campaign:
         self.results[name] = verdict
         print(f"[{time.perf_counter() - self.began:3.0f} s] {name:24} {verdict}", flush=True)
 
-    def attempt(self, name: str, check: Callable[[], str]) -> None:
-        """Run a check that returns its result; one that raises has failed, and the others go on."""
+    def attempt(self, name: str, check: Callable[[], str], must_pass: bool = True) -> None:
+        """Run a check that returns its result; one that raises has failed, and the others go on.
+
+        What a check finds that need not pass is information.
+        """
         if self.only and not any(word in name for word in self.only):
             return
         try:
@@ -59,7 +65,7 @@ class Campaign:
             verdict = check()
         except Exception as error:
             verdict = f"FAIL {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        self.say(name, verdict)
+        self.say(name, verdict if must_pass else f"information: {verdict}")
         if verdict.startswith("FAIL"):
             self.show(name)
 
@@ -116,8 +122,8 @@ class Campaign:
             verdict = f"FAIL status {got}, expected {status}" if got != -1 else "FAIL took too long"
         elif re.search(pattern, output) is None:
             verdict = f"FAIL no {pattern!r}"
-        elif "destroy_process_group() was not called" in output:
-            verdict = "FAIL torch complains that the group was left open"
+        elif complaint := re.search("destroy_process_group|Guessing device|strides do not match", output):
+            verdict = f"FAIL torch complains: {complaint[0]}"
         self.say(name, verdict)
         if verdict != "PASS":
             self.show(name)

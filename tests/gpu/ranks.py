@@ -1,22 +1,26 @@
-"""Checks of several ranks: the same losses at any number of them; one that is killed, frozen or stopped."""
+"""Checks of several ranks: the same losses and bits; one that is killed, frozen, asleep or stopped."""
 
 import contextlib
-import random
 import re
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from cifar.checkpoint import checkpoints
+from cifar.checkpoint import checkpoint_path, checkpoints, load_checkpoint
 from tests.gpu.campaign import LAUNCHER, QUICK, TORCHRUN, Campaign
+from tests.helpers.comparing import same
 from tests.helpers.disturb import Watched, send
 from tests.helpers.processes import left_of
-from tests.helpers.soak import disturb
 
 _TOLERANCE = 0.002  # of losses; sums of another order
 _HOOK_TOLERANCE = 0.02  # of losses with compressed gradients; powersgd's were 0.002 apart on a CPU
 _FROZEN_TIMEOUT = 12
+_ASLEEP_TIMEOUT = 15
+_GONE_SECONDS = 10  # until all ranks have left a killed one; those that only torchrun can end take 20
+_RESUMES = "resumes   after step "
 
 
 @dataclass
@@ -29,6 +33,7 @@ class Ranks:
         flags: of every run.
         global_batch, steps: of the runs whose losses are compared.
         local_batch: of the long runs that are disturbed; a checkpoint follows every `between` steps.
+        bits_flags: of the runs whose bits are compared.
     """
 
     c: Campaign
@@ -38,14 +43,16 @@ class Ranks:
     steps: int = 60
     local_batch: int = 128
     between: int = 100
+    bits_flags: Sequence[str] = ("--recipe", "speed94")
 
-    def train(
-        self, name: str, processes: int, *flags: object, run_dir: bool = True, pattern: str = "Finished Training"
-    ) -> str:
-        """Train to the end, print whether it worked, and return the output."""
-        place = ["--run-dir", self.c.work / name] if run_dir else []
-        command = [*TORCHRUN, f"--nproc_per_node={processes}", *self.script, *QUICK, *place, *self.flags, *flags]
-        return self.c.expect(name, command, pattern=pattern, processes=processes)
+    def torchrun(self, processes: int, variable: str = "") -> list[object]:
+        """Return the command up to the flags, in an environment with `variable`."""
+        return ["env", *filter(None, [variable]), *TORCHRUN, f"--nproc_per_node={processes}", *self.script]
+
+    def train(self, name: str, processes: int, *flags: object) -> None:
+        """Train to the end, and print whether it worked."""
+        command = [*self.torchrun(processes), *QUICK, *self.flags, "--run-dir", self.c.work / name, *flags]
+        self.c.expect(name, command, processes=processes)
 
     def _wide(self, micro_batches: int) -> list[object]:
         local = self.global_batch // micro_batches
@@ -63,10 +70,10 @@ class Ranks:
         same = max(losses) - min(losses) < _TOLERANCE
         return f"{'PASS' if same else 'FAIL'} {losses} with {', '.join(map(str, counts))} processes"
 
-    def hooks(self, n: int, names: Sequence[str] = ("fp16", "bf16", "powersgd")) -> str:
+    def hooks(self, n: int) -> str:
         """Train with each communication hook; compare the losses with that of no hook."""
         losses = {}
-        for hook in ("none", *names):
+        for hook in ("none", "fp16", "bf16", "powersgd"):
             self.train(f"hook {hook}", n, *self._wide(n), "--comm-hook", hook)
             losses[hook] = self.c.last_loss(f"hook {hook}")
         close = all(abs(loss - losses["none"]) < _HOOK_TOLERANCE for loss in losses.values())
@@ -95,28 +102,69 @@ class Ranks:
             run.kill()
 
     def killed(self, n: int, limit: float) -> str:
-        """Kill a rank; torchrun starts them again, and the next step must come within `limit` seconds."""
-        with self.started("killed", n, "--timeout", "600", restarts=1) as run:
-            _, lost, seconds = disturb(run, "kill", random.Random(0), [])
-            found = f"next step after {seconds:.1f} s (limit {limit:g}), {lost} steps lost"
-            return f"{'PASS' if seconds < limit else 'FAIL'} {found}"
+        """Kill a rank, then rank zero; torchrun starts all again, and a step must follow within `limit` seconds."""
+        found, passed = [], True
+        with self.started("killed", n, "--timeout", "600", restarts=2) as run:
+            for victim in (min(2, n - 1), 0):
+                ranks, starts, began = run.ranks(), run.output().count(_RESUMES), time.monotonic()
+                send(ranks[victim], signal.SIGKILL)
+                late = left_of(ranks, limit)
+                gone = time.monotonic() - began
+                _until_training(run, starts + 1)
+                seconds = time.monotonic() - began
+                passed = passed and not late and gone < _GONE_SECONDS and seconds < limit
+                found.append(f"rank {victim}: all gone after {gone:.1f} s, next step after {seconds:.1f} s")
+        return f"{'PASS' if passed else 'FAIL'} {'; '.join(found)} (limits {_GONE_SECONDS} and {limit:g})"
 
-    def survives(self, n: int, seconds: float) -> str:
-        """Kill a rank with a --timeout shorter than the grace of a stop; nothing may kill what is started then."""
-        with self.started("killed, timeout 10", n, "--timeout", "10", restarts=1) as run:
-            *_, waited = disturb(run, "kill", random.Random(0), [])
-            began, at = time.monotonic(), run.step()
-            for share in (0.5, 1.0):  # it must train in each half
-                while time.monotonic() - began < share * seconds and run.process.poll() is None:
-                    time.sleep(0.1)
-                if run.process.poll() is not None:
-                    return f"FAIL ended {time.monotonic() - began:.0f} s after the restart, which took {waited:.1f} s"
-                if run.step() <= at:
-                    return f"FAIL no step after {at}, {time.monotonic() - began:.0f} s after the restart"
+    def asleep(self, n: int, seconds: float) -> str:
+        """Let a rank sleep in Python; the others end, say where it is, and nothing may end what is started then."""
+        awake = replace(self, script=["-m", "tests.gpu.asleep"])
+        with awake.started("asleep", n, "--timeout", _ASLEEP_TIMEOUT, restarts=1) as run:
+            ranks = run.ranks()
+            run.until_line("falls asleep")
+            began = time.monotonic()
+            late = left_of(ranks, _ASLEEP_TIMEOUT + 10)
+            ended = time.monotonic() - began
+            frames = run.output().count("frame #")
+            place = re.search(rf"rank {n - 1} is at \S*asleep.py:\d+", run.output())
+            _until_training(run, 1)
+            for _ in range(2):  # it must train in each half
                 at = run.step()
-            if (starts := run.output().count("resumes   ")) != 1:
-                return f"FAIL was started again {starts} times"
-            return f"PASS next step after {waited:.1f} s, then {seconds:g} s of training to step {at}"
+                time.sleep(seconds / 2)
+                if run.process.poll() is not None or run.step() <= at or run.output().count(_RESUMES) > 1:
+                    return f"FAIL started again, it did not train on for {seconds:g} s after step {at}"
+        said = f"said: {place[0] if place else 'not where it is'}, and {frames} frames of C++"
+        return f"{'PASS' if place and not late else 'FAIL'} {len(late)} left after {ended:.1f} s, {said}; trains on"
+
+    def network_error(self, n: int) -> str:
+        """Name an interface that does not exist; one line must have the library's own error and the variable."""
+        variable = f"{'NCCL' if 'cuda' in self.flags else 'GLOO'}_SOCKET_IFNAME=nonsense"
+        command, began = [*self.torchrun(n, variable), *QUICK, *self.flags], time.monotonic()
+        status, output = self.c.run("network error", [*command, "--run-dir", self.c.work / "error"], 60, n)
+        lines = re.findall(r"^train_ddp.py: error: .*", output, re.MULTILINE)
+        passed = status == 1 and len(lines) == 1 and f"({variable} in the environment" in lines[0]
+        return f"{'PASS' if passed else 'FAIL'} status {status} after {time.monotonic() - began:.0f} s: {lines}"
+
+    def bits(self, n: int, nvls: int) -> str:
+        """Compare the states of a run, of another one, and of one that resumed the first halfway."""
+        half, end, states = self.steps // 3, self.steps // 3 * 2, []
+        new = [*QUICK, *self.flags, *self.bits_flags, "--max-steps", end, "--checkpoint-steps", half, "--run-dir"]
+        for which in ("one", "other", "resumed"):
+            name = f"bits {nvls} {which}"
+            run_dir = self.c.work / name
+            if which == "resumed":
+                shutil.copytree(self.c.work / f"bits {nvls} one", run_dir)
+                checkpoint_path(run_dir, end).unlink()
+                (run_dir / "result.json").unlink()
+            flags = ["--resume", run_dir] if which == "resumed" else [*new, run_dir]
+            status, _ = self.c.run(name, [*self.torchrun(n, f"NCCL_NVLS_ENABLE={nvls}"), *flags], processes=n)
+            if status:
+                self.c.show(name)
+                return f"FAIL status {status} of {name} (-1: took too long)"
+            states.append(load_checkpoint(checkpoint_path(run_dir, end))["state"])
+        differing = [_differing(states[0], state) or "none" for state in states[1:]]
+        verdict = "PASS" if differing == ["none", "none"] else "FAIL"
+        return f"{verdict} step {end}, parts with other bits: in another run {differing[0]}, resumed {differing[1]}"
 
     def frozen(self, n: int) -> str:
         """Freeze a rank: all processes must end within the timeout, and the message names it."""
@@ -141,10 +189,14 @@ class Ranks:
             newest = next(iter(checkpoints(run.run_dir)), None)
             return f"{'PASS' if newest == step else 'FAIL'} step {step} saved after {time.monotonic() - began:.1f} s"
 
-    def resumed(self, before: int, now: int) -> str:
-        """Continue the run that `stopped` left with another number of processes."""
-        run_dir = self.c.work / "stopped"
-        until = next(iter(checkpoints(run_dir))) + self.between
-        flags = ["--resume", run_dir, "--max-steps", until]
-        output = self.train(f"resumed on {now}", now, *flags, run_dir=False, pattern=f"world size {before} -> {now}")
-        return "PASS" if "Finished Training" in output else "FAIL did not finish"
+
+def _until_training(run: Watched, starts: int) -> None:
+    """Wait until the run has started again `starts` times, and for a step after that."""
+    run.until_line(_RESUMES, starts)
+    begins = int(run.output().rpartition(_RESUMES)[2].partition(" of ")[0].replace(",", ""))
+    run.until(lambda: run.step() > begins, "a step after it")
+
+
+def _differing(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """Return the names of the parts of two states that have not the same bits."""
+    return ", ".join(name for name in one if not same({name: one[name]}, {name: other[name]}))

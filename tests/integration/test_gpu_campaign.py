@@ -21,14 +21,16 @@ def test_checks_run_on_the_cpu(tmp_path):
     assert output.stdout.count("skipped: no GPU") == 1
 
 
-def test_several_runs_on_two_cpu_ranks(tmp_path):
-    only = ["64 in all x 1", "stopped"]  # the others take minutes: see tests/gpu/README.md
+def test_several_runs_on_three_cpu_ranks(tmp_path):
+    only = ["net-fast", "stopped", "network error"]  # the others take minutes: see tests/gpu/README.md
     output = run([sys.executable, "-m", "tests.gpu", "several", "--out", tmp_path, "--only", *only], ROOT)
     assert output.returncode == 0, output.stdout + output.stderr
-    assert "several: PASS, 0 of 2 failed" in output.stdout
+    assert "several: PASS, 0 of 3 failed" in output.stdout
     found = json.loads((tmp_path / "several.json").read_text())
-    assert re.fullmatch(r"[\d,]+ images/s, efficiency 100 %", found["net-fast, 64 in all x 1"])
+    rates = r"net-fast x 3: [\d,]+ images/s, first step [\d.]+ s; net-fast x 1: [\d,]+ images/s, first step [\d.]+ s"
+    assert re.fullmatch(f"PASS {rates}", found["net-fast"])
     assert re.fullmatch(r"PASS step \d+ saved after [\d.]+ s", found["stopped"])
+    assert "GLOO_SOCKET_IFNAME=nonsense in the environment" in found["network error"]
 
 
 def test_check_that_fails_ends_no_other(tmp_path, capsys):
