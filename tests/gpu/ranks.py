@@ -67,8 +67,8 @@ class Ranks:
         for n in counts:
             self.train(f"ranks {n}", n, *self._wide(counts[-1]))
         losses = [self.c.last_loss(f"ranks {n}") for n in counts]
-        same = max(losses) - min(losses) < _TOLERANCE
-        return f"{'PASS' if same else 'FAIL'} {losses} with {', '.join(map(str, counts))} processes"
+        close = max(losses) - min(losses) < _TOLERANCE
+        return f"{'PASS' if close else 'FAIL'} {losses} with {', '.join(map(str, counts))} processes"
 
     def hooks(self, n: int) -> str:
         """Train with each communication hook; compare the losses with that of no hook."""

@@ -34,7 +34,7 @@ def several(c: Campaign) -> None:
         recipes = {"tutorial": (80, 0.0), "net-fast": (40, 0.0)}
     for recipe, (steps, least) in recipes.items():
         c.attempt(recipe, lambda recipe=recipe, steps=steps, least=least: compare(ranks, recipe, n, steps, least))  # type: ignore[misc]
-        if c.results.get(recipe, "").startswith("FAIL status"):
+        if c.results.get(f"{recipe} x {n}", "").startswith("FAIL"):
             return  # and so would the others end
     c.attempt("killed", lambda: ranks.killed(n, RESTART_SECONDS if gpus else 90))
     at_once(c, 5 if gpus else 1, [  # where the clock does not matter
@@ -73,14 +73,13 @@ def compare(ranks: Ranks, recipe: str, n: int, steps: int, least: float) -> str:
         command = [*start, *script, "--log-steps", steps // 8, "--run-dir", c.work / name]
         counts: Counter[str] = Counter()
         with ThreadPoolExecutor(1) as pool:
-            training = pool.submit(c.run, name, command, 100, processes)
+            training = pool.submit(c.expect, name, command, at_most=100, processes=processes)
             while not training.done():
                 counts = max(counts, processes_on_gpus(), key=Counter.total)
                 time.sleep(1)
-        status, output = training.result()
-        if status or "Finished Training" not in output:
-            c.show(name)
-            return f"FAIL status {status} of {name} (-1: took too long)"
+        training.result()
+        if c.results[name] != "PASS":
+            return f"FAIL {name}: see there"
         run = result(c.work / name)
         points = seconds_of_training(c.records(name), run["global_batch_size"])
         (first, began), (last, ended) = next(point for point in points if point[0] >= steps / 2), points[-1]
