@@ -40,10 +40,10 @@ def test_local_without_a_gpu_returns_the_status_of_one_process(tmp_path):
     [
         # accelerate starts one process and does not say so.
         ("--cpu --num_processes 2", "error: the environment has MASTER_ADDR"),
-        ("--use_fsdp --num_processes 1", "ACCELERATE_USE_FSDP=true, which would be ignored"),
+        ("--use_fsdp --num_processes 1", "error: accelerate's configuration sets ACCELERATE_USE_FSDP=true, which"),
         (
             "--cpu --num_processes 1 --dynamo_backend inductor",
-            "ACCELERATE_DYNAMO_BACKEND=INDUCTOR, which would be ignored",
+            "error: accelerate's configuration sets ACCELERATE_DYNAMO_BACKEND=INDUCTOR, which",
         ),
     ],
     ids=["separate copies", "FSDP", "dynamo"],
