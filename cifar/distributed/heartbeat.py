@@ -75,7 +75,7 @@ class Heartbeat:
         self._peers = [r for r, (_, *process) in enumerate(self._processes) if r != rank and is_running(*process)]
         self.peer_is_gone = False
         self._last_step: _Step | None = None
-        self._told: _Step | None = None
+        self._stalled_beats = 0
         self._stop, self._beating = threading.Event(), threading.Lock()
         threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
 
@@ -112,6 +112,8 @@ class Heartbeat:
                 self.peer_is_gone = self.peer_is_gone or self._store.check(["gone"])
                 if (step := self._last_step) and time.monotonic() - step.ended > limit:
                     self._tell_places(step)
+                else:
+                    self._stalled_beats = 0
                 beats = self._store.multi_get([f"{rank}" for rank in self._watched])
                 reported = json.loads(self._store.get("silent")) if self._store.check(["silent"]) else []
             except RuntimeError:
@@ -133,14 +135,12 @@ class Heartbeat:
                 self._end(silent)
 
     def _tell_places(self, step: "_Step") -> None:
-        """Let rank zero say, once, where each rank is: in the step after `step`, which does not end."""
-        key = f"place after {step.number}/"
-        first = not self._store.check([f"{key}{self._rank}"])
-        self._store.set(f"{key}{self._rank}", _place(step.thread))
-        if self._rank or first or self._told is step:  # a beat later, the others have told their places, too
+        """Let rank zero say, once, where each rank is: in the step after `step`, or a step behind or ahead of it."""
+        self._store.set(f"place/{self._rank}", f"{_place(step.thread)} after step {step.number:,}")
+        self._stalled_beats += 1
+        if self._rank or self._stalled_beats != 2:  # by the second beat, the others have told their places, too
             return
-        self._told = step
-        keys = {rank: f"{key}{rank}" for rank in range(len(self._processes))}
+        keys = {rank: f"place/{rank}" for rank in range(len(self._processes))}
         places = {rank: self._store.get(keys[rank]).decode() for rank in keys if self._store.check([keys[rank]])}
         where = "; ".join(f"rank {rank} is at {places.get(rank, 'an unknown place')}" for rank in keys)
         print(
