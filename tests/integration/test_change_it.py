@@ -76,7 +76,7 @@ def output(changed):
 
 
 def test_banner_names_the_dataset_and_its_classes(output):
-    assert re.search(r"^dataset +arrays, from mine: 120 training, 15 test, 3 classes$", output, re.M)
+    assert re.search(r"^dataset +arrays, from /\S+/mine: 120 training, 15 test, 3 classes$", output, re.M)
     assert re.search(r"^model +mlp, ", output, re.M)
     assert re.search(r"^recipe +mlp, augmentation crop-flip", output, re.M)
     assert "synthetic" not in output
