@@ -181,9 +181,10 @@ def parse_flags(cls: type[C], argv: Sequence[str] | None, prog: str, defaults: C
     """
     default = tyro.MISSING_NONPROP if defaults is None else defaults
     complaint = io.StringIO()
+    help_ = contextlib.nullcontext() if is_local_rank_zero() else contextlib.redirect_stdout(io.StringIO())
     try:
-        with contextlib.redirect_stderr(complaint):
-            parsed = tyro.cli(cls, prog=prog, args=argv, default=default, console_outputs=is_local_rank_zero())
+        with help_, contextlib.redirect_stderr(complaint):
+            parsed = tyro.cli(cls, prog=prog, args=argv, default=default)
     except SystemExit as exit_:
         if not exit_.code:
             raise

@@ -116,7 +116,13 @@ def _find(config: TrainConfig, runtime: Runtime, data: Data, own: bool) -> Resum
                 )
         if tuple(content["classes"]) != data.classes:
             raise UserError(f"--resume {run_dir}: the class names of {path.name} are not those of the dataset here")
-        finished = content["state"]["step"] >= last and recorded_steps >= last
+        step = content["state"]["step"]
+        if step > last:
+            raise UserError(
+                f"--resume {run_dir}: that run is at step {step:,} already, beyond {last:,}: raise --epochs or "
+                f"--max-steps"
+            )
+        finished = step == last and recorded_steps >= last
     recorded, decoder = facts.get("images"), facts.get("decoder", "")
     if isinstance(recorded, dict):  # earlier versions recorded none
         for split, now in data.fingerprint.items():

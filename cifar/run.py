@@ -295,7 +295,7 @@ class Run:
             "steps": state.step,
             "trained_on": ", then ".join(f"{count(size, 'process', 'es')} on {device}" for size, device in trained_on),
             "world_size": self.runtime.world_size,
-            "local_batch_size": self.plan.local_batch_size,
+            "local_batch_size": self.plan.micro_batch_sizes(rank=0)[0],
             "global_batch_size": self.plan.global_batch_size,
             "device": self.runtime.device.type,
             "train_seconds": state.train_seconds,

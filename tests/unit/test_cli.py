@@ -307,6 +307,15 @@ def test_expected_failure_is_one_line_and_a_status(error, status, capsys):
     assert capsys.readouterr() == ("", f"prog: error: {error}\n")
 
 
+@pytest.mark.parametrize("flags", [["--oops"], ["--epochs", "many"]])
+def test_every_rank_knows_why_its_command_line_is_refused(flags, be_rank, capsys):
+    """For torchrun's report; local rank zero prints tyro's explanation."""
+    be_rank(1)
+    with pytest.raises(UsageError, match=flags[-1]):
+        parse_args(flags)
+    assert capsys.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("error", [UserError("oh"), UsageError("oh")])
 def test_other_host_hears_of_a_mistake_before_the_ranks_have_joined(error, joined, capsys, monkeypatch, be_rank):

@@ -262,6 +262,14 @@ def test_where_a_run_was_trained_is_recorded(run_dir, recorded):
     on_gpus([0])
 
 
+def test_end_before_the_runs_step_is_refused(run_dir):
+    killed(run_dir, after=12)
+    before = traces(run_dir)
+    with pytest.raises(UserError, match=r"that run is at step 12 already, beyond 11: raise --epochs or --max-steps"):
+        resume(run_dir, "--max-steps", 11)
+    assert traces(run_dir) == before
+
+
 def test_running_losses_of_two_ranks_continue_in_one(undisturbed, run_dir):
     """Step 8 is between log points. Each of two ranks has the sum of its own losses; their mean is the run's."""
     path = checkpoint_path(killed(run_dir, after=8), 8)
