@@ -94,7 +94,7 @@ def test_srun_of_several_tasks_is_refused_once(cluster, tmp_path):
         cluster.run("srun", "--ntasks=2", *alone, cwd=tmp_path)
     assert str(refused.value).count("train_ddp.py: error: srun started 2 processes, which would train separately") == 1
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", *alone[1:])
-    with pytest.raises(subprocess.SubprocessError, match="srun started torchrun 2 times"):
+    with pytest.raises(subprocess.SubprocessError, match="srun started 2 processes, which would train"):
         cluster.run("srun", "--ntasks=2", *torchrun, cwd=tmp_path)
     assert not (tmp_path / "runs").exists()
     for command in (["srun", "--ntasks=1"], ["salloc", "--ntasks=2"], ["salloc", "--ntasks=2", "srun", "--ntasks=1"]):
