@@ -73,7 +73,7 @@ def test_time_limit_and_requeue_lose_nothing(cluster, project):
     stopped = int(output(project, job).split("after step ")[1].split(" of")[0].replace(",", ""))
     until(f"{stopped // 20 * 20 + 200}] loss:")
     cluster.run("scontrol", "requeue", job)
-    wait(lambda: cluster.state(job) == "COMPLETED", project, job)
+    wait(lambda: cluster.state(job) == "COMPLETED", project, job, timeout=200)
     assert output(project, job).count("processes 1 process on") == 3
     assert [step for step, _ in records(run_dir, "train/loss")] == list(range(20, 6001, 20))
     assert result(run_dir)["steps"] == 6000
