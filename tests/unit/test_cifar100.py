@@ -115,7 +115,7 @@ def test_training(tmp_path):
         batch = ["--local-batch-size", 8 // processes, "--run-dir", f"run{processes}"]
         done = torchrun(processes, *flags, *batch, cwd=tmp_path, script=[script])
         assert done.returncode == 0, done.stderr
-        assert "cifar100, from data: 2,000 training, 1,001 test, 100 classes" in done.stdout
+        assert f"cifar100, from {tmp_path}/data: 2,000 training, 1,001 test, 100 classes" in done.stdout
         assert done.stdout.count("Accuracy for class: ") == 20
         outcome = result(tmp_path / f"run{processes}")
         assert (outcome["dataset"], outcome["test_total"]) == ("cifar100", 1_001)
