@@ -31,7 +31,8 @@ def soak(folder: Path, disturbances: int, seed: int, seconds: float, ranks: int)
     chance = random.Random(seed)
     launcher = ["--standalone", f"--nproc_per_node={ranks}", "--max-restarts=1000"]
     steps = STEPS_BETWEEN[1] * (disturbances + 1)
-    flags = [*FLAGS, "--timeout", str(TIMEOUT), "--max-steps", str(steps), "--epochs", str(1 + steps // 6250)]
+    epochs = 1 + steps * 4 * ranks // 50_000
+    flags = [*FLAGS, "--timeout", str(TIMEOUT), "--max-steps", str(steps), "--epochs", str(epochs)]
     plain, disturbed = folder / "plain", folder / "disturbed"
     quiet = Watched(plain, [*flags, "--run-dir", str(plain)], launcher, "plain.txt")
     assert quiet.end(60 + steps / 20) == 0, quiet.output()
