@@ -6,8 +6,11 @@ import json
 import os
 import secrets
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any
+
+from filelock import FileLock, Timeout
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -42,6 +45,20 @@ def remove_temporaries(path: Path) -> None:
     """Remove what `write_atomically` has left in killed processes. No other process may be writing `path`."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 16}.tmp"):
         leftover.unlink(missing_ok=True)
+
+
+def lock(path: Path, action: str) -> AbstractContextManager[object]:
+    """Return a lock, the file `path`, that one process at a time holds until the end of the block.
+
+    Args:
+        action: of the process that holds it, for the line that a wait prints, such as "downloads CIFAR-10".
+    """
+    file_lock = FileLock(path)
+    try:
+        return file_lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for another process that {action}", flush=True)
+        return file_lock.acquire()
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -13,14 +13,13 @@ import tarfile
 import tempfile
 import urllib.parse
 import urllib.request
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from cifar.errors import UserError, first_line, without_credentials
+from cifar.files import lock
 
 _CHUNK = 1 << 20  # bytes
 _ATTEMPTS = 5  # for each source
@@ -67,7 +66,7 @@ def prepare(archive: Archive, data_dir: Path, data_url: str | None) -> None:
         if folder.exists():
             return
         data_dir.mkdir(parents=True, exist_ok=True)
-        with _lock(archive, data_dir):
+        with lock(data_dir / f".{title.lower()}.lock", f"downloads {title} into {data_dir}"):
             if folder.exists():
                 return
             if not file.exists():
@@ -90,16 +89,6 @@ def prepare(archive: Archive, data_dir: Path, data_url: str | None) -> None:
             f"--dataset synthetic",
             reason,
         ) from error
-
-
-def _lock(archive: Archive, data_dir: Path) -> AbstractContextManager[object]:
-    """Return a lock that only one process at a time holds; it is released on exit."""
-    lock = FileLock(data_dir / f".{archive.title.lower()}.lock")
-    try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        print(f"waiting for another process that downloads {archive.title} into {data_dir}", flush=True)
-        return lock.acquire()
 
 
 def _unpack(archive: Archive, file: Path, data_dir: Path) -> None:

@@ -9,19 +9,17 @@ import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import PIL
 import torch
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from cifar.distributed.cpu import available_cores
 from cifar.errors import UserError
-from cifar.files import remove_temporaries, write_atomically
+from cifar.files import lock, remove_temporaries, write_atomically
 from cifar.pictures import read_image
 
 # What pixels depend on besides the files. Each version has its own file, so that two can share a folder.
@@ -57,7 +55,7 @@ def prepare_pictures(data_dir: Path, files: Files) -> Pictures:
     for place in places:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            with _lock(place):
+            with lock(place.with_name(f"{place.name}.lock"), f"decodes the pictures for {place}"):
                 remove_temporaries(place)
                 if decoded is None:
                     if (kept := find_pictures(data_dir, files, warn=True)) is not None:
@@ -128,16 +126,6 @@ def _places(data_dir: Path) -> list[Path]:
     folder, decoder = data_dir.resolve(), DECODER.lower().replace(" ", "-")
     name = f"{folder.name}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}-{decoder}.npz"
     return [folder / f".cifar-ddp-pictures-{decoder}.npz", Path(torch.hub.get_dir()).parent / "cifar-ddp" / name]
-
-
-def _lock(place: Path) -> AbstractContextManager[object]:
-    """Return a lock that only one process at a time holds; it is released on exit."""
-    lock = FileLock(place.with_name(f"{place.name}.lock"))
-    try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        print(f"waiting for another process that decodes the pictures for {place}", flush=True)
-        return lock.acquire()
 
 
 def _write(place: Path, files: Files, pictures: Pictures) -> None:
