@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar.cli import exit_on_error, launch
+from cifar.cli import launch
+from cifar.command import exit_on_error
 from cifar.cuda_graph import CudaGraph
 from cifar.data import load_data
 from cifar.distributed.runtime import Runtime
@@ -25,7 +26,8 @@ from cifar.evaluation import evaluate
 from cifar.loop import train_epoch
 from cifar.models import build_model
 from cifar.optim import build_optimizer
-from cifar.run import Run, evaluate_checkpoint
+from cifar.predict import evaluate_checkpoint
+from cifar.run import Run
 
 
 def train_step(

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from cifar.config import TrainConfig
-from cifar.errors import UserError
+from cifar.errors import UserError, count
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,3 @@ class BatchPlan:
     def last_step(self, config: TrainConfig) -> int:
         """Return the optimizer step at which the run ends."""
         return min(self.total_steps(config), config.max_steps or self.total_steps(config))
-
-
-def count(number: int, noun: str, plural: str = "s") -> str:
-    """Return the number with its noun: "1 epoch", "2 epochs"."""
-    return f"{number} {noun}" + (plural if number != 1 else "")

@@ -1,11 +1,12 @@
-"""Checkpoint files: written atomically, verified before loading, and written in the background during training."""
+"""The state of a run and its checkpoints: written atomically and in the background, verified before loading."""
 
 import contextlib
 import io
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,75 @@ from torch import Tensor, nn
 
 from cifar.errors import UserError
 from cifar.files import write_atomically
-from cifar.models import MODELS, build_model
 
 FORMAT = 2
 
 
-class DamagedCheckpointError(Exception):
+class DamagedCheckpointError(UserError):
     """The file is not a valid checkpoint; the text is "PATH: REASON"."""
+
+
+@dataclass
+class TrainState:
+    """Everything that changes during training; a checkpoint holds all of it.
+
+    Attributes:
+        model: the bare module.
+        scaler: the loss scaler of fp16.
+        running_loss: this rank's losses since the last log point, summed over steps: a float32 scalar on the device.
+        running_steps: optimizer steps since the last log point.
+        step: optimizer steps since the run began; the plan turns it into an epoch and a position in it.
+        train_seconds: seconds of training, without start-up, evaluation and checkpoints.
+        first_step_seconds: those of `train_seconds` until the end of the first step, in which kernels are loaded,
+            chosen and compiled; summed over the processes that have continued the run.
+        best_accuracy, best_step: highest test accuracy after an epoch, 0 to 1, and the step of that test.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    running_loss: Tensor = field(init=False)
+    running_steps: int = 0
+    step: int = 0
+    train_seconds: float = 0.0
+    first_step_seconds: float = 0.0
+    best_accuracy: float = 0.0
+    best_step: int = 0
+
+    def __post_init__(self) -> None:
+        self.running_loss = torch.zeros((), device=next(self.model.parameters()).device)
+
+    def rank_state(self) -> dict[str, Any]:
+        """Return what differs between the ranks: the running loss, and the statistics of BatchNorm on the CPU."""
+        buffers = {name: buffer.cpu() for name, buffer in self.model.named_buffers() if buffer.is_floating_point()}
+        return {"running_loss": self.running_loss.item(), "buffers": buffers}
+
+    def state_dict(self, ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return the state as tensors, numbers, strings and containers of them; `ranks` has every `rank_state`."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            **{name: getattr(self, name) for name in _NUMBERS},
+            **{name: [rank_state[name] for rank_state in ranks] for name in ("running_loss", "buffers")},
+        }
+
+    def load_state_dict(self, state: dict[str, Any], rank: int, world_size: int) -> None:
+        """Restore the state of rank `rank` of `world_size` from what `state_dict` returned for any number of ranks."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        for name in _NUMBERS:
+            setattr(self, name, state[name])
+        losses, buffers = state["running_loss"], state.get("buffers", [])  # earlier versions kept rank zero's buffers
+        if len(losses) == world_size:
+            self.running_loss.fill_(losses[rank])
+            self.model.load_state_dict(buffers[rank] if buffers else {}, strict=False)
+        else:  # one sum per rank: with another number of ranks, their mean gives the same average
+            self.running_loss.fill_(sum(losses) / len(losses))
+
+
+_NUMBERS = ("running_steps", "step", "train_seconds", "first_step_seconds", "best_accuracy", "best_step")
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -41,8 +104,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     executed: unpickling is limited to plain data.
 
     Returns:
-        {"format": 2, "config": {...}, "dataset": str, "classes": [str, ...], "state": {...}}, the tensors on the CPU.
-        "state" is `TrainState.state_dict()`, with a list of one "running_loss" per rank.
+        {"format": 2, "config": {...}, "dataset": str, "classes": [str, ...], "state": `TrainState.state_dict()`}, the
+        tensors on the CPU.
 
     Raises:
         DamagedCheckpointError: the file is corrupt, or not a checkpoint.
@@ -76,18 +139,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Load the checkpoint that the user named; see `load_checkpoint`.
-
-    Raises:
-        UserError: it is corrupt, or not a checkpoint.
-    """
-    try:
-        return load_checkpoint(path)
-    except DamagedCheckpointError as error:
-        raise UserError(str(error)) from error
-
-
 def checkpoint_path(run_dir: Path, step: int) -> Path:
     """Return the path of the checkpoint of `step`."""
     return run_dir / "checkpoints" / f"step-{step:08d}.pt"
@@ -99,26 +150,7 @@ def checkpoints(run_dir: Path) -> dict[int, Path]:
     return {int(step): found[step] for step in sorted(filter(str.isdigit, found), key=int, reverse=True)}
 
 
-def newest_checkpoint(run_dir: Path) -> tuple[tuple[Path, dict[str, Any]] | None, list[str]]:
-    """Return path and content of the newest valid checkpoint, and "PATH: REASON" for each newer, corrupt one.
-
-    The first is None if the run has no checkpoints.
-
-    Raises:
-        UserError: there are checkpoints, and all are corrupt, or the newest has the format of a later version.
-    """
-    corrupt: list[str] = []
-    for path in checkpoints(run_dir).values():
-        try:
-            return (path, load_checkpoint(path)), corrupt
-        except DamagedCheckpointError as error:
-            corrupt.append(str(error))
-    if corrupt:
-        raise UserError(f"--resume {run_dir}: no checkpoint there is valid; {'; '.join(corrupt)}")
-    return None, corrupt
-
-
-def load_model(model: nn.Module, content: dict[str, Any], name: str, path: Path) -> None:
+def load_weights(model: nn.Module, content: dict[str, Any], name: str, path: Path) -> None:
     """Load the weights of the checkpoint `content`, read from `path`, into `model`, built as `name`.
 
     Raises:
@@ -134,21 +166,6 @@ def load_model(model: nn.Module, content: dict[str, Any], name: str, path: Path)
         raise UserError(
             f"{path} holds a {name!r} for {len(content['classes'])} classes, which does not fit this one: {reason}"
         ) from error
-
-
-def read_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Build the model of the checkpoint that the user named; return it, with its weights, and the checkpoint's content.
-
-    Raises:
-        UserError: the checkpoint is corrupt, or holds a model that this version does not have.
-    """
-    content = read_checkpoint(path)
-    name = content["config"].get("model")
-    if name not in MODELS:
-        raise UserError(f"{path} holds a model {name!r}, which this version does not have")
-    model = build_model(name, len(content["classes"]))
-    load_model(model, content, name, path)
-    return model, content
 
 
 class CheckpointWriter:

@@ -3,15 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
-from cifar.cli import exit_on_error, parse_flags
+from cifar.command import exit_on_error, parse_flags
 from cifar.errors import UserError, first_line
 from cifar.files import read_json
-from cifar.metrics import Series, read_metrics, seconds_of_training, series
-from cifar.tracking import parts
+from cifar.records.metrics import Series, parts, read_metrics, series
 
 
 @dataclass(frozen=True)
@@ -97,6 +96,16 @@ def read_run(run_dir: Path) -> Run:
         raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
 
 
+def seconds_of_training(records: list[dict[str, Any]], global_batch_size: int) -> Series:
+    """Return (step, seconds of training until then) at the log points, computed from their images per second."""
+    points, seconds, before = [(0.0, 0.0)], 0.0, 0.0
+    for step, rate in series(records, "train/images_per_second"):
+        seconds += (step - before) * global_batch_size / rate
+        before = step
+        points.append((step, seconds))
+    return points
+
+
 def _shown(form: str, value: float | None, factor: float = 1) -> str:
     return "-" if value is None else form.format(factor * float(value))
 
@@ -111,7 +120,7 @@ def table(runs: Sequence[Run]) -> list[str]:
 
 def draw(runs: Sequence[Run], path: Path) -> None:
     """Draw test accuracy over seconds of training and over images seen into the PNG file `path`."""
-    from cifar.plotting import EngFormatter, Figure, default_style  # matplotlib takes a second to import
+    from cifar.records.plotting import EngFormatter, Figure, default_style  # matplotlib takes a second to import
 
     with default_style():
         figure = Figure(figsize=(13, 5), layout="constrained")

@@ -1,9 +1,9 @@
 """A dataset as tensors on the device, behind DistributedSampler loaders."""
 
-import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +13,9 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from cifar.augment import CropFlip, derive_seed
 from cifar.batch_plan import BatchPlan
 from cifar.config import TrainConfig
-from cifar.datasets import DATASETS, PREPARE
-from cifar.datasets.download import UnavailableError
+from cifar.datasets.base import Split
+from cifar.datasets.choice import choose_dataset
 from cifar.distributed.runtime import Runtime
-from cifar.errors import UserError
 
 EVAL_BATCH_SIZE = 1000
 CHUNK = 1024  # images prepared at once; with tiny batches, the overhead of a call dominates
@@ -145,6 +144,11 @@ class EvalLoader(DataLoader[Any]):
         indices = torch.arange(len(dataset)) if indices is None else indices
         shard = indices[rank::world_size].to(dataset.labels.device)
         super().__init__(dataset, batch_size=None, sampler=shard.split(EVAL_BATCH_SIZE) if len(shard) else ())
+        self._rank, self._world_size = rank, world_size
+
+    def subset(self, indices: Tensor) -> "EvalLoader":
+        """Return a loader of this rank's shard of the images `indices`, int64 [n]."""
+        return EvalLoader(self.dataset, self._rank, self._world_size, indices)
 
 
 @dataclass(frozen=True)
@@ -155,9 +159,7 @@ class Data:
         name: of the dataset, "cifar10" for one.
         classes: the class names, in the order of the labels.
         plan: how the training images are divided into batches.
-        note: what the banner says of the dataset besides, or nothing.
-        fingerprint: what identifies the images of each split; see `Dataset.fingerprint`.
-        decoder: the library that has decoded the images, with its version, or nothing.
+        note, fingerprint, decoder: of the dataset; see `datasets.base.Dataset`.
     """
 
     name: str
@@ -169,6 +171,12 @@ class Data:
     fingerprint: dict[str, str] = field(default_factory=dict)
     decoder: str = ""
 
+    def describe(self, data_dir: Path) -> str:
+        """Return the dataset in one phrase, for the banner."""
+        source = "" if self.name == "synthetic" else f", from {data_dir}"
+        sizes = f"{len(self.train.dataset):,} training, {len(self.test.dataset):,} test"
+        return f"{self.name}{source}: {sizes}, {len(self.classes)} classes" + (f"; {self.note}" if self.note else "")
+
     def sample(self) -> Tensor:
         """Return the first 5,000 training images, normalized: float32 [n, 3, 32, 32] on the CPU."""
         return normalize(self.train.dataset.images[:_SAMPLE].cpu())
@@ -177,33 +185,13 @@ class Data:
 def load_data(config: TrainConfig, runtime: Runtime) -> Data:
     """Load the dataset, the same on every rank, onto the device. Collective.
 
-    Local rank zero downloads or decodes it if it has to, while the others wait.
-
     Raises:
-        UserError: a file is corrupt, the dataset is not available, the hosts have different images, or the batch sizes
-            do not divide.
+        UserError: a file is corrupt, the dataset is not available, the hosts have different images, or there are fewer
+            images than a global batch needs, or fewer in it than processes.
     """
-    auto = config.dataset == "auto"
-    name, missing = "cifar10" if auto else config.dataset, None
-    with runtime.fail_together():
-        if runtime.local_rank == 0 and name in PREPARE:
-            try:
-                PREPARE[name](config.data_dir, config.data_url)  # which prints the progress, on each host
-            except UnavailableError as error:
-                if not auto:
-                    raise
-                missing = error.reason
-    # If one host lacks CIFAR-10, all use the synthetic dataset: they have to train on the same images.
-    if reasons := [reason for reason in runtime.gather(missing) if reason is not None]:
-        runtime.print0(f"WARNING: training on the synthetic dataset, not on CIFAR-10: {reasons[0]}")
-        name = "synthetic"
-    with runtime.fail_together():
-        dataset = DATASETS[name](config.data_dir)
-        dataset.check(name)
-    fingerprint = dataset.fingerprint()
-    _check_same(name, fingerprint, dataset.decoder, runtime)
+    name, dataset = choose_dataset(config, runtime)
 
-    def to_device(split: tuple[Tensor, Tensor]) -> DeviceImages:
+    def to_device(split: Split) -> DeviceImages:
         return DeviceImages(*split, dataset.classes, runtime.device, runtime.memory_format)
 
     train, test = to_device(dataset.train), to_device(dataset.test)
@@ -213,20 +201,5 @@ def load_data(config: TrainConfig, runtime: Runtime) -> Data:
     plan = BatchPlan.make(config, runtime.world_size, len(train))
     train_loader = TrainLoader(train, plan, runtime.rank, config.seed)
     test_loader = EvalLoader(test, runtime.rank, runtime.world_size)
-    return Data(name, dataset.classes, plan, train_loader, test_loader, dataset.note, fingerprint, dataset.decoder)
-
-
-def _check_same(name: str, fingerprint: dict[str, str], decoder: str, runtime: Runtime) -> None:
-    """Check that all ranks have the same images. Collective.
-
-    Raises:
-        UserError: they do not; names the hosts.
-    """
-    ranks = runtime.gather((fingerprint, socket.gethostname() + (f" ({decoder})" if decoder else "")))
-    for split in fingerprint:
-        found = sorted({(host, theirs[split]) for theirs, host in ranks})
-        if len({images for _, images in found}) > 1:
-            different = " and ".join(f"{images} on {host}" for host, images in found)
-            raise UserError(
-                f"dataset {name}: the hosts have different {split} images: {different}: copy the same files to each"
-            )
+    about = (dataset.note, dataset.fingerprint, dataset.decoder)
+    return Data(name, dataset.classes, plan, train_loader, test_loader, *about)

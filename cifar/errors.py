@@ -96,3 +96,8 @@ def first_line(error: BaseException) -> str:
 def without_credentials(url: str) -> str:
     """Return a URL as it may be shown and recorded: without user, password and query, which may be a signature."""
     return re.sub(r"(?<=//)[^/?#]*@|[?#].*", "", url)
+
+
+def count(number: int, noun: str, plural: str = "s") -> str:
+    """Return the number with its noun: "1 epoch", "2 epochs"."""
+    return f"{number} {noun}" + (plural if number != 1 else "")

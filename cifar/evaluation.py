@@ -1,14 +1,16 @@
 """Exact test metrics: every test image counts once at every world size, with one all_reduce."""
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar.data import EvalLoader
-from cifar.distributed.runtime import Runtime, unwrap
+from cifar.distributed.ddp import unwrap
+from cifar.distributed.runtime import Runtime
 
 MANY_CLASSES = 20  # with more, the console and the charts show the lowest and the highest accuracies only
 _FIXED_POINT = 2**20  # units of loss and confidence, for six decimals
@@ -79,9 +81,22 @@ class Evaluation:
         return wrong[order[:count]].tolist()
 
 
+class ShardLoader(Protocol):
+    """Batches of this rank's shard of the test set, as `data.EvalLoader` is one."""
+
+    dataset: Any  # the whole test set, `data.DeviceImages`
+    sampler: Iterable[Tensor]  # the indices of each batch, int64 [batch]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield normalized images, float32 [batch, 3, 32, 32], and labels, int64 [batch]."""
+
+    def subset(self, indices: Tensor) -> "ShardLoader":
+        """Return a loader of this rank's shard of the images `indices`, int64 [n]."""
+
+
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: EvalLoader, runtime: Runtime, tta: str = "none", plain: Evaluation | None = None
+    model: nn.Module, loader: ShardLoader, runtime: Runtime, tta: str = "none", plain: Evaluation | None = None
 ) -> Evaluation:
     """Test the model on the shards of all ranks together. Collective.
 
@@ -103,31 +118,19 @@ def evaluate(
     if tta != "none":
         plain = plain or evaluate(model, loader, runtime)
         chosen = plain.confidence.argsort(stable=True)[: math.ceil(_WITH_VIEWS * len(test))]
-        loader = EvalLoader(test, runtime.rank, runtime.world_size, chosen)
+        loader = loader.subset(chosen)
     model = unwrap(model)
-    runtime.broadcast_buffers(model)
-    was_training = model.training
-    model.eval()
+    runtime.average_buffers(model)
     rows = torch.zeros(len(test) + runtime.world_size, 5, dtype=torch.int64, device=runtime.device)
     rows[len(test) + runtime.rank, 0] = _checksum(model)
-    for indices, (images, labels) in zip(loader.sampler, loader, strict=True):
-        logits = augmented_logits(model, images, tta).float()
-        losses = F.cross_entropy(logits, labels, reduction="none")
-        confidence, predicted = logits.softmax(1).max(1)
-        finite = losses < _MAX_LOSS  # false for NaN, too
-        # seen, predicted, loss, confidence, not finite
-        columns = (torch.ones_like(labels), predicted, _fixed(losses.where(finite, 0)), _fixed(confidence), ~finite)
-        rows.index_add_(0, indices, torch.stack([column.long() for column in columns], dim=1))
-    model.train(was_training)
+    _fill_rows(rows, model, loader, tta)
 
     results, checksums = runtime.sum(rows).cpu().split([len(test), runtime.world_size])
     seen, predicted, losses, confidence, infinite = results.unbind(1)
     if not bool((seen == torch.zeros_like(seen).index_fill(0, chosen, 1)).all()):
         counts = torch.bincount(seen[chosen]).tolist()
         raise RuntimeError(f"test images counted 0, 1, 2, ... times: {counts}; each must be counted once")
-    bits = checksums[:, 0].tolist()
-    if others := ", ".join(f"{rank}" for rank in range(runtime.world_size) if bits[rank] != bits[0]):
-        runtime.print0(f"WARNING: the weights of rank {others} differ from rank zero's; are the GPUs of one model?")
+    _compare_weights(checksums[:, 0].tolist(), runtime)
     losses = (losses.double() / _FIXED_POINT).where(infinite == 0, math.nan)
     confidence = confidence.double() / _FIXED_POINT
     if plain is not None:
@@ -136,6 +139,26 @@ def evaluate(
             for new, old in ((losses, plain.losses), (predicted, plain.predicted), (confidence, plain.confidence))
         )
     return Evaluation(losses, test.labels.cpu(), predicted, confidence, test.classes)
+
+
+def _fill_rows(rows: Tensor, model: nn.Module, loader: ShardLoader, tta: str) -> None:
+    """Add to the row of each image of this rank's shard: seen, predicted class, loss, confidence, loss not finite."""
+    was_training = model.training
+    model.eval()
+    for indices, (images, labels) in zip(loader.sampler, loader, strict=True):
+        logits = augmented_logits(model, images, tta).float()
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        confidence, predicted = logits.softmax(1).max(1)
+        finite = losses < _MAX_LOSS  # false for NaN, too
+        columns = (torch.ones_like(labels), predicted, _fixed(losses.where(finite, 0)), _fixed(confidence), ~finite)
+        rows.index_add_(0, indices, torch.stack([column.long() for column in columns], dim=1))
+    model.train(was_training)
+
+
+def _compare_weights(checksums: list[int], runtime: Runtime) -> None:
+    """Print a warning that names the ranks whose weights have another checksum than rank zero's."""
+    if others := ", ".join(f"{rank}" for rank, checksum in enumerate(checksums) if checksum != checksums[0]):
+        runtime.print0(f"WARNING: the weights of rank {others} differ from rank zero's; are the GPUs of one model?")
 
 
 def _checksum(model: nn.Module) -> Tensor:

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar.cli import exit_on_error, launch
+from cifar.cli import launch
+from cifar.command import exit_on_error
 from cifar.config import Recipe
 from cifar.data import load_data
 from cifar.distributed.runtime import Runtime

@@ -15,12 +15,12 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from cifar.checkpoint import read_model
-from cifar.cli import exit_on_error, parse_flags
-from cifar.console import SYNTHETIC_WARNING
+from cifar.command import exit_on_error, parse_flags
 from cifar.data import normalize
 from cifar.errors import UserError, first_line
 from cifar.files import write_atomically
+from cifar.predict import build_trained_model
+from cifar.records.console import SYNTHETIC_WARNING
 
 FORMAT_VERSION = 1  # of the metadata
 _PRIVATE = ("data_dir", "data_url", "run_dir", "resume", "evaluate")  # directories of the training machine
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The rule also keeps a slip from replacing a checkpoint.
     if asked.out is not None and asked.out.suffix != suffix:
         raise UserError(f"--out {asked.out} does not end in {suffix}: rename it, or choose another --format")
-    model, content = read_model(asked.checkpoint)
+    model, content = build_trained_model(asked.checkpoint)
     out = asked.out or asked.checkpoint.with_suffix(suffix)
     if out == asked.checkpoint:
         raise UserError(f"{out} is the checkpoint itself: name another file with --out")

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,8 @@ from cifar.batch_plan import BatchPlan
 from cifar.data import TrainLoader
 from cifar.errors import LocalError, TrainingDivergedError, out_of_memory
 from cifar.optim import learning_rate, set_learning_rate
+from cifar.records.metrics import LogPoint
 from cifar.run import Run
-from cifar.train_state import LogPoint
 
 
 def train_epoch(
@@ -35,31 +35,18 @@ def train_epoch(
         TrainingDivergedError: the mean loss since the last log point is not finite; raised on all ranks.
         StoppedError: some rank was asked to stop; raised on all ranks after the same step.
     """
-    config, plan, runtime, state = run.config, run.plan, run.runtime, run.state
+    config, plan, state = run.config, run.plan, run.state
     began, images = time.perf_counter(), 0  # before the epoch's random numbers are drawn, which is part of training
     epoch, done = divmod(state.step, plan.steps_per_epoch)
     loader.set_epoch(epoch, first=done)
     steps = iter(loader)
-    layer_seed = derive_seed(config.seed, "layers", runtime.rank)  # ranks draw different masks for dropout
     last = min(plan.steps_per_epoch, plan.last_step(config) - epoch * plan.steps_per_epoch)
     model.train()
 
     for epoch_step in range(done + 1, last + 1):
         lr = learning_rate(config, plan, state.step)
         set_learning_rate(optimizer, lr)
-        try:
-            batches = next(steps)
-            runtime.seed_layers(layer_seed + state.step)
-            with runtime.convolutions():
-                state.running_loss += train_step(
-                    model, batches, plan.global_batch_size, optimizer, runtime, config.label_smoothing
-                )
-        except RuntimeError as error:
-            if (lack := out_of_memory(error)) is None:
-                raise
-            raise LocalError(f"{lack} at {_advice(plan)}") from error
-        state.running_steps += 1
-        state.step += 1
+        _train_on(steps, run, model, optimizer, train_step)
         images += plan.global_batch_size
         if state.step == run.first_step:
             state.running_loss.item()  # wait for the device, once in a process
@@ -72,7 +59,7 @@ def train_epoch(
         at_checkpoint = config.checkpoint_steps is not None and state.step % config.checkpoint_steps == 0 and not at_end
         if not (at_log or at_checkpoint or at_stop):
             continue
-        loss = runtime.mean(state.running_loss / state.running_steps).item()
+        loss = run.runtime.mean(state.running_loss / state.running_steps).item()
         if not math.isfinite(loss):
             raise TrainingDivergedError(f"the loss became {loss} at step {state.step}, with lr {lr:g}")
         seconds = time.perf_counter() - began
@@ -86,6 +73,30 @@ def train_epoch(
         if at_stop:
             run.stop()
         began, images = time.perf_counter(), 0
+
+
+def _train_on(
+    steps: Iterator[list[tuple[Tensor, Tensor]]],
+    run: Run,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    train_step: Callable[..., Tensor],
+) -> None:
+    """Train on the micro-batches of the next step, and add its loss to the running one."""
+    config, plan, runtime, state = run.config, run.plan, run.runtime, run.state
+    try:
+        batches = next(steps)
+        runtime.seed_layers(derive_seed(config.seed, "layers", runtime.rank) + state.step)  # ranks differ in dropout
+        with runtime.convolutions():
+            state.running_loss += train_step(
+                model, batches, plan.global_batch_size, optimizer, runtime, config.label_smoothing
+            )
+    except RuntimeError as error:
+        if (lack := out_of_memory(error)) is None:
+            raise
+        raise LocalError(f"{lack} at {_advice(plan)}") from error
+    state.running_steps += 1
+    state.step += 1
 
 
 def _advice(plan: BatchPlan) -> str:

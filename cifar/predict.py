@@ -1,21 +1,26 @@
-"""Classify picture files: python -m cifar.predict CHECKPOINT IMAGE [IMAGE ...]"""
+"""Apply a checkpoint: to the test set, or to pictures with python -m cifar.predict CHECKPOINT IMAGE [IMAGE ...]"""
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 
-from cifar.checkpoint import read_model
-from cifar.cli import exit_on_error, parse_flags
-from cifar.console import SYNTHETIC_WARNING
-from cifar.data import normalize
+from cifar.checkpoint import load_checkpoint, load_weights
+from cifar.command import exit_on_error, parse_flags
+from cifar.config import TrainConfig
+from cifar.data import Data, normalize
+from cifar.distributed.ddp import unwrap
+from cifar.distributed.runtime import Runtime
 from cifar.errors import UserError
+from cifar.evaluation import evaluate
+from cifar.models import MODELS, build_model
 from cifar.pictures import read_image
+from cifar.records.console import SYNTHETIC_WARNING, print_test
 
 
 @dataclass(frozen=True)
@@ -28,8 +33,48 @@ class Prediction:
     """Pictures (PNG, JPEG, WebP, ...: see cifar/README.md); the middle square is scaled to 32 x 32."""
 
 
+def build_trained_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the model of a checkpoint, with its weights, and the checkpoint's content.
+
+    Raises:
+        UserError: the checkpoint is corrupt, or holds a model that this version does not have.
+    """
+    content = load_checkpoint(path)
+    name = content["config"].get("model")
+    if name not in MODELS:
+        raise UserError(f"{path} holds a model {name!r}, which this version does not have")
+    model = build_model(name, len(content["classes"]))
+    load_weights(model, content, name, path)
+    return model, content
+
+
+def evaluate_checkpoint(config: TrainConfig, model: nn.Module, data: Data, runtime: Runtime) -> None:
+    """Print the test accuracy of the checkpoint `config.evaluate`. Collective.
+
+    Raises:
+        UserError: the checkpoint is corrupt, or of another model or other classes.
+    """
+    assert config.evaluate is not None
+    content = load_checkpoint(config.evaluate)
+    if tuple(content["classes"]) != data.classes:
+        theirs, ours = (
+            ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
+            for classes in (content["classes"], data.classes)
+        )
+        raise UserError(
+            f"{config.evaluate} was trained on the classes of {content['dataset']} ({theirs}), not on those of "
+            f"{data.name} here ({ours})"
+        )
+    load_weights(unwrap(model), content, config.model, config.evaluate)
+    where = f"{config.evaluate}: {config.model}, trained on {content['dataset']} to step {content['state']['step']:,}"
+    runtime.print0(f"{where}; testing on {data.name} in {runtime.precision}")
+    test = evaluate(model, data.test, runtime)
+    tta_test = evaluate(model, data.test, runtime, config.tta, test) if config.tta != "none" else None
+    print_test(runtime.print0, data.name, test, tta_test)
+
+
 @torch.no_grad()
-def predict(model: torch.nn.Module, images: Tensor) -> Tensor:
+def predict(model: nn.Module, images: Tensor) -> Tensor:
     """Return class probabilities, float32 [n, classes], of `images`, uint8 [n, 3, 32, 32]."""
     model.eval()
     return model(normalize(images)).softmax(1)
@@ -45,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = parse_flags(Prediction, argv, prog="python -m cifar.predict")
     if not asked.images:
         raise UserError("no picture is named: python -m cifar.predict CHECKPOINT IMAGE [IMAGE ...]")
-    model, content = read_model(asked.checkpoint)
+    model, content = build_trained_model(asked.checkpoint)
     classes, failed = content["classes"], False
     for path in asked.images:
         try:

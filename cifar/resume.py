@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cifar.checkpoint import load_model, newest_checkpoint
+from cifar.batch_plan import BatchPlan
+from cifar.checkpoint import DamagedCheckpointError, TrainState, checkpoints, load_checkpoint, load_weights
 from cifar.config import MAY_CHANGE, TrainConfig, differences, flag, read_config
 from cifar.data import Data
 from cifar.distributed.runtime import Runtime
 from cifar.errors import StoppedError, UserError
 from cifar.files import read_json
-from cifar.run_dir import owners
-from cifar.train_state import TrainState
+from cifar.records.run_dir import owners
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ class Resumed:
     corrupt: tuple[str, ...]
     finished: bool
 
+    def describe(self, step: int, last: int) -> dict[str, str]:
+        """Return the lines of the banner about where and how the run continues, by their names."""
+        place = f"after step {step:,} of {last:,}" if self.checkpoint else "from the start: it has no checkpoint yet"
+        return {"resumes": place} | ({"changed": ", ".join(self.changes)} if self.changes else {})
+
 
 def find_own_run(config: TrainConfig, runtime: Runtime) -> TrainConfig:
     """Return the configuration of the run that this launch began before a restart, or else `config`.
@@ -44,53 +49,94 @@ def find_own_run(config: TrainConfig, runtime: Runtime) -> TrainConfig:
     Raises:
         UserError: the configuration of that run is damaged.
     """
-    own = None  # read where it is found: the other hosts may not share the directory
+    recorded = None  # read where it is found: the other hosts may not share the directory
     with runtime.fail_together():
         if runtime.launch_id is not None and runtime.local_rank == 0:
             named = config.resume or config.run_dir
             for run_dir in [named] if named is not None else Path("runs").glob("*"):
                 # Without a configuration, it was killed before it began.
                 if runtime.launch_id in owners(run_dir) and (run_dir / "config.json").exists():
-                    own = read_config(run_dir)
-    found = [own for own in runtime.gather(own) if own is not None]
+                    recorded = read_config(run_dir)
+    hosts = [on_host for on_host in runtime.gather(recorded) if on_host is not None]
     # Where the data are, and by which credentials they are downloaded, each host knows best.
-    return dataclasses.replace(found[0], data_dir=config.data_dir, data_url=config.data_url) if found else config
+    return dataclasses.replace(hosts[0], data_dir=config.data_dir, data_url=config.data_url) if hosts else config
 
 
-def restore(config: TrainConfig, runtime: Runtime, data: Data, state: TrainState, own: bool) -> Resumed:
+def restore(config: TrainConfig, runtime: Runtime, data: Data, state: TrainState, is_own: bool) -> Resumed:
     """Restore `state` from the newest valid checkpoint of `config.resume`. Collective; only rank zero reads files.
 
     Args:
-        own: whether this launch began the run, so that starting it again is no mistake.
+        is_own: whether this launch began the run, so that starting it again is no mistake.
 
     Raises:
         UserError: the run cannot continue with this configuration, or has finished.
         StoppedError: the run has finished and is this launch's own.
     """
-    found = None
+    resumed = None
     with runtime.fail_together():
         if runtime.is_main:
-            found = _find(config, runtime, data, own)
-    found = runtime.from_main(found)
-    for reason in found.corrupt:
+            resumed = _find(config, data, is_own)
+    resumed = runtime.from_main(resumed)
+    for reason in resumed.corrupt:
         runtime.print0(f"WARNING: skipping corrupt checkpoint {reason}")
-    if found.finished and own:
+    if resumed.finished and is_own:
         raise StoppedError(f"the run in {config.resume} has finished", status=0)
-    if found.checkpoint is not None:
+    if resumed.checkpoint is not None:
         with runtime.fail_together():
-            load_model(state.model, found.content, config.model, found.checkpoint)
-        losses = found.content["state"]["running_loss"]
-        # One sum per rank. With another number of ranks, their mean gives the same average.
-        loss = losses[runtime.rank] if len(losses) == runtime.world_size else sum(losses) / len(losses)
-        state.load_state_dict(found.content["state"] | {"running_loss": loss})
-    return found
+            load_weights(state.model, resumed.content, config.model, resumed.checkpoint)
+        state.load_state_dict(resumed.content["state"], runtime.rank, runtime.world_size)
+    return resumed
 
 
-def _find(config: TrainConfig, runtime: Runtime, data: Data, own: bool) -> Resumed:
+def _find(config: TrainConfig, data: Data, is_own: bool) -> Resumed:
+    """Return the point at which the run in `config.resume` continues, after all checks."""
     run_dir, plan = config.resume, data.plan
     assert run_dir is not None
-    found, corrupt = newest_checkpoint(run_dir)
+    newest, corrupt = newest_checkpoint(run_dir)
     before, facts = read_config(run_dir), read_json(run_dir / "config.json")
+    _check_dataset(run_dir, facts, data)
+    path, content = newest or (None, {})
+    last, recorded_steps = plan.last_step(config), _recorded_steps(run_dir)
+    finished = recorded_steps >= last
+    if path is not None:
+        _check_checkpoint(run_dir, path, content, before, data)
+        step = content["state"]["step"]
+        if step > last:
+            raise UserError(
+                f"--resume {run_dir}: that run is at step {step:,} already, beyond {last:,}: raise --epochs or "
+                f"--max-steps"
+            )
+        finished = finished and step == last
+    _check_images(run_dir, facts, data)
+    if finished and not is_own:
+        raise UserError(
+            f"--resume {run_dir}: that run has finished, with step {recorded_steps:,} of {last:,}"
+            + ("; raise --epochs or --max-steps to continue it" if path else ", and its checkpoints are gone")
+        )
+    return Resumed(path, tuple(_changes(config, before, facts, plan)), content, tuple(corrupt), finished)
+
+
+def newest_checkpoint(run_dir: Path) -> tuple[tuple[Path, dict[str, Any]] | None, list[str]]:
+    """Return path and content of the newest valid checkpoint, and "PATH: REASON" for each newer, corrupt one.
+
+    The first is None if the run has no checkpoints.
+
+    Raises:
+        UserError: there are checkpoints, and all are corrupt, or the newest has the format of a later version.
+    """
+    corrupt: list[str] = []
+    for path in checkpoints(run_dir).values():
+        try:
+            return (path, load_checkpoint(path)), corrupt
+        except DamagedCheckpointError as error:
+            corrupt.append(str(error))
+    if corrupt:
+        raise UserError(f"--resume {run_dir}: no checkpoint there is valid; {'; '.join(corrupt)}")
+    return None, corrupt
+
+
+def _check_dataset(run_dir: Path, facts: dict[str, Any], data: Data) -> None:
+    """Check that the dataset here has the name that config.json records."""
     for fact in ("dataset", "world_size"):
         if fact not in facts:
             raise UserError(f"--resume {run_dir}: its config.json lacks {fact!r}, so the run cannot continue")
@@ -99,50 +145,45 @@ def _find(config: TrainConfig, runtime: Runtime, data: Data, own: bool) -> Resum
             f"--resume {run_dir}: that run trains on {facts['dataset']}, but the dataset here is {data.name}: "
             f"see --data-dir"
         )
-    changes = [f"{flag(name)} {old} -> {new}" for name, new, old in differences(config, before)]
-    if facts["world_size"] != runtime.world_size:
-        changes.append(f"world size {facts['world_size']} -> {runtime.world_size}")
 
-    last, recorded_steps = plan.last_step(config), _recorded_steps(run_dir)
-    path, content = found or (None, {})
-    if path is None:
-        finished = recorded_steps >= last
-    else:
-        for name, saved, recorded in differences(TrainConfig.from_json(content["config"]), before):
-            if name not in MAY_CHANGE | {"run_dir"}:
-                raise UserError(
-                    f"--resume {run_dir}: its config.json says {flag(name)} {recorded}, but its checkpoint {path.name} "
-                    f"was trained with {saved}: restore {saved}, or start a new run without --resume"
-                )
-        if tuple(content["classes"]) != data.classes:
-            raise UserError(f"--resume {run_dir}: the class names of {path.name} are not those of the dataset here")
-        step = content["state"]["step"]
-        if step > last:
+
+def _check_images(run_dir: Path, facts: dict[str, Any], data: Data) -> None:
+    """Check that the images here have the fingerprint that config.json records."""
+    images, decoder = facts.get("images"), facts.get("decoder", "")
+    if not isinstance(images, dict):  # earlier versions recorded none
+        return
+    for split, now in data.fingerprint.items():
+        if images.get(split) != now:
+            has_changed = decoder not in ("", data.decoder)
+            decoders = f", decoded by {decoder} and now by {data.decoder}" if has_changed else ""
             raise UserError(
-                f"--resume {run_dir}: that run is at step {step:,} already, beyond {last:,}: raise --epochs or "
-                f"--max-steps"
+                f"--resume {run_dir}: the {split} images have changed since that run began, from "
+                f"{images.get(split)} to {now}{decoders}: restore them, or start a new run without --resume"
             )
-        finished = step == last and recorded_steps >= last
-    recorded, decoder = facts.get("images"), facts.get("decoder", "")
-    if isinstance(recorded, dict):  # earlier versions recorded none
-        for split, now in data.fingerprint.items():
-            if recorded.get(split) != now:
-                changed = decoder not in ("", data.decoder)
-                decoders = f", decoded by {decoder} and now by {data.decoder}" if changed else ""
-                raise UserError(
-                    f"--resume {run_dir}: the {split} images have changed since that run began, from "
-                    f"{recorded.get(split)} to {now}{decoders}: restore them, or start a new run without --resume"
-                )
-    if finished and not own:
-        raise UserError(
-            f"--resume {run_dir}: that run has finished, with step {recorded_steps:,} of {last:,}"
-            + ("; raise --epochs or --max-steps to continue it" if path else ", and its checkpoints are gone")
-        )
-    return Resumed(path, tuple(changes), content, tuple(corrupt), finished)
+
+
+def _check_checkpoint(run_dir: Path, path: Path, content: dict[str, Any], before: TrainConfig, data: Data) -> None:
+    """Check that a checkpoint is of the run whose config.json is `before`, and of the classes of the dataset here."""
+    for name, saved, recorded in differences(TrainConfig.from_json(content["config"]), before):
+        if name not in MAY_CHANGE | {"run_dir"}:
+            raise UserError(
+                f"--resume {run_dir}: its config.json says {flag(name)} {recorded}, but its checkpoint {path.name} "
+                f"was trained with {saved}: restore {saved}, or start a new run without --resume"
+            )
+    if tuple(content["classes"]) != data.classes:
+        raise UserError(f"--resume {run_dir}: the class names of {path.name} are not those of the dataset here")
+
+
+def _changes(config: TrainConfig, before: TrainConfig, facts: dict[str, Any], plan: BatchPlan) -> list[str]:
+    """Return the differences from the run's last start, in words."""
+    changes = [f"{flag(name)} {old} -> {new}" for name, new, old in differences(config, before)]
+    if facts["world_size"] != plan.world_size:
+        changes.append(f"world size {facts['world_size']} -> {plan.world_size}")
+    return changes
 
 
 def _recorded_steps(run_dir: Path) -> int:
-    # A run can be killed between its last checkpoint and its result.json: then only the result is left to do.
+    """Return the steps of result.json. Without one, a run that was killed after its last step is not finished."""
     try:
         return int(read_json(run_dir / "result.json")["steps"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError):

@@ -1,35 +1,29 @@
-"""One run from its directory to its result: checkpoints, records, console output, stopping."""
+"""The life of one run: it opens its directory, trains step by step, stops when it is asked to, and finishes."""
 
 import contextlib
 import dataclasses
 import math
-import platform
-import signal
-import subprocess
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-import accelerate
 import torch
 from torch import nn
 
-import cifar
-from cifar.batch_plan import count
-from cifar.checkpoint import FORMAT, CheckpointWriter, checkpoint_path, load_model, read_checkpoint
+from cifar.checkpoint import FORMAT, CheckpointWriter, TrainState, checkpoint_path
 from cifar.config import TrainConfig
-from cifar.console import Console, print_test
 from cifar.data import Data
+from cifar.distributed.ddp import settle_buckets, unwrap
 from cifar.distributed.preemption import StopAgreement, StopRequest
-from cifar.distributed.runtime import Runtime, unwrap
-from cifar.errors import StoppedError, TrainingDivergedError, UserError, first_line
+from cifar.distributed.runtime import Runtime
+from cifar.errors import StoppedError, TrainingDivergedError, UserError
 from cifar.evaluation import Evaluation, evaluate
-from cifar.files import write_json
-from cifar.profiler import StepProfiler
+from cifar.records.console import Console, print_test
+from cifar.records.metrics import LogPoint
+from cifar.records.profiler import StepProfiler
+from cifar.records.run_dir import RunLock, check_unused, check_writable, create_run_dir
+from cifar.records.tracking import Tracking, make_result, software, write_config
 from cifar.resume import Resumed, restore
-from cifar.run_dir import RunLock, check_unused, check_writable, create_run_dir
-from cifar.tracking import Tracking, add_start, parts
-from cifar.train_state import LogPoint, TrainState
 
 
 class Run:
@@ -61,10 +55,9 @@ class Run:
             StoppedError: torchrun has restarted a run that had finished.
         """
         self.runtime, self.data, self.plan = runtime, data, data.plan
-        runtime.settle_buckets(model, data.train.dataset.images[:2])
+        settle_buckets(model, data.train.dataset.images[:2])
         self.state = TrainState(unwrap(model), optimizer, runtime.scaler)
         self._last_step = self.plan.last_step(config)
-        self._facts = self._environment()
         self._lock: RunLock | None = None
         self._stopping = self._closing = False
         self._test: Evaluation | None = None
@@ -76,18 +69,13 @@ class Run:
                 self._lock.release(undo=True)
             raise
         self.first_step = self.state.step + 1
-        self._writer = CheckpointWriter(
-            self.dir, config.keep_checkpoints, runtime.print0, resumed.checkpoint if resumed else None
-        )
-        self._tracking = Tracking(self.config, runtime, self.dir, data, self._facts, self.state.step)
-        self._console = Console(config, runtime, data)
-        self._console.banner(self.state, str(self.dir), self._tracking.describe(), resumed)
+        self._start_records(resumed)
         self._request = StopRequest(runtime.launch, self._cannot_end)
         self._agreement = StopAgreement(runtime, self._request)
 
     def _open(self, config: TrainConfig) -> Resumed | None:
         """Create or find the run directory, lock it, restore the state, and record the configuration."""
-        runtime, state = self.runtime, self.state
+        runtime, resumed = self.runtime, None
         launches = [launch for launch in dict.fromkeys(runtime.gather(runtime.launch_id)) if launch is not None]
         run_dir: Path | None = None
         with runtime.fail_together():
@@ -97,33 +85,57 @@ class Run:
                 if config.resume is None:
                     check_unused(run_dir)
         self.dir = runtime.from_main(run_dir)
-        resumed = None
         if config.resume is not None:
-            own = runtime.from_main(self._lock and self._lock.owned_by(launches))
-            resumed = restore(config, runtime, self.data, state, bool(own))
-        self.config = dataclasses.replace(
-            config, run_dir=self.dir, resume=None, global_batch_size=self.plan.global_batch_size
-        )
+            is_own = runtime.from_main(self._lock and self._lock.owned_by(launches))
+            resumed = restore(config, runtime, self.data, self.state, bool(is_own))
+        batch_size = self.plan.global_batch_size
+        self.config = dataclasses.replace(config, run_dir=self.dir, resume=None, global_batch_size=batch_size)
+        self._facts = self._environment()
         with runtime.fail_together():
             if self._lock is not None:
-                # Weights, momentum and a checkpoint beside its predecessor, with room for the records.
-                parameters = sum(parameter.numel() for parameter in state.model.parameters())
-                check_writable(self.dir, need=3 * 8 * parameters + (4 << 20))
-                try:
-                    # A directory is a run once it has a config.json; from then on, a restart must recognize it.
-                    self._lock.record_owner(launches)
-                    self._facts["starts"] = add_start(self.dir, self._facts, state.step, runtime.launch.hosts)
-                    write_json(self.dir / "config.json", {"config": self.config.to_json(), **self._facts})
-                except OSError as error:
-                    raise UserError(f"the configuration cannot be written to {self.dir}: {error}") from error
+                check_writable(self.dir, self.state.model)
+                # A directory is a run once it has a config.json; from then on, a restart must recognize it.
+                self._lock.record_owner(launches)
+                self._facts = write_config(self.config, self._facts, self.state.step, runtime.launch.hosts)
         return resumed
+
+    def _environment(self) -> dict[str, Any]:
+        """Return what the numbers of a run depend on besides its configuration."""
+        return {
+            "dataset": self.data.name,
+            "images": self.data.fingerprint,
+            "decoder": self.data.decoder,
+            "world_size": self.runtime.world_size,
+            "accumulation": self.plan.accumulation,
+            "steps_per_epoch": self.plan.steps_per_epoch,
+            "device": self.runtime.device.type,
+            **(software() if self.runtime.is_main else {}),
+        }
+
+    def _start_records(self, resumed: Resumed | None) -> None:
+        """Open the records, and print the banner."""
+        config, runtime, state = self.config, self.runtime, self.state
+        newest = resumed.checkpoint if resumed else None
+        self._writer = CheckpointWriter(self.dir, config.keep_checkpoints, runtime.print0, newest)
+        self._tracking = Tracking(config, self._facts, state.step, runtime.accelerator, runtime.print0)
+        self._console = Console(config, self.plan, runtime.print0, runtime.is_main)
+        self._console.banner(
+            device=runtime.device,
+            hosts=runtime.launch.hosts,
+            dataset=self.data.describe(config.data_dir),
+            parameters=sum(parameter.numel() for parameter in state.model.parameters()),
+            run_dir=self.dir,
+            wandb=self._tracking.describe(),
+            resumed=resumed.describe(state.step, self._last_step) if resumed else {},
+        )
 
     def __enter__(self) -> "Run":
         self.runtime.end_start()  # W&B may have kept rank zero waiting
         self._request.__enter__()
-        self._console.start_bar(self.state)
+        self._console.start_bar(self.state.step)
         if self.config.profile:
-            self._profiler = StepProfiler(self.runtime, self.dir)
+            on_gpu = self.runtime.device.type == "cuda"
+            self._profiler = StepProfiler(self.dir, self.runtime.rank, on_gpu, self.runtime.print0)
         return self
 
     def __exit__(
@@ -135,7 +147,7 @@ class Run:
             if self._lock is not None:
                 stack.callback(self._lock.release)
             if stopped:
-                stack.callback(self._leave_together)
+                stack.callback(self._agreement.leave_together)
             stack.callback(self._request.__exit__, kind, error, trace)
             if stopped:
                 stack.callback(self.runtime.print0, str(error))
@@ -147,23 +159,6 @@ class Run:
         if isinstance(error, TrainingDivergedError):
             newest = self._writer.newest or "none"
             raise TrainingDivergedError(f"{error}; last good checkpoint: {newest}; try a lower --lr") from None
-
-    def _leave_together(self) -> None:
-        """Wait until rank zero has closed the records, for torchrun ends a host's ranks as soon as one has left.
-
-        With restarts left, torchrun starts them again: right on a host that was not asked to stop, while on another one
-        a rank has to ask torchrun, too. SIGTERM to all ranks of a host may be torchrun's own, before a restart.
-        """
-        launch = self.runtime.launch
-        with contextlib.suppress(RuntimeError):  # a rank has been killed meanwhile
-            requests = self.runtime.gather((launch.host, self._request.name))
-            names = {name for host, name in requests if host == launch.host}
-            if launch.restarts_left > 0 and launch.local_rank == 0 and names not in ({None}, {"SIGTERM"}):
-                self._request.pass_on()
-
-    def _cannot_end(self) -> bool:
-        """Return whether training waits for a process that is gone, and no checkpoint or record is being completed."""
-        return self.runtime.peer_is_gone and not self._closing and self._writer.idle
 
     @property
     def finished(self) -> bool:
@@ -188,15 +183,14 @@ class Run:
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint of this step in the background. Collective."""
-        # Each rank has its own running loss; the checkpoint holds all of them, so that resuming is exact.
-        losses = self.runtime.gather(self.state.running_loss.item())
+        ranks = self.runtime.gather(self.state.rank_state())
         if self.runtime.is_main:
             self._writer.save({
                 "format": FORMAT,
                 "config": self.config.to_json(),
                 "dataset": self.data.name,
                 "classes": list(self.data.classes),
-                "state": self.state.state_dict() | {"running_loss": losses},
+                "state": self.state.state_dict(ranks),
             })  # fmt: skip
 
     def end_epoch(self, test: Evaluation) -> None:
@@ -220,6 +214,22 @@ class Run:
         if self._stopping and not self.finished:
             self.stop()
 
+    def finish(self) -> None:
+        """Print the accuracies of the finished run; write result.json, report.png and index.html. Collective."""
+        state, runtime, tta = self.state, self.runtime, self.config.tta
+        # Without one, the run was killed after its last step and resumed.
+        test = self._test or evaluate(state.model, self.data.test, runtime)
+        tta_test = evaluate(state.model, self.data.test, runtime, tta, test) if tta != "none" else None
+        self._console.finish(state.train_seconds, state.first_step_seconds)
+        print_test(runtime.print0, self.data.name, test, tta_test)
+        if runtime.is_main:
+            self._writer.flush()
+            result = make_result(self.config, self._facts, self.plan, state, test)
+            result["test_accuracy_tta"] = tta_test and tta_test.accuracy
+            result["checkpoint_seconds"] = self._writer.waited_seconds
+            best = checkpoint_path(self.dir, state.best_step)
+            self._tracking.finish(state.step, result, test, self.data.test.dataset.images, best)
+
     def stop(self) -> NoReturn:
         """Stop after this step, whose checkpoint has been saved.
 
@@ -227,123 +237,8 @@ class Run:
             StoppedError: always; its text says how to continue.
         """
         self._writer.flush()
-        launch = self.runtime.launch
-        requests = self.runtime.gather((launch.host, self._request.name))
-        leaving = {host for host, name in requests if name is not None}
-        names = sorted({name for _, name in requests if name is not None})
-        text = f"Stopped by {', '.join(names)} after step {self.state.step:,} of {self._last_step:,}"
-        if launch.restarts_left > 0 and len({host for host, _ in requests} - leaving):
-            text += f" on host {', '.join(map(str, sorted(leaving)))}; torchrun restarts the others"
-        else:
-            text += f"; to continue: --resume {self.dir}"
-        number = getattr(signal, names[0], None)  # None: the end of torchrun
-        raise StoppedError(text, status=128 + number if number else 1)
+        raise self._agreement.stopped(f"after step {self.state.step:,} of {self._last_step:,}", self.dir)
 
-    def finish(self) -> None:
-        """Print the accuracies of the finished run; write result.json, report.png and index.html. Collective."""
-        state, runtime = self.state, self.runtime
-        if self._test is None:  # the run was killed after its last step and resumed
-            self._test = evaluate(state.model, self.data.test, runtime)
-        test, tta_test = self._test, None
-        if self.config.tta != "none":
-            tta_test = evaluate(state.model, self.data.test, runtime, self.config.tta, test)
-        self._console.finish(state)
-        print_test(runtime, self.data.name, test, tta_test)
-        if not runtime.is_main:
-            return
-        result = self._result(test) | {"tta": self.config.tta, "test_accuracy_tta": tta_test and tta_test.accuracy}
-        self._writer.flush()
-        self._tracking.finish(state.step, result, test, checkpoint_path(self.dir, state.best_step))
-        try:
-            write_json(self.dir / "result.json", result)
-        except OSError as error:
-            runtime.print0(f"WARNING: result.json cannot be written to {self.dir}: {error}")
-            return
-        try:
-            from cifar.report import write_report  # matplotlib takes a second to import
-
-            write_report(self.dir, test, self.data.test.dataset.images)
-        except Exception as error:  # nothing that draws may fail a finished run
-            runtime.print0(f"WARNING: no report in {self.dir}: {type(error).__name__}: {first_line(error)}")
-        else:
-            runtime.print0(f"records, index.html and report.png are in {self.dir}")
-
-    def _environment(self) -> dict[str, Any]:
-        """Return what the numbers of a run depend on besides its configuration."""
-        return {
-            "dataset": self.data.name,
-            "images": self.data.fingerprint,
-            "decoder": self.data.decoder,
-            "world_size": self.runtime.world_size,
-            "accumulation": self.plan.accumulation,
-            "steps_per_epoch": self.plan.steps_per_epoch,
-            "device": self.runtime.device.type,
-            "version": cifar.__version__,
-            "git_commit": _git_commit() if self.runtime.is_main else None,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "accelerate": accelerate.__version__,
-        }
-
-    def _result(self, test: Evaluation) -> dict[str, Any]:
-        state = self.state
-        trained_on = parts(self._facts, state.step, "world_size", "device")
-        accuracies = test.class_accuracies().values()
-        return {
-            **{name: getattr(self.config, name) for name in ("recipe", "model", "epochs", "seed", "precision")},
-            "dataset": self.data.name,
-            "steps": state.step,
-            "trained_on": ", then ".join(f"{count(size, 'process', 'es')} on {device}" for size, device in trained_on),
-            "world_size": self.runtime.world_size,
-            "local_batch_size": self.plan.micro_batch_sizes(rank=0)[0],
-            "global_batch_size": self.plan.global_batch_size,
-            "device": self.runtime.device.type,
-            "train_seconds": state.train_seconds,
-            "first_step_seconds": state.first_step_seconds,
-            "images_per_second": state.step * self.plan.global_batch_size / state.train_seconds,
-            "test_loss": test.loss,
-            "test_correct": test.correct,
-            "test_total": test.total,
-            "test_accuracy": test.accuracy,
-            "test_class_accuracy": [accuracy if math.isfinite(accuracy) else None for accuracy in accuracies],
-            "best_accuracy": state.best_accuracy,
-            "best_step": state.best_step,
-            "checkpoint_seconds": self._writer.waited_seconds,
-        }
-
-
-def evaluate_checkpoint(config: TrainConfig, model: nn.Module, data: Data, runtime: Runtime) -> None:
-    """Print the test accuracy of the checkpoint `config.evaluate`. Collective.
-
-    Raises:
-        UserError: the checkpoint is corrupt, or of another model or other classes.
-    """
-    assert config.evaluate is not None
-    content = read_checkpoint(config.evaluate)
-    if tuple(content["classes"]) != data.classes:
-        theirs, ours = (
-            ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
-            for classes in (content["classes"], data.classes)
-        )
-        raise UserError(
-            f"{config.evaluate} was trained on the classes of {content['dataset']} ({theirs}), not on those of "
-            f"{data.name} here ({ours})"
-        )
-    load_model(unwrap(model), content, config.model, config.evaluate)
-    where = f"{config.evaluate}: {config.model}, trained on {content['dataset']} to step {content['state']['step']:,}"
-    runtime.print0(f"{where}; testing on {data.name} in {runtime.precision}")
-    test = evaluate(model, data.test, runtime)
-    tta_test = evaluate(model, data.test, runtime, config.tta, test) if config.tta != "none" else None
-    print_test(runtime, data.name, test, tta_test)
-
-
-def _git_commit() -> str | None:
-    """Return the commit of this source tree, with "-dirty" if files have changed; None if it is not a git checkout."""
-    root = Path(__file__).resolve().parents[1]
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    if not (root / ".git").exists():
-        return None
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
+    def _cannot_end(self) -> bool:
+        """Return whether training waits for a process that is gone, and no checkpoint or record is being completed."""
+        return self.runtime.peer_is_gone and not self._closing and self._writer.idle

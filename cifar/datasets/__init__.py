@@ -4,8 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cifar.datasets.base import Dataset
-from cifar.datasets.cifar10 import load_cifar10, prepare_cifar10
-from cifar.datasets.cifar100 import load_cifar100, prepare_cifar100
+from cifar.datasets.cifar10 import load_cifar10, load_cifar100, prepare_cifar10, prepare_cifar100
 from cifar.datasets.folder import load_folder, prepare_folder
 from cifar.datasets.synthetic import make_synthetic
 

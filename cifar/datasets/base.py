@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -54,6 +55,7 @@ class Dataset:
                     f"not in [{low}, {high}]"
                 )
 
+    @cached_property
     def fingerprint(self) -> dict[str, str]:
         """Return the size of each split and a SHA-256 of its images, labels and class names, in words."""
         words = {}

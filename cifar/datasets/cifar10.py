@@ -1,4 +1,4 @@
-"""CIFAR-10 (Krizhevsky 2009), and the reader that it shares with CIFAR-100."""
+"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009)."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from cifar.errors import UserError
 
 CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
-ARCHIVE = Archive(
+CIFAR10 = Archive(
     title="CIFAR-10",
     name="cifar-10-python.tar.gz",
     folder="cifar-10-batches-py",
@@ -24,9 +24,19 @@ ARCHIVE = Archive(
 )
 
 
+CIFAR100 = Archive(
+    title="CIFAR-100",
+    name="cifar-100-python.tar.gz",
+    folder="cifar-100-python",
+    size=169_001_437,
+    sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
+    urls=("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",),
+)
+
+
 def prepare_cifar10(data_dir: Path, data_url: str | None) -> None:
     """Ensure that `data_dir/cifar-10-batches-py` exists; see `download.prepare`."""
-    prepare(ARCHIVE, data_dir, data_url)
+    prepare(CIFAR10, data_dir, data_url)
 
 
 def load_cifar10(data_dir: Path) -> Dataset:
@@ -35,10 +45,24 @@ def load_cifar10(data_dir: Path) -> Dataset:
     Raises:
         UserError: a file is missing, corrupt or unreadable.
     """
-    return read("CIFAR10", ARCHIVE, data_dir, CLASSES)
+    return _read("CIFAR10", CIFAR10, data_dir, CLASSES)
 
 
-def read(reader: str, archive: Archive, data_dir: Path, classes: tuple[str, ...] | None = None) -> Dataset:
+def prepare_cifar100(data_dir: Path, data_url: str | None) -> None:
+    """Ensure that `data_dir/cifar-100-python` exists; see `download.prepare`."""
+    prepare(CIFAR100, data_dir, data_url)
+
+
+def load_cifar100(data_dir: Path) -> Dataset:
+    """Load CIFAR-100 with its hundred fine classes: 500 training and 100 test images of each.
+
+    Raises:
+        UserError: a file is missing, corrupt or unreadable.
+    """
+    return _read("CIFAR100", CIFAR100, data_dir)
+
+
+def _read(reader: str, archive: Archive, data_dir: Path, classes: tuple[str, ...] | None = None) -> Dataset:
     """Read the unpacked `archive` in `data_dir`.
 
     torchvision reads the files, and checks the MD5 of each before it is unpickled.

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 
+from cifar.distributed.environment import chosen_threads
+
 SMALL_BATCH = 4  # images up to which native convolutions are faster than oneDNN's
 # Parameters x images of such a batch up to which one thread is as fast as two. The operations are so short that two
 # threads mostly wait for each other, and if a core is busy otherwise, for the scheduler: a step of the tutorial's Net
 # takes 3.2 ms with one thread and 3.1 with two, but beside one busy process 3.0 and 178 (two cores, torch 2.14).
-SMALL_WORK = 1_000_000
+_SMALL_WORK = 1_000_000
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from <malloc.h>
 
@@ -43,6 +45,18 @@ def _quota(group: Path) -> int:
             if int(quota) > 0:
                 return max(1, int(quota) // int(period))
     return 1 << 30
+
+
+def threads_per_process(local_world_size: int) -> int:
+    """Return the number of CPU threads for each process of a host: the user's, else usable cores / processes."""
+    if local_world_size == 1:  # torch's own number respects OMP_NUM_THREADS, but no container's quota
+        return min(torch.get_num_threads(), available_cores())
+    return chosen_threads() or max(1, available_cores() // local_world_size)
+
+
+def is_small_work(batch_size: int, parameters: int) -> bool:
+    """Return whether one thread trains as fast as several on such batches, and the user has chosen no number."""
+    return batch_size <= SMALL_BATCH and batch_size * parameters <= _SMALL_WORK and chosen_threads() is None
 
 
 def keep_freed_memory() -> None:

@@ -1,10 +1,13 @@
 """The device and the precision of a run, and what works on them."""
 
+import dataclasses
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from cifar.config import TrainConfig
+from cifar.distributed.cpu import available_cores
 from cifar.distributed.environment import Launch
 from cifar.errors import UserError, first_line
 
@@ -12,6 +15,39 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 _DRIVER = Path("/proc/driver/nvidia/gpus")  # NVIDIA's driver has a directory there for each GPU
+
+
+def resolve(config: TrainConfig, launch: Launch) -> TrainConfig:
+    """Return `config` with the device and the precision that "auto" stands for here.
+
+    Raises:
+        UserError: a flag names what this host does not have.
+    """
+    device = choose_device(config.device, launch)
+    precision = choose_precision(config.precision, device)
+    if precision == "fp16" and device == "cpu":
+        raise UserError("--precision fp16 needs a GPU: use bf16 or fp32 on the CPU")
+    if precision == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UserError(f"--precision bf16: {torch.cuda.get_device_name()} does not support it; use fp16 or fp32")
+    if config.cuda_graph and (device != "cuda" or launch.world_size > 1):
+        raise UserError("--cuda-graph needs a GPU and a single process")
+    if launch.rank == 0:
+        for warning in _warnings(device, precision, launch):
+            print(f"WARNING: {warning}", flush=True)
+    return dataclasses.replace(config, device=device, precision=precision)
+
+
+def _warnings(device: Device, precision: Precision, launch: Launch) -> list[str]:
+    """Return why training will be slow."""
+    warnings, cores = [], available_cores()
+    if precision == "bf16" and device == "cpu" and not computes_in_bf16():
+        warnings.append("this CPU has no bfloat16 instructions: bf16 is emulated, and many times slower than fp32")
+    if device == "cuda" and cores < launch.local_world_size:
+        warnings.append(
+            f"{launch.local_world_size} GPUs get their kernels from {cores} CPU core(s) of this host: ask the "
+            f"scheduler for more, such as --cpus-per-gpu=4"
+        )
+    return warnings
 
 
 def choose_device(wanted: Device, launch: Launch) -> Device:

@@ -3,11 +3,10 @@
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 
-from cifar.distributed.cpu import available_cores
+from cifar.distributed.process import process_id
 from cifar.errors import UserError
 
 # Set by torchrun, and by accelerate launch, for each process.
@@ -152,31 +151,6 @@ class Launch:
         return (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), not by_agent
 
 
-def process_id(pid: int) -> str:
-    """Return an ID of the process `pid` that no other process has, on this host or another, before or after.
-
-    On Linux it is made of what no clock, host name or disk can change: the boot, the namespace of process IDs (the
-    container), the process ID and the ticks from the boot to the start of the process. psutil's create_time moves when
-    the clock is set, but not on other systems, which record the time itself.
-
-    Raises:
-        OSError, psutil.Error: there is no such process.
-    """
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    if not boot.exists():
-        return f"{pid}:{psutil.Process(pid).create_time()}"
-    start = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]  # the name before ")" may hold spaces
-    return f"{boot.read_text().strip()}:{os.readlink('/proc/self/ns/pid')}:{pid}:{start}"
-
-
-def is_running(pid: int, own_id: str) -> bool:
-    """Return whether a process `pid` with the `process_id` `own_id` runs on this host; a zombie has ended."""
-    try:
-        return process_id(pid) == own_id and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except (OSError, psutil.Error):
-        return False
-
-
 def is_rank_zero() -> bool:
     """Return whether this process is rank zero, the one that prints and writes."""
     return _place().rank == 0
@@ -193,13 +167,6 @@ def _place() -> Launch:
         return Launch.from_environment()
     except UserError:
         return Launch()
-
-
-def accelerate_fields() -> dict[str, str]:
-    """Return the fields of a TrainConfig, `precision` and `device`, that accelerate's configuration decides."""
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
-    fields = {"precision": precision} if precision in ("bf16", "fp16") else {}
-    return fields | ({"device": "cpu"} if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1") else {})
 
 
 def prepare_nccl() -> None:
@@ -229,9 +196,13 @@ def chosen_threads() -> int | None:
     return int(outermost) if outermost.isdecimal() and int(outermost) > 1 else None
 
 
-def threads_per_process(local_world_size: int) -> int:
-    """Return the number of CPU threads for each process of a host: the chosen one, else usable cores / processes."""
-    return chosen_threads() or max(1, available_cores() // local_world_size)
+def interface_advice(text: str) -> str:
+    """Return which variable names the network interface that an error of gloo or NCCL complains of, or nothing."""
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        value = os.environ.get(name)
+        if value and name[:4] in text.upper() and (value in text or "socket interface" in text):
+            return f" ({name}={value} in the environment: correct or unset it)"
+    return ""
 
 
 def _missing() -> list[str]:

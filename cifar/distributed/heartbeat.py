@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import psutil
 from torch.distributed import PrefixStore, Store, TCPStore
 
-from cifar.distributed.environment import is_running, process_id
+from cifar.distributed.process import is_running, process_id
 
 _INTERVAL_SECONDS = 1.0
 _LIMIT = 0.75  # of the timeout: the rest is for ending the run within it

@@ -9,13 +9,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from cifar.distributed.environment import Launch, is_running
+from cifar.distributed.environment import Launch
+from cifar.distributed.process import is_running
 from cifar.distributed.runtime import Runtime
+from cifar.errors import StoppedError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 # A terminal or scheduler signals the ranks directly, and torchrun forwards it again: that copy is not a second signal.
@@ -147,7 +150,8 @@ class StopAgreement:
 
     def __init__(self, runtime: Runtime, request: StopRequest) -> None:
         self._runtime, self._request = runtime, request
-        self._vote: Any = None
+        self._vote = torch.zeros(2, dtype=torch.float64)
+        self._vote_in_flight: Any = None
         self._interval, self._steps = 1, 0
         self._began = time.perf_counter()
 
@@ -159,12 +163,41 @@ class StopAgreement:
         if self._steps < self._interval:
             return False
         stop = False
-        if self._vote is not None:
-            requested, slowest = self._vote.result()
+        if self._vote_in_flight is not None:
+            self._vote_in_flight.wait()
+            requested, slowest = self._vote.tolist()
             stop = requested > 0
             self._interval = max(1, min(_VOTE_STEPS, round(_VOTE_SECONDS / slowest)))
         now = time.perf_counter()
         vote = [float(self._request.name is not None), (now - self._began) / self._steps]
-        self._vote = self._runtime.start_max(torch.tensor(vote, dtype=torch.float64))
+        self._vote = torch.tensor(vote, dtype=torch.float64)
+        self._vote_in_flight = self._runtime.start_max(self._vote)
         self._began, self._steps = now, 0
         return stop
+
+    def stopped(self, place: str, run_dir: Path) -> StoppedError:
+        """Return the error that ends the run, the same on all ranks. Collective."""
+        launch = self._runtime.launch
+        requests = self._runtime.gather((launch.host, self._request.name))
+        leaving = {host for host, name in requests if name is not None}
+        names = sorted({name for _, name in requests if name is not None})
+        text = f"Stopped by {', '.join(names)} {place}"
+        if launch.restarts_left > 0 and len({host for host, _ in requests} - leaving):
+            text += f" on host {', '.join(map(str, sorted(leaving)))}; torchrun restarts the others"
+        else:
+            text += f"; to continue: --resume {run_dir}"
+        number = getattr(signal, names[0], None)  # None: the end of torchrun
+        return StoppedError(text, status=128 + number if number else 1)
+
+    def leave_together(self) -> None:
+        """Wait until rank zero has closed the records, for torchrun ends a host's ranks as soon as one has left.
+
+        With restarts left, torchrun starts them again: right on a host that was not asked to stop, while on another one
+        a rank has to ask torchrun, too. SIGTERM to all ranks of a host may be torchrun's own, before a restart.
+        """
+        launch = self._runtime.launch
+        with contextlib.suppress(RuntimeError):  # a rank has been killed meanwhile
+            requests = self._runtime.gather((launch.host, self._request.name))
+            names = {name for host, name in requests if host == launch.host}
+            if launch.restarts_left > 0 and launch.local_rank == 0 and names not in ({None}, {"SIGTERM"}):
+                self._request.pass_on()

@@ -14,7 +14,8 @@ from typing import Any
 
 import psutil
 
-from cifar.metrics import read_metrics, seconds_of_training, series
+from cifar.compare import seconds_of_training
+from cifar.records.metrics import read_metrics, series
 from tests.helpers.processes import ROOT, clean_environment
 
 FIRST_STEP = "[1,     1] loss"

@@ -26,8 +26,8 @@ from pathlib import Path
 
 import torch
 
+from cifar.command import safe_output
 from cifar.models import MODELS, build_model
-from cifar.output import safe_output
 
 IMAGES = 50_000
 COUNTS = tuple(2**k for k in range(11))
@@ -144,7 +144,7 @@ def table(one: Step, size: float) -> list[str]:
 
 def draw(path: Path, one: Step, size: float, title: str) -> None:
     """Plot efficiency over the number of GPUs, weak scaling on the left, strong scaling on the right."""
-    from cifar.plotting import Figure
+    from cifar.records.plotting import Figure
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)

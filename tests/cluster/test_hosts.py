@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cifar.datasets.cifar10 import ARCHIVE
+from cifar.datasets.cifar10 import CIFAR10
 from tests.helpers.disturb import FLAGS
 from tests.helpers.hosts import ADDRESSES, Hosts, why_not
 from tests.helpers.processes import ROOT, clean_environment, records, result, torchrun
@@ -163,7 +163,7 @@ def test_one_download_per_data_directory(hosts, real_data, tmp_path, shared):
     served.mkdir()
     packed = served / "packed.tar.gz"
     with tarfile.open(packed, "w:gz", compresslevel=0) as tar:
-        tar.add(real_data / ARCHIVE.folder, ARCHIVE.folder)
+        tar.add(real_data / CIFAR10.folder, CIFAR10.folder)
     url = f"http://{ADDRESSES[0]}:8000/packed.tar.gz"
     root = tmp_path / "root"  # this program, but for another archive
     shutil.copytree(ROOT / "launch", root / "launch")
@@ -171,7 +171,7 @@ def test_one_download_per_data_directory(hosts, real_data, tmp_path, shared):
         "import dataclasses, runpy\n"
         "from cifar.datasets import cifar10\n"
         f"new = dict(size={packed.stat().st_size}, sha256={hashlib.sha256(packed.read_bytes()).hexdigest()!r})\n"
-        f"cifar10.ARCHIVE = dataclasses.replace(cifar10.ARCHIVE, **new, urls=({url!r},))\n"
+        f"cifar10.CIFAR10 = dataclasses.replace(cifar10.CIFAR10, **new, urls=({url!r},))\n"
         f"runpy.run_path({str(ROOT / 'train_ddp.py')!r}, run_name='__main__')\n"
     )
     log = tmp_path / "server.txt"

@@ -6,7 +6,7 @@ import time
 import torch
 
 import train_ddp
-from cifar.cli import exit_on_error
+from cifar.command import exit_on_error
 from cifar.run import Run
 from tests.helpers.small import shrink
 

@@ -187,10 +187,10 @@ def a_resumed_run_continues_where_it_was() -> str:
             whole = Parts(recipe, DEVICE, graph=graph, count=20_000).steps(8)
             with tempfile.TemporaryDirectory() as directory:
                 path = Path(directory) / "state.pt"
-                torch.save(copy_to_host(whole.state.state_dict()), path)
+                torch.save(copy_to_host(whole.state.state_dict([whole.state.rank_state()])), path)
                 saved = torch.load(path, map_location="cpu", weights_only=True)
             other = Parts(recipe, DEVICE, graph=graph, count=20_000)
-            other.state.load_state_dict(saved)
+            other.state.load_state_dict(saved, rank=0, world_size=1)
             whole.steps(8), other.steps(8)
             apart = relative(other.weights(), whole.weights())
             assert apart < 1e-2, (recipe, graph, apart)
@@ -203,12 +203,12 @@ def a_run_moves_between_cpu_and_gpu() -> str:
     """Resume on the other device, whose filters and momentum have another memory layout."""
     for here, there in (("cpu", DEVICE), (DEVICE, "cpu")):
         first = Parts("tutorial", here, count=4_000).steps(5)
-        saved = copy_to_host(first.state.state_dict())
+        saved = copy_to_host(first.state.state_dict([first.state.rank_state()]))
         before = first.weights()
         with without_tf32():
             stayed = first.steps(5)
             moved = Parts("tutorial", there, count=4_000)
-            moved.state.load_state_dict(saved)
+            moved.state.load_state_dict(saved, rank=0, world_size=1)
             moved.steps(5)
         apart = relative(moved.weights() - before, stayed.weights() - before)
         assert apart < 0.02, (here, there, apart)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cifar.distributed.runtime import _ddp_kwargs, unwrap
+from cifar.distributed.ddp import ddp_options, unwrap
 from tests.gpu.parts import Parts, relative
 
 
@@ -22,7 +22,7 @@ def main() -> None:
             other = Parts(recipe, "cuda", count=10_000)
             assert dist.get_backend() == "nccl", dist.get_backend()
             plain.model = unwrap(plain.model)
-            options = _ddp_kwargs(hook)
+            options = ddp_options(hook)
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
                 model: nn.Module = DistributedDataParallel(

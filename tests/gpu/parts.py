@@ -10,13 +10,14 @@ from torch import Tensor
 
 from cifar.augment import CropFlip
 from cifar.batch_plan import BatchPlan
+from cifar.checkpoint import TrainState
 from cifar.cuda_graph import CudaGraph
 from cifar.data import Data, DeviceImages, EvalLoader, TrainLoader
-from cifar.distributed.runtime import Runtime, unwrap
+from cifar.distributed.ddp import unwrap
+from cifar.distributed.runtime import Runtime
 from cifar.models import build_model
 from cifar.optim import build_optimizer, learning_rate, set_learning_rate
 from cifar.recipes import config_from_recipe
-from cifar.train_state import TrainState
 from train_ddp import train_step
 
 warnings.filterwarnings("ignore", ".*TensorFloat32")

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from cifar.metrics import seconds_of_training
+from cifar.compare import seconds_of_training
 from tests.gpu.campaign import PLAIN_TORCHRUN, QUICK, Campaign
 from tests.gpu.ranks import Ranks
 from tests.helpers.processes import ROOT, result

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import cifar.distributed.runtime as runtime
-from cifar.cli import exit_on_error
+from cifar.command import exit_on_error
 from train_ddp import main
 
 

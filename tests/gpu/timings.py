@@ -78,7 +78,7 @@ def others(recipe: str) -> dict[str, float]:
     jobs: dict[str, Callable[[], Any]] = {
         "evaluation": lambda: evaluate(parts.model, test, parts.runtime),
         "evaluation with views": lambda: evaluate(parts.model, test, parts.runtime, "crop"),
-        "checkpoint copy": lambda: copy_to_host(parts.state.state_dict()),
+        "checkpoint copy": lambda: copy_to_host(parts.state.state_dict([parts.state.rank_state()])),
         "epoch's permutation and augmentation": lambda: parts.loader.set_epoch(1),
         "1,024 images": lambda: parts.train[torch.arange(1024, device=parts.runtime.device)],
         "optimizer": parts.optimizer.step,

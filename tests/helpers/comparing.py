@@ -36,7 +36,7 @@ def make_runs_tiny(patched: pytest.MonkeyPatch, size: int = 200) -> None:
 
 def write_no_report(patched: pytest.MonkeyPatch) -> None:
     """Leave out report.png and index.html: drawing them would take most of the time of a small run."""
-    patched.setitem(sys.modules, "cifar.report", SimpleNamespace(write_report=lambda *_: None))
+    patched.setitem(sys.modules, "cifar.records.report", SimpleNamespace(write_report=lambda *_: None))
 
 
 def shrink_synthetic(patched: pytest.MonkeyPatch, train_size: int = 5_000, test_size: int = 1_000) -> None:

@@ -118,7 +118,7 @@ def losses_of(run_dir: Path) -> list[float]:
 
 def measure(names: list[str]) -> dict[str, dict[str, list[float]]]:
     """Return the losses by case and world size. Training is in forked ranks, so this process must not have trained."""
-    sys.modules["cifar.report"] = SimpleNamespace(write_report=lambda *_: None)  # type: ignore[assignment]
+    sys.modules["cifar.records.report"] = SimpleNamespace(write_report=lambda *_: None)  # type: ignore[assignment]
     synthetic.TEST_SIZE = _TEST_SIZE
     dataset = synthetic.make_synthetic()
     images, labels = dataset.train  # in the layout that every rank would copy them to

@@ -21,19 +21,19 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from cifar import loop
-from cifar.checkpoint import copy_to_host
+from cifar.checkpoint import TrainState, copy_to_host
 from cifar.config import TrainConfig
 from cifar.cuda_graph import CudaGraph
 from cifar.data import DeviceImages, load_data
 from cifar.datasets import DATASETS
 from cifar.datasets.base import Dataset, Split
 from cifar.datasets.cifar10 import CLASSES
-from cifar.distributed.runtime import Runtime, unwrap
+from cifar.distributed.ddp import unwrap
+from cifar.distributed.runtime import Runtime
 from cifar.evaluation import evaluate
 from cifar.models import build_model
 from cifar.optim import build_optimizer
 from cifar.recipes import RECIPES, config_from_recipe
-from cifar.train_state import TrainState
 from tests.helpers.fake_cuda import FakeCuda, forked, pretend
 from train_ddp import train_step
 
@@ -113,7 +113,7 @@ def _train_test_resume(config: TrainConfig, step: Callable[..., Tensor]) -> Meas
     pretend(mode)
     torch.nn.init.dirac_ = lambda tensor, groups=1: tensor  # an operator for each element takes a minute
     train_size = _STEPS * config.lr_batch_size
-    Dataset.fingerprint = lambda self: {}  # type: ignore[method-assign]  # fake tensors have no bytes
+    Dataset.fingerprint = {}  # type: ignore[assignment]  # fake tensors have no bytes
     DATASETS["fake"] = lambda _: Dataset(CLASSES, _split(train_size), _split(_TEST_SIZE))
     with mode:
         program = _Program(mode, config)
@@ -149,7 +149,7 @@ class _Program:
         self.optimizer = build_optimizer(self.model, config)
         self.state = TrainState(unwrap(self.model), self.optimizer, self.runtime.scaler)
         if saved is not None:
-            self.state.load_state_dict(saved)
+            self.state.load_state_dict(saved, rank=0, world_size=1)
         devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
         assert devices == {torch.device("cuda", 0)}, devices
 
@@ -212,7 +212,7 @@ class _Program:
 
     def save(self) -> dict[str, Any]:
         """Return the state as a checkpoint holds it: on the CPU, and in the layout of a CPU with small batches."""
-        saved = copy_to_host(self.state.state_dict())
+        saved = copy_to_host(self.state.state_dict([self.state.rank_state()]))
         assert not any(leaf.is_cuda for leaf in tree_leaves(saved) if isinstance(leaf, Tensor))
         return tree_map(lambda leaf: leaf.contiguous() if isinstance(leaf, Tensor) else leaf, saved)
 

@@ -3,7 +3,7 @@
 import sys
 from types import SimpleNamespace
 
-from cifar.cli import exit_on_error
+from cifar.command import exit_on_error
 from cifar.datasets import synthetic
 from train_ddp import main
 
@@ -13,7 +13,7 @@ TRAIN_SIZE, TEST_SIZE = 2_000, 1_001  # an odd test set, so that the shards of t
 def shrink() -> None:
     """Make the synthetic dataset of this process small, and leave out its reports."""
     synthetic.TRAIN_SIZE, synthetic.TEST_SIZE = TRAIN_SIZE, TEST_SIZE
-    sys.modules["cifar.report"] = SimpleNamespace(write_report=lambda *_: None)  # type: ignore[assignment]
+    sys.modules["cifar.records.report"] = SimpleNamespace(write_report=lambda *_: None)  # type: ignore[assignment]
 
 
 if __name__ == "__main__":

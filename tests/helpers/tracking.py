@@ -6,22 +6,17 @@ import subprocess
 
 import torch
 
-from cifar.batch_plan import BatchPlan
 from cifar.config import TrainConfig
-from cifar.data import Data, DeviceImages, EvalLoader, TrainLoader
 from cifar.evaluation import Evaluation
-from cifar.tracking import Tracking
-from cifar.train_state import LogPoint
+from cifar.records.metrics import LogPoint
+from cifar.records.tracking import Tracking
 
 CLASSES = ("cat/dog", "sea lion", *"abcdefgh")
 
 
-def make_data(runtime):
-    """Return 100 random images of ten classes, the same for training and testing."""
-    pixels = torch.randint(0, 256, (100, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    images = DeviceImages(pixels, torch.arange(100) % 10, CLASSES, runtime.device)
-    plan = BatchPlan.make(TrainConfig(local_batch_size=10), 1, 100)
-    return Data("made-up", CLASSES, plan, TrainLoader(images, plan, 0, 0), EvalLoader(images, 0, 1))
+def random_images():
+    """Return 100 random images, uint8 [100, 3, 32, 32]."""
+    return torch.randint(0, 256, (100, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 def evaluation(accuracy):
@@ -40,8 +35,8 @@ def point(step):
 @contextlib.contextmanager
 def tracking(runtime, run_dir, choice="offline", facts=None, step=0):
     """Yield the Tracking of a start of the run, which continues after `step`."""
-    config = TrainConfig(device="cpu", wandb=choice)
-    tracked = Tracking(config, runtime, run_dir, make_data(runtime), facts or {}, step)
+    config = TrainConfig(device="cpu", wandb=choice, run_dir=run_dir)
+    tracked = Tracking(config, facts or {}, step, runtime.accelerator, runtime.print0)
     try:
         yield tracked
     finally:

@@ -13,8 +13,9 @@ from cifar import explain
 from cifar.config import TrainConfig
 from cifar.data import Data, EvalLoader, load_data
 from cifar.datasets import synthetic
+from cifar.distributed.ddp import ddp_options
 from cifar.distributed.preemption import StopAgreement, StopRequest
-from cifar.distributed.runtime import Runtime, _ddp_kwargs
+from cifar.distributed.runtime import Runtime
 from cifar.errors import TrainingDivergedError, UserError
 from cifar.evaluation import evaluate
 from cifar.models import build_model
@@ -70,7 +71,7 @@ def check_compression(runtime: Runtime) -> None:
     gradients = {}
     for name in ("none", "batched", "fp16", "bf16", "powersgd"):
         hook, batched = ("none", True) if name == "batched" else (name, False)
-        runtime.accelerator.ddp_handler = _ddp_kwargs(hook, batched)
+        runtime.accelerator.ddp_handler = ddp_options(hook, batched)
         torch.manual_seed(0)
         net = nn.Linear(300, 200, bias=False)
         model = runtime.prepare(net)
@@ -98,7 +99,7 @@ def check_one_bucket_for_powersgd(runtime: Runtime) -> None:
         model(torch.randn(4, 3, 32, 32)).sum().backward()
         sizes = model._get_ddp_logging_data()  # type: ignore[operator]
         buckets.append((sizes["bucket_sizes"], sizes.get("rebuilt_bucket_sizes", "")))
-    runtime.accelerator.ddp_handler = _ddp_kwargs("none")
+    runtime.accelerator.ddp_handler = ddp_options("none")
     whole = str(4 * sum(parameter.numel() for parameter in net.parameters()))
     assert buckets[-1] == (whole, whole), buckets
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cifar.datasets import cifar10
-from cifar.datasets.cifar10 import ARCHIVE, load_cifar10, prepare_cifar10
+from cifar.datasets.cifar10 import load_cifar10, prepare_cifar10
 from tests.helpers.http_server import Server, serves
 
 pytestmark = pytest.mark.slow
@@ -20,18 +20,18 @@ def test_from_the_server_to_the_tensors(real_data, tmp_path, monkeypatch):
 
     path, data_dir = tmp_path / "packed.tar.gz", tmp_path / "data"
     with tarfile.open(path, "w:gz", compresslevel=0) as tar:
-        tar.add(real_data / ARCHIVE.folder, ARCHIVE.folder)
+        tar.add(real_data / CIFAR10.folder, CIFAR10.folder)
     content = path.read_bytes()
     with Server() as server:
         changed = replace(
-            cifar10.ARCHIVE,
+            cifar10.CIFAR10,
             size=len(content),
             sha256=hashlib.sha256(content).hexdigest(),
             urls=(server.plays("/a", serves(content)),),
         )
-        monkeypatch.setattr(cifar10, "ARCHIVE", changed)
+        monkeypatch.setattr(cifar10, "CIFAR10", changed)
         prepare_cifar10(data_dir, None)
-    assert [path.name for path in data_dir.iterdir() if path.name != ".cifar-10.lock"] == [ARCHIVE.folder]
+    assert [path.name for path in data_dir.iterdir() if path.name != ".cifar-10.lock"] == [CIFAR10.folder]
     data = load_cifar10(data_dir)
     data.check("cifar10")
     for (images, labels), train in ((data.train, True), (data.test, False)):

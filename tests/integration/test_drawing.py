@@ -24,7 +24,7 @@ def test_settings_that_break_matplotlib_do_not_matter(tmp_path, environment, mat
     (tmp_path / "broken").write_bytes(b"\xff")
     if matplotlibrc is not None:
         (tmp_path / "matplotlibrc").write_text(matplotlibrc)
-    code = "import cifar.report, cifar.compare; cifar.compare.main(['a'])"
+    code = "import cifar.records.report, cifar.compare; cifar.compare.main(['a'])"
     done = run([sys.executable, "-c", code], tmp_path, **environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert Image.open(tmp_path / "compare.png").convert("RGB").getpixel((0, 0)) == (255, 255, 255)

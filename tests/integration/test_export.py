@@ -5,13 +5,13 @@ import sys
 import pytest
 import torch
 
-from cifar.checkpoint import read_model
 from cifar.config import TrainConfig
 from cifar.data import load_data, normalize
 from cifar.datasets.cifar10 import CLASSES
 from cifar.evaluation import evaluate
 from cifar.export import FORMATS, main
 from cifar.models import MODELS, build_model
+from cifar.predict import build_trained_model
 from tests.helpers.exported import NAME, follow
 from tests.helpers.processes import result, run, train
 
@@ -26,7 +26,7 @@ def test_same_predictions_as_evaluation(real_data, runtime, tmp_path, processes)
     assert done.returncode == 0, done.stderr
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     data = load_data(TrainConfig(dataset="cifar10", data_dir=real_data), runtime)
-    model, _ = read_model(checkpoint)
+    model, _ = build_trained_model(checkpoint)
     test = evaluate(model, data.test, runtime)
     assert test.accuracy == result(tmp_path / "run")["test_accuracy"] > 0.3
     with torch.no_grad():

@@ -55,7 +55,7 @@ def test_separate_copies_are_found(tmp_path):
         "from accelerate import Accelerator\n"
         "import cifar.cli, cifar.distributed.runtime, train_ddp\n"
         "cifar.distributed.runtime.Accelerator = lambda cpu, **rest: Accelerator(**rest)\n"
-        "with cifar.cli.exit_on_error('driver'):\n"
+        "with cifar.command.exit_on_error('driver'):\n"
         "    train_ddp.main()\n"
     )
     output = torchrun(2, "--dataset", "synthetic", "--max-steps", 1, cwd=tmp_path, script=[driver])
@@ -76,7 +76,7 @@ def test_out_of_memory_on_some_rank_is_one_line(tmp_path, ranks):
         "        torch.empty(10**15)\n"
         "    return step(model, batches, *others)\n"
         "train_ddp.train_step = train_step\n"
-        "with cifar.cli.exit_on_error('driver'):\n"
+        "with cifar.command.exit_on_error('driver'):\n"
         "    train_ddp.main()\n"
     )
     output = torchrun(2, "--dataset", "synthetic", "--max-steps", 50, cwd=tmp_path, script=[driver])
@@ -91,8 +91,8 @@ def test_out_of_memory_on_some_rank_is_one_line(tmp_path, ranks):
 def test_slow_start_of_wandb_does_not_end_the_run(tmp_path):
     driver = tmp_path / "driver.py"
     driver.write_text(
-        "import os, time, cifar.tracking, train_ddp\n"
-        "cifar.tracking.WandbRun.start = lambda *_: time.sleep(8 * (os.environ['RANK'] == '0'))\n"
+        "import os, time, cifar.records.tracking, train_ddp\n"
+        "cifar.records.tracking.WandbRun.start = lambda *_: time.sleep(8 * (os.environ['RANK'] == '0'))\n"
         "train_ddp.main()\n"
     )
     flags = ["--dataset", "synthetic", "--max-steps", 3, "--timeout", 5]

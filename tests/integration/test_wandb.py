@@ -9,10 +9,10 @@ import time
 import psutil
 import pytest
 
-from cifar import wandb_logger
+from cifar.records import wandb_logger
 from tests.helpers.processes import ROOT, clean_environment, left_of, records, run
 from tests.helpers.terminal import Terminal
-from tests.helpers.tracking import evaluation, offline_runs, point, read_back, tracking
+from tests.helpers.tracking import evaluation, offline_runs, point, random_images, read_back, tracking
 from tests.helpers.wandb_server import KEY, NOWHERE, WandbServer
 
 pytestmark = pytest.mark.slow
@@ -145,7 +145,7 @@ def test_sync_uploads_a_resumed_offline_run(runtime, server, tmp_path, monkeypat
         train_steps(runtime, tmp_path, first, first + 1, first + 2, choice="offline", exit_code=1)
     with tracking(runtime, tmp_path, step=6) as tracked:
         tracked.log_test(7, 1, evaluation(1))
-        tracked.finish(7, {"test_accuracy": 1.0}, evaluation(1), tmp_path / "best.pt")
+        tracked.finish(7, {"test_accuracy": 1.0}, evaluation(1), random_images(), tmp_path / "best.pt")
         last = tracked.describe().split("wandb sync ")[1]
         tracked.close()
     assert server.requests == 0

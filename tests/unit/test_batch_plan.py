@@ -4,9 +4,9 @@ import pytest
 
 from cifar.batch_plan import BatchPlan
 from cifar.cli import parse_args
-from cifar.console import describe
 from cifar.errors import UserError
 from cifar.optim import base_learning_rate
+from cifar.records.console import describe_batches, describe_rate
 
 
 def plan_of(flags, world_size=1):
@@ -76,8 +76,10 @@ def test_lr_scales_with_the_global_batch():
 
 
 def test_banner_shows_the_arithmetic():
-    batches, rate = describe(*plan_of("--global-batch-size 16", world_size=2))
-    assert "4 local x 2 processes x 2 accumulated = 16 global" in batches
-    assert "0.001 x 16 / 4 = 0.004" in rate
-    assert "22 local x 3 processes x 1 accumulated - 2 = 64 global" in describe(*plan_of("--recipe net-fast", 3))[0]
-    assert "not scaled" in describe(*plan_of("--lr-scaling none", world_size=2))[1]
+    even = plan_of("--global-batch-size 16", world_size=2)
+    assert "4 local x 2 processes x 2 accumulated = 16 global" in describe_batches(*even)
+    assert "0.001 x 16 / 4 = 0.004" in describe_rate(*even)
+    uneven = plan_of("--global-batch-size 16", world_size=3)
+    assert "16 global among 3 processes: 5 or 6 each, in 2 micro-batches of at most 3;" in describe_batches(*uneven)
+    assert "64 global among 3 processes: 21 or 22 each;" in describe_batches(*plan_of("--recipe net-fast", 3))
+    assert "not scaled" in describe_rate(*plan_of("--lr-scaling none", world_size=2))

@@ -13,18 +13,11 @@ import pytest
 import torch
 
 import train_ddp
-from cifar.checkpoint import (
-    DamagedCheckpointError,
-    checkpoint_path,
-    load_checkpoint,
-    load_model,
-    newest_checkpoint,
-    read_checkpoint,
-    save_checkpoint,
-)
+from cifar.checkpoint import DamagedCheckpointError, checkpoint_path, load_checkpoint, load_weights, save_checkpoint
 from cifar.errors import UserError
 from cifar.files import write_atomically, write_json
 from cifar.models import build_model
+from cifar.resume import newest_checkpoint
 from tests.helpers.checkpoints import content, flip_bits, small, zip_of
 from tests.helpers.comparing import make_runs_tiny, same
 from tests.helpers.forking import fork, wait
@@ -81,7 +74,7 @@ def test_malicious_file_is_refused_and_not_executed(tmp_path, form):
     path.write_bytes(pickle.dumps(bomb) if form == "pickle" else zip_of(value))
     reason = "not a checkpoint" if form == "pickle" else "more than tensors and plain data; not executed"
     with pytest.raises(UserError, match=reason):
-        read_checkpoint(path)
+        load_checkpoint(path)
     assert not proof.exists()
     if form == "zip":  # torch.load without weights_only does execute it
         torch.load(path, weights_only=False)
@@ -105,13 +98,13 @@ def test_malicious_file_is_refused_and_not_executed(tmp_path, form):
 def test_other_content_is_refused(tmp_path, value):
     (tmp_path / "c.pt").write_bytes(zip_of(value))
     with pytest.raises(UserError, match="not a checkpoint of this program"):
-        read_checkpoint(tmp_path / "c.pt")
+        load_checkpoint(tmp_path / "c.pt")
 
 
 def test_unreadable_path_is_refused(tmp_path):
     for path, reason in ((tmp_path, "Is a directory"), (tmp_path / "none.pt", "No such file or directory")):
         with pytest.raises(UserError) as refused:
-            read_checkpoint(path)
+            load_checkpoint(path)
         assert str(refused.value) == f"{path}: {reason}"
 
 
@@ -127,17 +120,17 @@ def test_later_format_is_refused(tmp_path):
 def test_weights_of_another_model_are_refused(tmp_path):
     path = tmp_path / "c.pt"
     saved = content()
-    load_model(build_model("net", 10), saved, "net", path)
+    load_weights(build_model("net", 10), saved, "net", path)
     with pytest.raises(UserError, match=r"c.pt holds the model 'net', not 'net-wide': add --model net"):
-        load_model(build_model("net-wide", 10), saved, "net-wide", path)
+        load_weights(build_model("net-wide", 10), saved, "net-wide", path)
     with pytest.raises(
         UserError, match=r"c.pt holds a 'net' for 10 classes, .* not fit .*: .*size mismatch"
     ) as refused:
-        load_model(build_model("net", 7), saved, "net", path)
+        load_weights(build_model("net", 7), saved, "net", path)
     assert "\n" not in str(refused.value)
     for state in ({}, {"model": 1}, {"model": {}}):
         with pytest.raises(UserError, match="does not fit"):
-            load_model(build_model("net", 10), saved | {"state": state}, "net", path)
+            load_weights(build_model("net", 10), saved | {"state": state}, "net", path)
 
 
 def test_newest_valid_checkpoint_wins_and_corrupt_ones_are_named(tmp_path):

@@ -20,7 +20,7 @@ from cifar.errors import UserError
 from tests.helpers.http_server import Exchange, Reply, Server, says, serves
 
 BATCHES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
-ARCHIVE, FOLDER = cifar10.ARCHIVE.name, cifar10.ARCHIVE.folder
+ARCHIVE, FOLDER = cifar10.CIFAR10.name, cifar10.CIFAR10.folder
 
 
 def small_files() -> dict[str, bytes]:
@@ -56,8 +56,8 @@ def archive(tmp_path, monkeypatch):
 
 
 def expect(monkeypatch, content: bytes, *urls: str) -> None:
-    changed = replace(cifar10.ARCHIVE, size=len(content), sha256=hashlib.sha256(content).hexdigest(), urls=urls)
-    monkeypatch.setattr(cifar10, "ARCHIVE", changed)
+    changed = replace(cifar10.CIFAR10, size=len(content), sha256=hashlib.sha256(content).hexdigest(), urls=urls)
+    monkeypatch.setattr(cifar10, "CIFAR10", changed)
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_downloaded_unpacked_and_read(archive, server, tmp_path, monkeypatch):
 def test_unverified_archive_is_not_opened(archive, server, data_dir, monkeypatch):
     content = archive.read_bytes()
     expect(monkeypatch, content, server.plays("/a", says(200, content)))
-    monkeypatch.setattr(cifar10, "ARCHIVE", replace(cifar10.ARCHIVE, sha256="0" * 64))
+    monkeypatch.setattr(cifar10, "CIFAR10", replace(cifar10.CIFAR10, sha256="0" * 64))
     monkeypatch.setattr(tarfile, "open", None)
     with pytest.raises(UserError, match="SHA-256"):
         prepare(data_dir)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from torchvision.datasets import CIFAR100
 
-from cifar.datasets import DATASETS, PREPARE, cifar100
+from cifar.datasets import DATASETS, PREPARE, cifar10
 from cifar.errors import UserError
 from tests.helpers.http_server import Server, serves
 from tests.helpers.processes import records, result, torchrun
 
-FOLDER = cifar100.ARCHIVE.folder
+FOLDER = cifar10.CIFAR100.folder
 NAMES = [f"class {i}" for i in range(100)]
 
 
@@ -52,8 +52,8 @@ def small(monkeypatch):
         monkeypatch.setattr(CIFAR100, f"{name}_list", [[name, md5[name]]])
     monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": md5["meta"]})
     archive = content.getvalue()
-    changed = replace(cifar100.ARCHIVE, size=len(archive), sha256=hashlib.sha256(archive).hexdigest())
-    monkeypatch.setattr(cifar100, "ARCHIVE", changed)
+    changed = replace(cifar10.CIFAR100, size=len(archive), sha256=hashlib.sha256(archive).hexdigest())
+    monkeypatch.setattr(cifar10, "CIFAR100", changed)
     return archive
 
 
@@ -81,7 +81,7 @@ def test_corrupt_directory_is_named(small, tmp_path):
 
 
 def test_nothing_stands_in_for_it(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(cifar100, "ARCHIVE", replace(cifar100.ARCHIVE, urls=()))
+    monkeypatch.setattr(cifar10, "CIFAR100", replace(cifar10.CIFAR100, urls=()))
     with pytest.raises(UserError, match=r"^CIFAR-100 is not available: .* copy the directory cifar-100-python"):
         PREPARE["cifar100"](tmp_path, None)
 
@@ -89,7 +89,7 @@ def test_nothing_stands_in_for_it(small, tmp_path, monkeypatch):
 SCRIPT = """
 import hashlib, pathlib
 from torchvision.datasets import CIFAR100
-from cifar.cli import exit_on_error
+from cifar.command import exit_on_error
 from train_ddp import main
 
 folder = pathlib.Path("data/cifar-100-python")

@@ -15,9 +15,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cifar import cli
+from cifar import command
 from cifar.checkpoint import save_checkpoint
-from cifar.cli import exit_on_error, launch, parse_args
+from cifar.cli import launch, parse_args
+from cifar.command import exit_on_error
 from cifar.config import Recipe, TrainConfig, differences
 from cifar.datasets import DATASETS
 from cifar.distributed.environment import Launch
@@ -321,8 +322,8 @@ def test_every_rank_knows_why_its_command_line_is_refused(flags, be_rank, capsys
 def test_other_host_hears_of_a_mistake_before_the_ranks_have_joined(error, joined, capsys, monkeypatch, be_rank):
     be_rank(1, alone=True)
     heard = []
-    monkeypatch.setattr("cifar.cli.announce", lambda text: heard.append((text, capsys.readouterr().err)))
-    monkeypatch.setattr("cifar.cli.has_joined", lambda: joined)
+    monkeypatch.setattr("cifar.command.announce", lambda text: heard.append((text, capsys.readouterr().err)))
+    monkeypatch.setattr("cifar.command.has_joined", lambda: joined)
     monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
     monkeypatch.setattr("os._exit", lambda status: None)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
@@ -387,7 +388,7 @@ def test_local_error_is_reported_by_the_first_rank_that_has_it(first, capsys, mo
     waits = []
     be_rank(1)
     monkeypatch.setattr("time.sleep", waits.append)
-    monkeypatch.setattr("cifar.cli.claim_report", lambda: first)
+    monkeypatch.setattr("cifar.command.claim_report", lambda: first)
     with pytest.raises(SystemExit) as exit_, exit_on_error("prog"):
         raise LocalError("oh")
     assert exit_.value.code == 2
@@ -398,7 +399,7 @@ def test_local_error_is_reported_by_the_first_rank_that_has_it(first, capsys, mo
 
 def test_lost_peer_that_has_said_why_is_no_second_line(capsys, monkeypatch, be_rank, statuses):
     be_rank(0)
-    monkeypatch.setattr("cifar.cli.claim_report", lambda: False)
+    monkeypatch.setattr("cifar.command.claim_report", lambda: False)
     report(RuntimeError(GLOO))
     assert (set(statuses), capsys.readouterr()) == ({1}, ("", ""))
 
@@ -443,14 +444,19 @@ PORT = "The server socket has failed to listen. port: 29500, message: address al
 def statuses(monkeypatch):
     """Return the exit statuses of processes that leave at once; nothing takes time."""
     found = []
-    monkeypatch.setattr("os._exit", found.append)
+
+    def leave(status):
+        found.append(status)
+        raise SystemExit(status)
+
+    monkeypatch.setattr("os._exit", leave)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     monkeypatch.setattr("signal.signal", lambda number, handler: None)
     return found
 
 
 def report(error):
-    """Handle `error` as `exit_on_error` does; os._exit returns."""
+    """Handle `error` as `exit_on_error` does."""
     with pytest.raises((SystemExit, RuntimeError)), exit_on_error("prog"):
         raise error
 
@@ -493,7 +499,7 @@ def test_network_error_keeps_its_text_on_the_first_rank_that_has_it(
     be_rank(1)
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth9")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
-    monkeypatch.setattr("cifar.cli.claim_report", lambda: first)
+    monkeypatch.setattr("cifar.command.claim_report", lambda: first)
     report(error)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == first
@@ -516,9 +522,9 @@ def test_rank_with_the_cause_speaks_before_those_that_lost_it(capfd):
     def start():
         exit_ = os._exit
         os._exit = lambda status: exit_(status - 1)
-        cli._REPORT_FIRST_SECONDS = 3
+        command._REPORT_FIRST_SECONDS = 3
         with exit_on_error("prog"):
-            runtime = Runtime(TrainConfig())
+            runtime = Runtime(TrainConfig(device="cpu"))
             if runtime.rank == 2:
                 dist.destroy_process_group(runtime._host_group)  # a library closes its sockets, then tells Python
                 time.sleep(1)
@@ -534,7 +540,7 @@ def test_rank_that_torchrun_ends_says_at_once_why(capfd):
     """Rank one is killed, and torchrun sends SIGTERM to the other one, which had lost its peer."""
 
     def start():
-        runtime = Runtime(TrainConfig())
+        runtime = Runtime(TrainConfig(device="cpu"))
         if runtime.rank == 1:
             os._exit(0)
         began, exit_ = time.monotonic(), os._exit

@@ -134,6 +134,6 @@ def test_mistakes(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="the picture cannot be written"):
         main([str(run_dir), "--out", str(tmp_path / "no" / "out.png")])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "cifar.plotting", raising=False)
+    monkeypatch.delitem(sys.modules, "cifar.records.plotting", raising=False)
     with pytest.raises(UserError, match=r"the picture cannot be written to .*out\.png: .*matplotlib"):
         main([str(run_dir), "--out", str(tmp_path / "out.png")])

@@ -1,19 +1,17 @@
 """Console output: on a terminal a bar with images/s and the remaining time, plain lines elsewhere; the banner."""
 
-import dataclasses
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train_ddp
 from cifar.batch_plan import BatchPlan
-from cifar.console import SYNTHETIC_WARNING, Console, print_test
 from cifar.datasets import DATASETS
 from cifar.evaluation import Evaluation, evaluate
 from cifar.models import build_model
 from cifar.recipes import config_from_recipe
+from cifar.records.console import SYNTHETIC_WARNING, Console, print_test
 from tests.helpers.comparing import make_runs_tiny, tiny_dataset
 from tests.helpers.terminal import shown
 
@@ -33,7 +31,7 @@ def test_terminal_shows_a_bar_between_whole_lines(tmp_path, monkeypatch):
 def test_accuracies_in_the_tutorials_words(synthetic, runtime, capsys):
     torch.manual_seed(0)
     test = evaluate(build_model("net", 10), synthetic.test, runtime)
-    print_test(runtime, "cifar10", test)
+    print_test(runtime.print0, "cifar10", test)
     text = capsys.readouterr().out
     assert f"Accuracy of the network on the 1000 test images: {100 * test.correct // test.total} %\n" in text
     for name, accuracy in zip(("plane", "car  ", "bird "), test.class_accuracies().values(), strict=False):
@@ -48,7 +46,7 @@ def test_of_a_hundred_classes_the_lowest_and_the_highest(runtime, capsys):
     predicted = torch.where(torch.arange(100).repeat(100) < labels, labels, 100)
     names = tuple(f"class {i}" for i in range(101))
     zeros = torch.zeros(len(labels), dtype=torch.float64)
-    print_test(runtime, "cifar100", Evaluation(zeros, labels, predicted, zeros, names))
+    print_test(runtime.print0, "cifar100", Evaluation(zeros, labels, predicted, zeros, names))
     lines = capsys.readouterr().out.splitlines()
     assert lines[2] == "The 10 lowest and the 10 highest accuracies of 101 classes:"
     rows = [f"Accuracy for class: {f'class {i}':8s} is {i:.1f} %" for i in range(100)]
@@ -56,20 +54,13 @@ def test_of_a_hundred_classes_the_lowest_and_the_highest(runtime, capsys):
 
 
 @pytest.mark.parametrize(("gpus", "model", "says"), [(4, "net", True), (1, "net", False), (4, "resnet18", False)])
-def test_banner_says_that_tiny_batches_are_not_for_several_gpus(synthetic, gpus, model, says):
+def test_banner_says_that_tiny_batches_are_not_for_several_gpus(monkeypatch, gpus, model, says):
+    monkeypatch.setattr("cifar.records.console.describe_processes", lambda *_: "")
     lines = []
-    runtime = SimpleNamespace(
-        world_size=gpus,
-        device=torch.device("cuda"),
-        describe=lambda: "",
-        describe_precision=lambda: "",
-        print0=lambda line="": lines.append(line),
-    )
     config = config_from_recipe("resnet18" if model == "resnet18" else "tutorial")
     plan = BatchPlan.make(config, gpus, 50_000)
-    data = dataclasses.replace(synthetic, plan=plan)
-    state = SimpleNamespace(model=build_model(model, 10), step=0)
-    Console(config, runtime, data).banner(state, "run", "", None)
+    parameters = sum(parameter.numel() for parameter in build_model(model, 10).parameters())
+    Console(config, plan, lines.append, True).banner(torch.device("cuda"), 1, "cifar10", parameters, "run", "", {})
     assert any("a step waits for the host" in line for line in lines) == says
 
 

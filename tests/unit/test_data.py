@@ -11,11 +11,12 @@ import torch
 from torch.utils.data import DistributedSampler
 from torchvision.transforms import Compose, Normalize, ToTensor
 
-import cifar.data
+from cifar import data
 from cifar.augment import CropFlip, derive_seed
 from cifar.batch_plan import BatchPlan
 from cifar.config import TrainConfig
 from cifar.data import BatchedDistributedSampler, Data, DeviceImages, EvalLoader, TrainLoader, load_data, normalize
+from cifar.datasets import choice
 from cifar.datasets.base import Dataset
 from cifar.datasets.cifar10 import CLASSES
 from cifar.datasets.download import UnavailableError
@@ -88,7 +89,7 @@ def test_epochs_and_seeds_have_different_permutations():
 @pytest.mark.parametrize("divided", [plan(2), plan(2, 8, 33), plan(3, 4, 40)])
 def test_train_loader(monkeypatch, chunk, divided):
     """However many images are prepared at once."""
-    monkeypatch.setattr(cifar.data, "CHUNK", chunk)
+    monkeypatch.setattr(data, "CHUNK", chunk)
     loader = TrainLoader(numbered(), divided, rank=1, seed=0)
     loader.set_epoch(1)
     loaded = list(loader)
@@ -130,7 +131,7 @@ def test_augmentation_is_the_same_at_every_world_size():
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_eval_loaders_cover_each_image_once(world_size, monkeypatch):
-    monkeypatch.setattr(cifar.data, "EVAL_BATCH_SIZE", 64)
+    monkeypatch.setattr(data, "EVAL_BATCH_SIZE", 64)
     shards = [list(EvalLoader(DATASET, rank, world_size)) for rank in range(world_size)]
     labels = torch.cat([labels for shard in shards for _, labels in shard])
     assert torch.equal(labels.sort().values, torch.arange(SIZE))
@@ -200,9 +201,9 @@ def sources(monkeypatch):
         splits = ((torch.zeros(n, 3, 32, 32, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64)) for n in sizes)
         return Dataset(CLASSES, *splits)
 
-    monkeypatch.setitem(cifar.data.PREPARE, "cifar10", sources)
-    monkeypatch.setitem(cifar.data.DATASETS, "cifar10", lambda data_dir: dataset(50, 10))
-    monkeypatch.setitem(cifar.data.DATASETS, "synthetic", lambda data_dir: dataset(5, 1))
+    monkeypatch.setitem(choice.PREPARE, "cifar10", sources)
+    monkeypatch.setitem(choice.DATASETS, "cifar10", lambda data_dir: dataset(50, 10))
+    monkeypatch.setitem(choice.DATASETS, "synthetic", lambda data_dir: dataset(5, 1))
     return sources
 
 
@@ -237,7 +238,7 @@ def test_cifar10_never_falls_back(sources, monkeypatch):
         raise UserError("test_batch is corrupt")
 
     sources.missing = None
-    monkeypatch.setitem(cifar.data.DATASETS, "cifar10", corrupt)
+    monkeypatch.setitem(choice.DATASETS, "cifar10", corrupt)
     for dataset in ("cifar10", "auto"):
         with pytest.raises(UserError, match="test_batch is corrupt"):
             load(dataset, Rank())

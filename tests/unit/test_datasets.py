@@ -59,7 +59,7 @@ def test_wrong_dataset_is_refused(wrong, message):
     ],
 )
 def test_fingerprint_tells_datasets_apart(other, splits):
-    mine, theirs = GOOD.fingerprint(), replace(GOOD, **other).fingerprint()
+    mine, theirs = GOOD.fingerprint, replace(GOOD, **other).fingerprint
     assert mine["training"].startswith("4 images, SHA-256 ")
     assert {split for split in mine if mine[split] != theirs[split]} == splits
 

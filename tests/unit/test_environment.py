@@ -8,15 +8,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cifar.distributed.cpu import available_cores
-from cifar.distributed.environment import (
-    Launch,
-    accelerate_fields,
-    is_rank_zero,
-    prepare_nccl,
-    process_id,
-    threads_per_process,
-)
+from cifar.cli import parse_args
+from cifar.distributed.cpu import available_cores, threads_per_process
+from cifar.distributed.environment import Launch, is_rank_zero, prepare_nccl
+from cifar.distributed.process import process_id
 from cifar.errors import UserError
 from tests.helpers.forking import fork, wait
 from tests.helpers.processes import ROOT, clean_environment, rank_variables, run
@@ -221,11 +216,15 @@ def test_accelerate_configuration_that_would_be_ignored_is_refused(environment, 
 
 
 def test_precision_and_device_of_accelerate_launch(environment):
-    assert accelerate_fields() == {}
+    def parsed():
+        config = parse_args([])
+        return config.precision, config.device
+
+    assert parsed() == ("fp32", "auto")
     environment(ACCELERATE_MIXED_PRECISION="no", ACCELERATE_USE_CPU="False")
-    assert accelerate_fields() == {}
+    assert parsed() == ("fp32", "auto")
     environment(ACCELERATE_MIXED_PRECISION="bf16", ACCELERATE_USE_CPU="True")
-    assert accelerate_fields() == {"precision": "bf16", "device": "cpu"}
+    assert parsed() == ("bf16", "cpu")
 
 
 @pytest.mark.parametrize(
@@ -254,7 +253,7 @@ def test_cores_of_a_container(monkeypatch, tmp_path, group, files, cores):
 
 def test_threads_per_process(environment, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
-    assert [threads_per_process(n) for n in (1, 2, 3, 16)] == [8, 4, 2, 1]
+    assert [threads_per_process(n) for n in (2, 3, 16)] == [4, 2, 1]
     environment(OMP_NUM_THREADS=1)  # torchrun's default
     assert threads_per_process(2) == 4
     for users in ("3", "3,2", " 3 "):

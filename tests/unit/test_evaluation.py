@@ -42,7 +42,7 @@ class Simulated:
     def rank(self):
         return len(self.kept)
 
-    def broadcast_buffers(self, net):
+    def average_buffers(self, net):
         pass
 
     def print0(self, line):
@@ -168,6 +168,6 @@ def test_world_size_changes_no_bit_with_views(net, synthetic, runtime, world_siz
     whole, ranks = evaluate(net, synthetic.test, runtime, "crop", plain), Simulated(runtime, world_size)
     for rank in range(world_size):
         with contextlib.nullcontext() if rank == world_size - 1 else pytest.raises(RuntimeError):
-            shared = evaluate(net, synthetic.test, ranks, "crop", plain)
+            shared = evaluate(net, EvalLoader(synthetic.test.dataset, rank, world_size), ranks, "crop", plain)
     assert torch.equal(shared.predicted, whole.predicted)
     assert shared.loss == pytest.approx(whole.loss, abs=1e-7)

@@ -7,7 +7,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from cifar.distributed.runtime import Runtime
+from cifar.distributed.device import resolve
+from cifar.distributed.environment import Launch
 from cifar.recipes import config_from_recipe
 from tests.helpers import fake_cuda
 from tests.helpers.fake_cuda import DeviceError, FakeCuda, SyncError, forked, pretend, unsupported
@@ -143,8 +144,8 @@ def test_later_torch_is_tried_and_skipped_with_the_reason(monkeypatch):
 def test_fewer_cores_than_gpus_are_a_warning(cores):
     def start(_):
         written = io.StringIO()
-        with patch("cifar.distributed.runtime.available_cores", lambda: cores), contextlib.redirect_stdout(written):
-            Runtime(config_from_recipe("tutorial", device="cuda"))
+        with patch("cifar.distributed.device.available_cores", lambda: cores), contextlib.redirect_stdout(written):
+            resolve(config_from_recipe("tutorial", device="cuda"), Launch())
         assert (f"WARNING: 1 GPUs get their kernels from {cores} CPU core(s)" in written.getvalue()) == (cores == 0)
 
     on_fake_gpu(start)

@@ -434,11 +434,11 @@ def test_flipped_bits_change_no_pixel(folder, decodings, capfd):
     assert noticed > len(damages) / 2
     assert warnings_in(capfd.readouterr().out) == []
     (folder / CACHE).write_bytes(raw.replace(good.train[0][0].numpy().tobytes(), bytes(3072)))
-    assert load(folder).fingerprint() == good.fingerprint()
+    assert load(folder).fingerprint == good.fingerprint
     assert decodings == [24, 24]
     (line,) = warnings_in(capfd.readouterr().out)
     assert line.startswith(f"WARNING: {folder / CACHE} is damaged (Bad CRC-32 ")
-    assert load(folder).fingerprint() == good.fingerprint()
+    assert load(folder).fingerprint == good.fingerprint
     assert warnings_in(capfd.readouterr().out) == []
 
 
@@ -456,7 +456,7 @@ def test_each_pillow_has_its_own_pixels(folder, decodings, monkeypatch):
         upgrade(patched)
         prepare_folder(folder)
         assert load_folder(folder).decoder == "Pillow 99"
-    assert load(folder).fingerprint() == own.fingerprint()
+    assert load(folder).fingerprint == own.fingerprint
     assert len(decodings) == 2
 
 
@@ -582,7 +582,7 @@ def test_resume_notices_changed_pictures(folder, trained, tmp_path, capfd):
     draw(new, 9)
     with pytest.raises(UserError) as caught:
         resume(trained)
-    now = load_folder(folder).fingerprint()
+    now = load_folder(folder).fingerprint
     assert str(caught.value) == (
         f"--resume {trained}: the training images have changed since that run began, from "
         f"{facts['images']['training']} to {now['training']}: restore them, or start a new run without --resume"

@@ -40,16 +40,18 @@ def test_no_import_cycle():
     [
         ("cifar.models", ("cifar.models",)),
         ("cifar.datasets",
-         ("cifar.datasets", "cifar.errors", "cifar.files", "cifar.pictures", "cifar.distributed.cpu")),
+         ("cifar.datasets", "cifar.errors", "cifar.files", "cifar.pictures", "cifar.distributed", "cifar.config")),
         ("cifar.pictures", ("cifar.errors",)),
-        ("cifar.distributed.cpu", ()),
+        ("cifar.distributed", ("cifar.distributed", "cifar.config", "cifar.errors")),
+        ("cifar.records", ("cifar.records", "cifar.batch_plan", "cifar.checkpoint", "cifar.config", "cifar.distributed",
+                           "cifar.errors", "cifar.evaluation", "cifar.files", "cifar.optim")),
         ("cifar.config", ("cifar.errors", "cifar.files")),
     ],
 )  # fmt: skip
 def test_lower_floors_import_nothing_above(prefix, allowed):
     for module, names in IMPORTS.items():
         if module.startswith(prefix):
-            assert all(name.startswith(allowed) for name in names), (module, names)
+            assert all(name.startswith(allowed) for name in names - {"cifar"}), (module, names)
 
 
 def test_only_explain_imports_the_script():
@@ -72,8 +74,8 @@ def files_that_mention(*names: str) -> set[str]:
 
 def test_only_these_read_the_environment():
     readers = files_that_mention("os.environ", "os.getenv", "os.environb")
-    assert readers <= {"cifar.cli", "cifar.distributed.environment", "cifar.wandb_logger"}
+    assert readers <= {"cifar.cli", "cifar.distributed.environment", "cifar.records.wandb_logger"}
 
 
-def test_only_cli_reads_the_command_line():
-    assert files_that_mention("sys.argv", "tyro.cli", "argparse") == {"cifar.cli"}
+def test_only_these_read_the_command_line():
+    assert files_that_mention("sys.argv", "tyro.cli", "argparse") == {"cifar.cli", "cifar.command"}

@@ -163,7 +163,7 @@ def fail(*_):
     ("report", "reason"), [(SimpleNamespace(write_report=fail), "MemoryError: no room"), (None, "ModuleNotFound")]
 )
 def test_failing_report_costs_one_warning(tmp_path, monkeypatch, capsys, report, reason):
-    monkeypatch.setitem(sys.modules, "cifar.report", report)
+    monkeypatch.setitem(sys.modules, "cifar.records.report", report)
     train_ddp.main([*FLAGS, "--run-dir", str(tmp_path / "run"), "--max-steps", "1"])
     *_, warning = capsys.readouterr().out.splitlines()
     assert warning.startswith(f"WARNING: no report in {tmp_path / 'run'}: {reason}")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from cifar.files import write_json
-from cifar.metrics import MetricsFile, read_metrics, series
+from cifar.records.metrics import MetricsFile, read_metrics, series
 
 DAMAGED = [
     b'{"step": 3, "train',

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
-from cifar.output import safe_output
+from cifar.command import safe_output
 from tests.helpers.processes import ROOT, clean_environment
 
-HEAD = "import os, sys\nfrom cifar.output import safe_output\nwith safe_output():\n"
+HEAD = "import os, sys\nfrom cifar.command import safe_output\nwith safe_output():\n"
 PRINT = "    for _ in range(3): print('x' * 100_000)\n    print('x', file=sys.stderr)\n    print('x', end='')\n"
 
 

@@ -6,8 +6,10 @@ from accelerate.state import AcceleratorState, PartialState
 
 import train_ddp
 from cifar.config import TrainConfig
+from cifar.distributed.device import resolve
+from cifar.distributed.environment import Launch
 from cifar.distributed.runtime import Runtime
-from cifar.errors import LocalError, UserError
+from cifar.errors import UserError
 from cifar.models import build_model
 from cifar.optim import build_optimizer
 from tests.helpers.comparing import make_runs_tiny
@@ -51,25 +53,20 @@ def test_runs_of_one_process_have_their_own_precision(synthetic):
         assert dtypes == {dtype}
 
 
-@pytest.mark.usefixtures("_other_precision")
 def test_gpu_without_bf16_is_named(monkeypatch):
-    """accelerate finds out, on a GPU that is none: only what Python asks of it is here."""
     facts = {"is_available": True, "device_count": 1, "is_bf16_supported": False, "get_device_name": "Tesla K80"}
     for name, answer in facts.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
-    with pytest.raises(LocalError, match=r"^--precision bf16: Tesla K80 does not support it; use fp16 or fp32$"):
-        Runtime(TrainConfig(device="cuda", precision="bf16"))
+    with pytest.raises(UserError, match=r"^--precision bf16: Tesla K80 does not support it; use fp16 or fp32$"):
+        resolve(TrainConfig(device="cuda", precision="bf16"), Launch())
 
 
-@pytest.mark.usefixtures("_other_precision")
 def test_emulated_bf16_is_a_warning(monkeypatch, capsys):
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    Runtime(TrainConfig(device="cpu", precision="bf16"))
+    resolve(TrainConfig(device="cpu", precision="bf16"), Launch())
     assert "WARNING: this CPU has no bfloat16 instructions" in capsys.readouterr().out
-    runtime = Runtime(TrainConfig(device="cpu", precision="auto"))
+    assert resolve(TrainConfig(device="cpu", precision="auto"), Launch()).precision == "fp32"
     assert "WARNING" not in capsys.readouterr().out
-    assert runtime.describe_precision() == "fp32 (auto: this device computes in bf16 only by emulation)"
-    assert Runtime(TrainConfig(device="cpu")).describe_precision() == "fp32"
 
 
 @pytest.mark.usefixtures("_other_precision")
@@ -96,4 +93,4 @@ def test_a_checkpoint_is_evaluated_as_its_run_was(monkeypatch, tmp_path, capsys)
 
 def test_fp16_needs_a_gpu():
     with pytest.raises(UserError, match=r"fp16.*bf16"):
-        Runtime(TrainConfig(device="cpu", precision="fp16"))
+        resolve(TrainConfig(device="cpu", precision="fp16"), Launch())

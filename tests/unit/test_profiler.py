@@ -5,7 +5,7 @@ import json
 import pytest
 
 import train_ddp
-from cifar import profiler
+from cifar.records import profiler
 from tests.helpers.comparing import make_runs_tiny
 from tests.helpers.processes import train
 

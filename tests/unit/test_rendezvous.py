@@ -16,6 +16,8 @@ import torch.distributed as dist
 
 from cifar.config import TrainConfig
 from cifar.distributed import rendezvous
+from cifar.distributed.device import resolve
+from cifar.distributed.environment import Launch
 from cifar.distributed.rendezvous import agree_on_prefix
 from cifar.distributed.runtime import Runtime
 from cifar.errors import UserError
@@ -143,11 +145,11 @@ def test_ranks_are_compared_before_the_process_group_is_made(torchruns_store):
         if rank == 1:
             torch.cuda.is_available, torch.cuda.device_count = (lambda: True), (lambda: 1)
         with pytest.raises(UserError, match=r"^the device is cpu for rank 0 .* but cuda for rank 1 "):
-            Runtime(TrainConfig())
+            Runtime(resolve(TrainConfig(), Launch.from_environment()))
         assert not dist.is_initialized()
 
     on_two_hosts(port, differ)
-    on_two_hosts(port, lambda _: Runtime(TrainConfig()))
+    on_two_hosts(port, lambda _: Runtime(resolve(TrainConfig(), Launch.from_environment())))
 
 
 @pytest.mark.parametrize(
@@ -167,7 +169,7 @@ def test_configurations_that_differ_are_refused(monkeypatch, field, values, name
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
 
     def start():
-        config = TrainConfig(**{field: values[int(os.environ["RANK"])]})
+        config = resolve(TrainConfig(**{field: values[int(os.environ["RANK"])]}), Launch.from_environment())
         if named is None:
             Runtime(config)
         else:
@@ -198,7 +200,7 @@ def test_mistake_of_one_host_is_known_on_the_other(torchruns_store):
             rendezvous.announce("no such file")
             return
         with pytest.raises(UserError, match=r"^no such file \[rank 1 on host .*\]$"):
-            Runtime(TrainConfig())
+            Runtime(resolve(TrainConfig(), Launch.from_environment()))
 
     on_two_hosts(torchruns_store().port, start)
 

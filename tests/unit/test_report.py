@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from cifar.evaluation import Evaluation
-from cifar.report import write_report
+from cifar.records.report import write_report
 
 IMAGES = torch.randint(0, 256, (300, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 RECORDS = [

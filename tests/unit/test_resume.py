@@ -11,11 +11,13 @@ import pytest
 from torch import nn
 
 import train_ddp
-from cifar.checkpoint import checkpoint_path, checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
+from cifar.checkpoint import checkpoint_path, checkpoints, load_checkpoint, save_checkpoint
 from cifar.compare import read_run
 from cifar.datasets import DATASETS
+from cifar.distributed.preemption import StopAgreement
 from cifar.errors import StoppedError, UserError
 from cifar.models import MODELS
+from cifar.resume import newest_checkpoint
 from tests.helpers.comparing import make_runs_tiny, numbers, same, tiny_dataset, traces
 from tests.helpers.processes import records, result
 
@@ -77,15 +79,14 @@ def stop_after(monkeypatch):
     """Return a function that lets each run be asked to stop after so many steps of its own."""
 
     def ask(count):
-        class Asked:
-            def __init__(self, runtime, request):
-                self.request, self.steps = request, 0
+        class Asked(StopAgreement):
+            steps_taken = 0
 
             def after_step(self):
-                self.steps += 1
-                if self.steps == count:
-                    self.request.name = "SIGTERM"
-                return self.steps == count
+                self.steps_taken += 1
+                if self.steps_taken == count:
+                    self._request.name = "SIGTERM"
+                return super().after_step()
 
         monkeypatch.setattr("cifar.run.StopAgreement", Asked)
 

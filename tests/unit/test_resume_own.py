@@ -15,9 +15,9 @@ from cifar.config import TrainConfig, read_config
 from cifar.distributed import runtime
 from cifar.errors import UserError
 from cifar.files import write_json
+from cifar.records.run_dir import check_unused
 from cifar.resume import find_own_run
 from cifar.run import Run
-from cifar.run_dir import check_unused
 from tests.helpers.comparing import make_runs_tiny
 
 FLAGS = "--device cpu --dataset synthetic --wandb disabled --local-batch-size 20 --max-steps 2 --checkpoint-steps 1"

@@ -9,11 +9,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 import train_ddp
-from cifar import run_dir
 from cifar.errors import UserError
-from cifar.run_dir import RunLock, check_unused, check_writable, create_run_dir, owners
+from cifar.records import run_dir
+from cifar.records.run_dir import RunLock, check_unused, check_writable, create_run_dir, owners
 from tests.helpers.comparing import make_runs_tiny, traces
 from tests.helpers.forking import fork, wait
 
@@ -118,7 +119,7 @@ def test_check_writable_removes_what_killed_processes_left(tmp_path):
     checkpoints.mkdir()
     for name in (".step-00000002.pt.123.tmp", "step-00000001.pt"):
         (checkpoints / name).touch()
-    check_writable(tmp_path, need=1)
+    check_writable(tmp_path, nn.Linear(1, 1))
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")] == ["checkpoints/step-00000001.pt"]
 
 
@@ -127,8 +128,8 @@ def test_check_writable_leaves_no_trace_if_it_fails(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"does not take the 8.4 MB of this run: .*No space left on device.*--run-dir"):
-        check_writable(tmp_path, need=8 << 20)
+    with pytest.raises(UserError, match=r"does not take the 4.2 MB of this run: .*No space left on device.*--run-dir"):
+        check_writable(tmp_path, nn.Linear(1, 1))
     assert list(tmp_path.iterdir()) == []
 
 

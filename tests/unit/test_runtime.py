@@ -1,7 +1,6 @@
 """The device that is chosen, and the collectives of a single process."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from cifar.distributed.environment import Launch
 from cifar.distributed.runtime import Runtime
 from cifar.errors import UserError
 from cifar.models import build_model
+from cifar.records.console import describe_processes
 
 
 def have(monkeypatch, gpus=0, mps=False):
@@ -66,8 +66,7 @@ def test_gpus_that_torch_cannot_use_are_not_passed_over(monkeypatch, tmp_path, r
 def test_banner_says_that_other_gpus_are_idle(monkeypatch):
     have(monkeypatch, gpus=8)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
-    alone = SimpleNamespace(device=torch.device("cuda"), world_size=1, _threads=lambda: "")
-    assert "1 process on H100, 1 of 8 GPUs (torchrun --nproc_per_node=gpu " in Runtime.describe(alone)
+    assert describe_processes(1, 1, torch.device("cuda")).startswith("1 process on H100, 1 of 8 GPUs (torchrun --nproc")
 
 
 @pytest.mark.parametrize("wanted", ["cuda", "mps"])
@@ -123,13 +122,13 @@ def test_compiler_that_does_not_work_is_one_line(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda function: fail)
     with pytest.raises(UserError, match=r"^--compile does not work here \(No working C\+\+ compiler found\)"):
-        Runtime(TrainConfig(device="cpu", compile=True))
+        Runtime(TrainConfig(device="cpu")).prepare(build_model("net", 10), compile=True)
 
 
 @pytest.mark.parametrize(("own", "cores", "expected"), [(2, 1, 1), (1, 2, 1), (2, 2, 2)])
 def test_one_process_has_torchs_threads_within_the_quota(monkeypatch, own, cores, expected):
     before = torch.get_num_threads()
-    monkeypatch.setattr("cifar.distributed.runtime.available_cores", lambda: cores)
+    monkeypatch.setattr("cifar.distributed.cpu.available_cores", lambda: cores)
     torch.set_num_threads(own)
     try:
         Runtime(TrainConfig(device="cpu"))
@@ -140,7 +139,7 @@ def test_one_process_has_torchs_threads_within_the_quota(monkeypatch, own, cores
 
 def test_failed_run_gives_the_threads_back(monkeypatch):
     before = torch.get_num_threads()
-    monkeypatch.setattr("cifar.distributed.runtime.available_cores", lambda: 2)
+    monkeypatch.setattr("cifar.distributed.cpu.available_cores", lambda: 2)
     monkeypatch.delenv("OMP_NUM_THREADS")
     torch.set_num_threads(2)
     try:
@@ -164,7 +163,7 @@ def test_failed_run_gives_the_threads_back(monkeypatch):
 )
 def test_tiny_batches_of_a_small_model_train_on_one_thread(monkeypatch, model, fields, omp, expected):
     before = torch.get_num_threads()
-    monkeypatch.setattr("cifar.distributed.runtime.available_cores", lambda: 2)
+    monkeypatch.setattr("cifar.distributed.cpu.available_cores", lambda: 2)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if omp is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", omp)

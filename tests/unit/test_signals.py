@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from cifar.distributed import preemption
@@ -162,12 +163,12 @@ class Ranks:
         ranks, calls = self, iter(range(10**6))
 
         class PendingAllReduce:
-            def __init__(self, call):
-                self.call = call
+            def __init__(self, call, tensor):
+                self.call, self.tensor = call, tensor
 
-            def result(self):
+            def wait(self):
                 wait_until(lambda: len(ranks.votes[self.call]) == ranks.world_size)
-                return [max(column) for column in zip(*ranks.votes[self.call], strict=True)]
+                self.tensor.copy_(torch.tensor(ranks.votes[self.call]).amax(0))
 
         class Runtime:
             world_size = ranks.world_size
@@ -176,7 +177,7 @@ class Ranks:
                 call = next(calls)
                 with ranks._lock:
                     ranks.votes.setdefault(call, []).append(tensor.tolist())
-                return PendingAllReduce(call)
+                return PendingAllReduce(call, tensor)
 
         return StopAgreement(Runtime(), ranks.requests[rank])
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from cifar.evaluation import MANY_CLASSES, Evaluation
 from cifar.files import write_atomically
-from cifar.metrics import read_metrics, series
-from cifar.plotting import Axes, Figure, LinearSegmentedColormap, default_style
+from cifar.records.metrics import read_metrics, series
+from cifar.records.plotting import Axes, Figure, LinearSegmentedColormap, default_style
 
 _WRONG_IMAGES = 36
 
@@ -86,7 +86,7 @@ def _facts(result: dict[str, Any]) -> str:
 
 
 def _template() -> jinja2.Template:
-    loader = jinja2.PackageLoader("cifar", ".")
+    loader = jinja2.PackageLoader("cifar.records", ".")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     return environment.get_template("report.html.jinja")
 

@@ -1,11 +1,11 @@
 """Profile a few training steps of each rank: a trace for Perfetto, and the most expensive operations."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from cifar.distributed.environment import quiet_profiler
-from cifar.distributed.runtime import Runtime
 
 FIRST, LAST = 10, 20  # steps of this process, from 1; in those before, kernels are loaded and chosen
 _ROWS = 10
@@ -18,11 +18,11 @@ class StepProfiler:
     Each rank writes `trace-rankN.json`, and rank zero prints torch's table of its most expensive operations.
     """
 
-    def __init__(self, runtime: Runtime, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, rank: int, on_gpu: bool, print_line: Callable[[str], None]) -> None:
         """Start counting steps; see `after_step`. On other hosts than rank zero's, `run_dir` is created if need be."""
-        self._runtime, self._path = runtime, run_dir / f"trace-rank{runtime.rank}.json"
+        self._rank, self._on_gpu, self._print = rank, on_gpu, print_line
+        self._path = run_dir / f"trace-rank{rank}.json"
         quiet_profiler()
-        self._on_gpu = runtime.device.type == "cuda"
         self._profile = profile(
             activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_gpu else [])],
             schedule=schedule(skip_first=FIRST - 1, wait=0, warmup=1, active=LAST - FIRST + 1, repeat=1),
@@ -46,7 +46,7 @@ class StepProfiler:
             self._running = False
             self._profile.stop()
             if not self._written:
-                self._runtime.print0(f"no profile: training ended before step {FIRST} of this process")
+                self._print(f"no profile: training ended before step {FIRST} of this process")
 
     def _write(self, finished: profile) -> None:
         self._written = True
@@ -54,11 +54,11 @@ class StepProfiler:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             finished.export_chrome_trace(str(self._path))
         except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
-            print(f"WARNING: rank {self._runtime.rank} cannot write {self._path}: {error}", flush=True)
-        if not self._runtime.is_main:
+            print(f"WARNING: rank {self._rank} cannot write {self._path}: {error}", flush=True)
+        if self._rank != 0:
             return
         order = f"self_{'device' if self._on_gpu else 'cpu'}_time_total"
         averages = finished.key_averages(group_by_input_shape=True)
-        self._runtime.print0(f"The most expensive operations of steps {FIRST} to {LAST}:")
-        self._runtime.print0(averages.table(sort_by=order, row_limit=_ROWS, max_shapes_column_width=_SHAPES))
-        self._runtime.print0(f"every step and rank: {self._path.with_name('trace-rank*.json')}, at ui.perfetto.dev")
+        self._print(f"The most expensive operations of steps {FIRST} to {LAST}:")
+        self._print(averages.table(sort_by=order, row_limit=_ROWS, max_shapes_column_width=_SHAPES))
+        self._print(f"every step and rank: {self._path.with_name('trace-rank*.json')}, at ui.perfetto.dev")

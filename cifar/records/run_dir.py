@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from torch import nn
 
 from cifar.errors import UserError
 from cifar.files import read_json, write_json
@@ -52,11 +53,14 @@ class RunLock:
         """Record this process and its launches by torchrun, one per host, beside the run's earlier ones.
 
         Raises:
-            OSError: the disk is full.
+            UserError: the disk is full.
         """
         launchers = list(dict.fromkeys([*owners(self._run_dir), *launchers]))
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "launchers": launchers}
-        write_json(self._run_dir / "launch.json", owner)
+        try:
+            write_json(self._run_dir / "launch.json", owner)
+        except OSError as error:
+            raise UserError(f"launch.json cannot be written to {self._run_dir}: {error}") from error
 
     def release(self, undo: bool = False) -> None:
         """Release the lock; with `undo`, also remove the lock file if this process created it."""
@@ -121,12 +125,15 @@ def check_unused(run_dir: Path) -> None:
 _RECORDS = ("metrics.jsonl", "result.json", "index.html", "report.png", "checkpoints/step-*", "wandb")
 
 
-def check_writable(run_dir: Path, need: int) -> None:
-    """Check before training that `run_dir` takes `need` bytes; remove what killed processes left half-written.
+def check_writable(run_dir: Path, model: nn.Module) -> None:
+    """Check before training that `run_dir` has room for this run; remove what killed processes left half-written.
+
+    That is for weights, momentum and a checkpoint beside its predecessor, and 4 MiB for the records.
 
     Raises:
-        UserError: it does not; a directory that was empty is empty again, so that the same command can be repeated.
+        UserError: it has not; a directory that was empty is empty again, so that the same command can be repeated.
     """
+    need = 3 * 8 * sum(parameter.numel() for parameter in model.parameters()) + (4 << 20)  # bytes
     checkpoints, probe = run_dir / "checkpoints", run_dir / ".space-probe"
     try:
         checkpoints.mkdir(exist_ok=True)

@@ -2,9 +2,11 @@
 
 import contextlib
 import errno
+import itertools
 import json
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,28 @@ from cifar.files import write_atomically
 
 Series = list[tuple[float, float]]
 """Points (x, y) of a curve."""
+
+
+@dataclass(frozen=True)
+class LogPoint:
+    """Training metrics at a logging step.
+
+    Attributes:
+        step: optimizer steps since the run began.
+        epoch: the epoch, counted from 1.
+        epoch_step: optimizer steps since the epoch began.
+        loss: mean cross-entropy since the last log point, over all ranks.
+        lr: learning rate of the last update.
+        images_per_second: training throughput of all ranks together since the last log point or checkpoint; a
+            process's first includes its first step, and an epoch's first the drawing of its permutation.
+    """
+
+    step: int
+    epoch: int
+    epoch_step: int
+    loss: float
+    lr: float
+    images_per_second: float
 
 
 class MetricsFile:
@@ -76,16 +100,6 @@ def series(records: list[dict[str, Any]], name: str) -> Series:
     return [(record["step"], record[name]) for record in map(numbers, records) if name in record]
 
 
-def seconds_of_training(records: list[dict[str, Any]], global_batch_size: int) -> Series:
-    """Return (step, seconds of training until then) at the log points, computed from their images per second."""
-    points, seconds, before = [(0.0, 0.0)], 0.0, 0.0
-    for step, rate in series(records, "train/images_per_second"):
-        seconds += (step - before) * global_batch_size / rate
-        before = step
-        points.append((step, seconds))
-    return points
-
-
 def _read(path: Path) -> list[dict[str, Any]]:
     """Return the records in `path`, none if there is no such file; print one warning if lines are damaged."""
     try:
@@ -105,3 +119,20 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         if isinstance(record, dict) and type(record.get("step")) is int:
             return numbers(record)  # earlier versions wrote NaN
     return None
+
+
+OF_A_START = ("world_size", "device", "version", "git_commit", "python", "torch", "accelerate")
+
+
+def starts(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the starts of a run from its config.json, in order: the step after which each began, and on what.
+
+    Of a run of an earlier version, only the last start is known; it counts for the whole run.
+    """
+    return facts.get("starts", [{"step": 0} | {name: facts.get(name) for name in OF_A_START}])
+
+
+def parts(facts: dict[str, Any], steps: int, *names: str) -> list[tuple[Any, ...]]:
+    """Return `names` of each start that has trained a part of the first `steps` steps; equal neighbours count once."""
+    values = (tuple(start[name] for name in names) for start in starts(facts) if start["step"] < max(steps, 1))
+    return [value for value, _ in itertools.groupby(values)]

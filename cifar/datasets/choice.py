@@ -1,0 +1,51 @@
+"""The dataset of a run, the same on all ranks: prepared once on each host, and compared."""
+
+import socket
+
+from cifar.config import TrainConfig
+from cifar.datasets import DATASETS, PREPARE
+from cifar.datasets.base import Dataset
+from cifar.datasets.download import UnavailableError
+from cifar.distributed.runtime import Runtime
+from cifar.errors import UserError
+
+
+def choose_dataset(config: TrainConfig, runtime: Runtime) -> tuple[str, Dataset]:
+    """Return the name and the content of the dataset to train on. Collective.
+
+    Local rank zero downloads or decodes it if it has to, while the others wait. "auto" is CIFAR-10, or the synthetic
+    dataset, on all ranks, if one host can neither find nor download it.
+
+    Raises:
+        UserError: a file is corrupt, the dataset is not available, or the hosts have different images.
+    """
+    name, missing = "cifar10" if config.dataset == "auto" else config.dataset, None
+    with runtime.fail_together():
+        if runtime.local_rank == 0 and name in PREPARE:
+            try:
+                PREPARE[name](config.data_dir, config.data_url)  # which prints the progress, on each host
+            except UnavailableError as error:
+                if config.dataset != "auto":
+                    raise
+                missing = error.reason
+    if reasons := [reason for reason in runtime.gather(missing) if reason is not None]:
+        runtime.print0(f"WARNING: training on the synthetic dataset, not on CIFAR-10: {reasons[0]}")
+        name = "synthetic"
+    with runtime.fail_together():
+        dataset = DATASETS[name](config.data_dir)
+        dataset.check(name)
+    _check_same(name, dataset, runtime)
+    return name, dataset
+
+
+def _check_same(name: str, dataset: Dataset, runtime: Runtime) -> None:
+    """Check that all ranks have the same images, and name the hosts that do not. Collective."""
+    host = socket.gethostname() + (f" ({dataset.decoder})" if dataset.decoder else "")
+    ranks = runtime.gather((dataset.fingerprint, host))
+    for split in dataset.fingerprint:
+        found = sorted({(host, theirs[split]) for theirs, host in ranks})
+        if len({images for _, images in found}) > 1:
+            different = " and ".join(f"{images} on {host}" for host, images in found)
+            raise UserError(
+                f"dataset {name}: the hosts have different {split} images: {different}: copy the same files to each"
+            )
