@@ -25,11 +25,7 @@ class BatchPlan:
 
     @classmethod
     def make(cls, config: TrainConfig, world_size: int, train_size: int) -> "BatchPlan":
-        """Return the plan for `train_size` training images.
-
-        Raises:
-            UserError: the global batch has fewer images than there are processes, or more than the training set.
-        """
+        """Return the plan for `train_size` training images."""
         size = config.global_batch_size or config.local_batch_size * world_size
         if size < world_size:
             raise UserError(

@@ -98,7 +98,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Verify and load a checkpoint.
+    """Verify and load a checkpoint; DamagedCheckpointError tells that it is corrupt, or no checkpoint.
 
     Every record is compared with its CRC-32, which torch.save writes and torch.load ignores. Nothing in the file is
     executed: unpickling is limited to plain data.
@@ -106,10 +106,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Returns:
         {"format": 2, "config": {...}, "dataset": str, "classes": [str, ...], "state": `TrainState.state_dict()`}, the
         tensors on the CPU.
-
-    Raises:
-        DamagedCheckpointError: the file is corrupt, or not a checkpoint.
-        UserError: the file has the format of a later version.
     """
     # torch.load gets a new archive of the verified records: from a file with a flipped bit it may read other bytes than
     # zipfile, or none (a record that is marked as a directory is left uninitialized).
@@ -126,16 +122,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         content = torch.load(verified, map_location="cpu", weights_only=True)
     except Exception as error:  # a malicious file can make the unpickler raise anything
         raise DamagedCheckpointError(f"{path}: holds more than tensors and plain data; not executed") from error
-    try:
-        if content["format"] != FORMAT:
-            raise UserError(f"{path} has checkpoint format {content['format']!r}: load it with a later version")
-        config, dataset, classes, state = (content[key] for key in ("config", "dataset", "classes", "state"))
-        valid = isinstance(config, dict) and isinstance(state, dict) and isinstance(classes, list) and len(classes) > 0
-        valid = valid and all(isinstance(name, str) for name in (dataset, *classes))
-    except (LookupError, TypeError):
-        valid = False
-    if not valid:
+    types = {"format": int, "config": dict, "dataset": str, "classes": list, "state": dict}
+    if not isinstance(content, dict) or any(not isinstance(content.get(key), types[key]) for key in types):
         raise DamagedCheckpointError(f"{path}: not a checkpoint of this program")
+    if content["format"] != FORMAT:
+        raise UserError(f"{path} has checkpoint format {content['format']}: load it with a later version")
     return content
 
 
@@ -151,11 +142,7 @@ def checkpoints(run_dir: Path) -> dict[int, Path]:
 
 
 def load_weights(model: nn.Module, content: dict[str, Any], name: str, path: Path) -> None:
-    """Load the weights of the checkpoint `content`, read from `path`, into `model`, built as `name`.
-
-    Raises:
-        UserError: the checkpoint is of another model, or of another number of classes.
-    """
+    """Load the weights of the checkpoint `content`, read from `path`, into `model`, built as `name`."""
     saved = content["config"].get("model")
     if saved != name:
         raise UserError(f"{path} holds the model {saved!r}, not {name!r}: add --model {saved}")
@@ -163,9 +150,7 @@ def load_weights(model: nn.Module, content: dict[str, Any], name: str, path: Pat
         model.load_state_dict(content["state"]["model"])
     except (RuntimeError, KeyError, TypeError) as error:
         reason = " ".join(line.strip() for line in str(error).splitlines()[:2])
-        raise UserError(
-            f"{path} holds a {name!r} for {len(content['classes'])} classes, which does not fit this one: {reason}"
-        ) from error
+        raise UserError(f"{path} holds a {name!r} of another form than this version's: {reason}") from error
 
 
 class CheckpointWriter:

@@ -30,10 +30,6 @@ def launch(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") -> Ite
 
     After a restart by torchrun, the configuration is that of the run which this launch began. If it has finished, `Run`
     ends the block, without an error.
-
-    Raises:
-        UserError: the command line or the environment is wrong.
-        LocalError: the memory of this rank's device or host does not suffice.
     """
     config = parse_args(argv, prog)
     place = Launch.from_environment()
@@ -60,13 +56,7 @@ def launch(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") -> Ite
 
 
 def parse_args(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") -> TrainConfig:
-    """Return the configuration for the flags `argv`, or for those of this process.
-
-    Raises:
-        UserError: a value is out of range or, with `--resume`, conflicts with the run's own.
-        UsageError: tyro has explained an unknown flag or value.
-        SystemExit: after `--help`.
-    """
+    """Return the configuration for the flags `argv`, or for those of this process."""
     named = _flags_that_decide_defaults(argv)
     base = _base_config(named)
     flags = _flags_class()

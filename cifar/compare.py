@@ -48,52 +48,50 @@ def run_dirs(path: Path) -> list[Path]:
 
 
 def read_run(run_dir: Path) -> Run:
-    """Read the run in `run_dir`.
-
-    Raises:
-        UserError: there is none, or its records are damaged. (Damaged lines of metrics.jsonl are only left out.)
-    """
-    path = run_dir / "config.json"
+    """Read the run in `run_dir`; a UserError tells that there is none, or that its records are damaged."""
     try:
-        facts = read_json(path)
-        config = facts["config"]
-        batch, lr, seed = int(config["global_batch_size"]), float(config["lr"]), int(config["seed"])
-        if config.get("lr_scaling") != "none":  # of a run of an older version, lr is as stated
-            lr *= batch / int(config.get("lr_batch_size", batch))
-        path = run_dir / "metrics.jsonl"
-        records = read_metrics(run_dir)
-        steps = records[-1]["step"] if records else 0
-        tests = series(records, "test/accuracy")
-        clock = dict(seconds_of_training(records, batch))
-        path = run_dir / "result.json"
-        result = read_json(path) if path.exists() else {}
-        if result and int(result["steps"]) != steps:  # the run has been continued since
-            result = {}
-        seconds = result.get("train_seconds", max(clock.values()) or None)
-        accuracy, name = tests[-1][1] if tests else None, run_dir.resolve().name
-        cells = {
-            "accuracy": _shown("{:.2f} %", accuracy, 100),
-            "with TTA": _shown("{:.2f} %", result.get("test_accuracy_tta"), 100),
-            "seconds": _shown("{:,.1f}", seconds),
-            "first step": _shown("{:,.2f}", result.get("first_step_seconds")),
-            "images/s": _shown("{:,.0f}", steps * batch / seconds if seconds else None),
-            "steps": f"{steps:,}",
-            "processes": ", ".join(str(int(size)) for (size,) in parts(facts, steps, "world_size")),
-            "batch": f"{batch:,}",
-            "lr": f"{lr:g}",
-            "precision": str(config.get("precision", "-")),
-            "seed": f"{seed}",
-            "recipe": str(config.get("recipe", "-")),
-            "dataset": str((result or facts)["dataset"]),
-            "run": name + ("" if result else " (not finished)"),
-        }
-        by_seconds = [(clock[step], value) for step, value in tests if step in clock]
-        by_images = [(step * batch, value) for step, value in tests]
-        return Run(name, cells["dataset"], cells, accuracy, by_seconds, by_images)
+        facts, records = read_json(run_dir / "config.json"), read_metrics(run_dir)
+        result_file = run_dir / "result.json"
+        result = read_json(result_file) if result_file.exists() else {}
+        return _summarize(run_dir.resolve().name, facts, records, result)
     except FileNotFoundError as error:
-        raise UserError(f"{run_dir} is not a run directory: it has no {path.name}") from error
+        raise UserError(f"{run_dir} is not a run directory: it has no config.json") from error
     except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
-        raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+        raise UserError(f"the records in {run_dir} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _summarize(name: str, facts: dict[str, Any], records: list[dict[str, Any]], result: dict[str, Any]) -> Run:
+    """Return the run of these records: config.json, the lines of metrics.jsonl, and result.json."""
+    config = facts["config"]
+    batch, lr = int(config["global_batch_size"]), float(config["lr"])
+    if config.get("lr_scaling") != "none":  # of a run of an older version, lr is as stated
+        lr *= batch / int(config.get("lr_batch_size", batch))
+    steps = records[-1]["step"] if records else 0
+    if result and int(result["steps"]) != steps:  # the run has been continued since
+        result = {}
+    tests = series(records, "test/accuracy")
+    accuracy = tests[-1][1] if tests else None
+    clock = dict(seconds_of_training(records, batch))
+    seconds = result.get("train_seconds", max(clock.values()) or None)
+    cells = {
+        "accuracy": _shown("{:.2f} %", accuracy, 100),
+        "with TTA": _shown("{:.2f} %", result.get("test_accuracy_tta"), 100),
+        "seconds": _shown("{:,.1f}", seconds),
+        "first step": _shown("{:,.2f}", result.get("first_step_seconds")),
+        "images/s": _shown("{:,.0f}", steps * batch / seconds if seconds else None),
+        "steps": f"{steps:,}",
+        "processes": ", ".join(str(int(size)) for (size,) in parts(facts, steps, "world_size")),
+        "batch": f"{batch:,}",
+        "lr": f"{lr:g}",
+        "precision": str(config.get("precision", "-")),
+        "seed": f"{int(config['seed'])}",
+        "recipe": str(config.get("recipe", "-")),
+        "dataset": str((result or facts)["dataset"]),
+        "run": name + ("" if result else " (not finished)"),
+    }
+    by_seconds = [(clock[step], value) for step, value in tests if step in clock]
+    by_images = [(step * batch, value) for step, value in tests]
+    return Run(name, cells["dataset"], cells, accuracy, by_seconds, by_images)
 
 
 def seconds_of_training(records: list[dict[str, Any]], global_batch_size: int) -> Series:

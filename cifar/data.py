@@ -183,12 +183,7 @@ class Data:
 
 
 def load_data(config: TrainConfig, runtime: Runtime) -> Data:
-    """Load the dataset, the same on every rank, onto the device. Collective.
-
-    Raises:
-        UserError: a file is corrupt, the dataset is not available, the hosts have different images, or there are fewer
-            images than a global batch needs, or fewer in it than processes.
-    """
+    """Load the dataset, the same on every rank, onto the device. Collective."""
     name, dataset = choose_dataset(config, runtime)
 
     def to_device(split: Split) -> DeviceImages:

@@ -1,9 +1,8 @@
 """Exact test metrics: every test image counts once at every world size, with one all_reduce."""
 
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,22 +80,13 @@ class Evaluation:
         return wrong[order[:count]].tolist()
 
 
-class ShardLoader(Protocol):
-    """Batches of this rank's shard of the test set, as `data.EvalLoader` is one."""
-
-    dataset: Any  # the whole test set, `data.DeviceImages`
-    sampler: Iterable[Tensor]  # the indices of each batch, int64 [batch]
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield normalized images, float32 [batch, 3, 32, 32], and labels, int64 [batch]."""
-
-    def subset(self, indices: Tensor) -> "ShardLoader":
-        """Return a loader of this rank's shard of the images `indices`, int64 [n]."""
-
-
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: ShardLoader, runtime: Runtime, tta: str = "none", plain: Evaluation | None = None
+    model: nn.Module,
+    loader: Any,  # this rank's shard of the test set: `data.EvalLoader`
+    runtime: Runtime,
+    tta: str = "none",
+    plain: Evaluation | None = None,
 ) -> Evaluation:
     """Test the model on the shards of all ranks together. Collective.
 
@@ -110,9 +100,6 @@ def evaluate(
         tta: test-time augmentation, "none", "flip" or "crop"; see `augmented_logits`. It applies to the quarter of the
             images with the least confidence: views of the others would hardly change a prediction.
         plain: the evaluation without it, where it is known; else it is made first.
-
-    Raises:
-        RuntimeError: an image was counted twice or not at all.
     """
     test, chosen = loader.dataset, torch.arange(len(loader.dataset))
     if tta != "none":
@@ -141,7 +128,7 @@ def evaluate(
     return Evaluation(losses, test.labels.cpu(), predicted, confidence, test.classes)
 
 
-def _fill_rows(rows: Tensor, model: nn.Module, loader: ShardLoader, tta: str) -> None:
+def _fill_rows(rows: Tensor, model: nn.Module, loader: Any, tta: str) -> None:
     """Add to the row of each image of this rank's shard: seen, predicted class, loss, confidence, loss not finite."""
     was_training = model.training
     model.eval()

@@ -47,13 +47,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         _check(all(parameter.grad is None for parameter in net.parameters()), "every .grad is None before backward")
         with runtime.accelerator.no_sync(model):
             F.cross_entropy(model(images), labels).backward()
-        own = _gradients(net)
+        gradients_of_rank = _gradients(net)
         before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
         loss = train_step(model, [(images, labels)], len(images) * runtime.world_size, optimizer, runtime)
         runtime.print0("\nBACKWARD: every .grad is None before it")
         mean, guessing = runtime.mean(loss), math.log(len(data.classes))
         runtime.print0(f"   loss: cross-entropy {mean:.4f} (guessing costs {guessing:.4f})")
-        explain_gradients(own, _gradients(net), runtime)
+        explain_gradients(gradients_of_rank, _gradients(net), runtime)
         explain_update(net, optimizer, before, lr, runtime)
 
         stale = _gradients(net)
@@ -81,16 +81,16 @@ def explain_forward(net: nn.Module, images: Tensor, runtime: Runtime) -> None:
         hook.remove()
 
 
-def explain_gradients(own: Tensors, averaged: Tensors, runtime: Runtime) -> None:
+def explain_gradients(of_rank: Tensors, averaged: Tensors, runtime: Runtime) -> None:
     """Show the gradients, and that DistributedDataParallel has replaced those of all ranks by their mean."""
     for name, gradient in averaged.items():
         runtime.print0(f"   {name + '.grad':<18} {list(gradient.shape)!s:>16}  norm {gradient.norm():.6f}")
     if runtime.world_size == 1:
         return
-    before, after = runtime.gather(_norm(own)), runtime.gather(_norm(averaged))
+    before, after = runtime.gather(_norm(of_rank)), runtime.gather(_norm(averaged))
     _check(len(set(before)) == runtime.world_size, "the ranks' own gradients differ")
     _check(len(set(after)) == 1, "the ranks' gradients agree after the all-reduce")
-    mean = {name: runtime.mean(gradient) for name, gradient in own.items()}
+    mean = {name: runtime.mean(gradient) for name, gradient in of_rank.items()}
     _check(_difference(mean, averaged) < 1e-6, "the all-reduce is the mean over the ranks")
     runtime.print0("\nALL-REDUCE: every rank computes the gradient of its own images")
     runtime.print0(f"   before it, the gradient's norm on each rank: {', '.join(f'{norm:.6f}' for norm in before)}")

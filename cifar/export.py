@@ -22,7 +22,6 @@ from cifar.files import write_atomically
 from cifar.predict import build_trained_model
 from cifar.records.console import SYNTHETIC_WARNING
 
-FORMAT_VERSION = 1  # of the metadata
 _PRIVATE = ("data_dir", "data_url", "run_dir", "resume", "evaluate")  # directories of the training machine
 
 
@@ -54,14 +53,11 @@ class Classifier(nn.Module):
         return self.model(normalize(images))
 
 
-def describe(content: dict[str, Any]) -> dict[str, str]:
-    """Return the metadata of every format from the checkpoint `content`: `classes` and `config` are JSON texts.
-
-    Of the configuration, paths and the URL are left out: a model may be published.
-    """
+def _metadata(content: dict[str, Any]) -> dict[str, str]:
+    """Return the metadata of every format: `classes` and `config` are JSON texts, without paths and the URL."""
     config = {name: value for name, value in content["config"].items() if name not in _PRIVATE}
     return {
-        "format_version": str(FORMAT_VERSION),
+        "format_version": "1",
         "model": config["model"],
         "dataset": content["dataset"],
         "classes": json.dumps(content["classes"]),
@@ -69,19 +65,13 @@ def describe(content: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def to_pt2(model: nn.Module, metadata: dict[str, str]) -> bytes:
-    """Return what torch.export.load reads; `metadata` are its extra files."""
+def _to_pt2(model: nn.Module, metadata: dict[str, str]) -> bytes:
     file = io.BytesIO()
     torch.export.save(_trace(model), file, extra_files=metadata)
     return file.getvalue()
 
 
-def to_onnx(model: nn.Module, metadata: dict[str, str]) -> bytes:
-    """Return an ONNX model with the input `images` and the output `scores`; `metadata` are its metadata_props.
-
-    Raises:
-        UserError: a package that torch's exporter needs is missing or too old.
-    """
+def _to_onnx(model: nn.Module, metadata: dict[str, str]) -> bytes:
     try:
         import onnxscript  # noqa: F401  # torch itself would import it, and with it onnx, only after tracing
 
@@ -96,8 +86,7 @@ def to_onnx(model: nn.Module, metadata: dict[str, str]) -> bytes:
     return program.model_proto.SerializeToString()
 
 
-def to_safetensors(model: nn.Module, metadata: dict[str, str]) -> bytes:
-    """Return the weights of `model` under the names of its state dict, with `metadata` in the header."""
+def _to_safetensors(model: nn.Module, metadata: dict[str, str]) -> bytes:
     return save_safetensors(model.state_dict(), metadata)
 
 
@@ -106,19 +95,16 @@ def _trace(model: nn.Module) -> ExportedProgram:
     return torch.export.export(Classifier(model), (images,), dynamic_shapes={"images": {0: Dim("n")}})
 
 
+# A function from a model and its metadata to the content of the file, for each --format.
 FORMATS: dict[str, Callable[[nn.Module, dict[str, str]], bytes]] = {
-    "pt2": to_pt2,
-    "onnx": to_onnx,
-    "safetensors": to_safetensors,
+    "pt2": _to_pt2,
+    "onnx": _to_onnx,
+    "safetensors": _to_safetensors,
 }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the file, and print a line about it.
-
-    Raises:
-        UserError: the checkpoint cannot be used, the file cannot be written, or a package is missing.
-    """
+    """Write the file, and print a line about it."""
     asked = parse_flags(Export, argv, prog="python -m cifar.export")
     suffix = f".{asked.format}"
     # The rule also keeps a slip from replacing a checkpoint.
@@ -130,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{out} is the checkpoint itself: name another file with --out")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's exporters warn of deprecations in torch itself
-        exported = FORMATS[asked.format](model, describe(content))
+        exported = FORMATS[asked.format](model, _metadata(content))
     try:
         write_atomically(out, lambda file: file.write(exported))
     except OSError as error:

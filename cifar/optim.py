@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
 
     The learning rate of a parameter group is the schedule's times the group's "lr_scale".
     """
-    sgd: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "lr": config.lr,  # replaced before every step; see learning_rate
         "momentum": config.momentum,
         "nesterov": config.nesterov,
@@ -36,7 +37,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         groups.append({"params": filters, "lr_scale": config.muon_lr / config.lr, **muon})
     groups = [group for group in groups if group["params"]]
     # Fused: one kernel updates all parameters; for a small model, launching kernels is most of the cost of an update.
-    optimizer = Muon(groups, **sgd) if config.optimizer == "muon" else torch.optim.SGD(groups, **sgd, fused=True)
+    sgd_class = Muon if config.optimizer == "muon" else partial(torch.optim.SGD, fused=True)
+    optimizer: torch.optim.Optimizer = sgd_class(groups, **settings)
     if config.momentum and config.optimizer == "sgd":
         # torch would allocate the buffers in the first update, and leave them uninitialized if fp16's loss scaler
         # skips it. From zeros, the first update has the same bits.

@@ -36,8 +36,7 @@ class Prediction:
 def build_trained_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """Return the model of a checkpoint, with its weights, and the checkpoint's content.
 
-    Raises:
-        UserError: the checkpoint is corrupt, or holds a model that this version does not have.
+    A UserError tells that the file is damaged, or holds a model that this version does not have.
     """
     content = load_checkpoint(path)
     name = content["config"].get("model")
@@ -49,21 +48,13 @@ def build_trained_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def evaluate_checkpoint(config: TrainConfig, model: nn.Module, data: Data, runtime: Runtime) -> None:
-    """Print the test accuracy of the checkpoint `config.evaluate`. Collective.
-
-    Raises:
-        UserError: the checkpoint is corrupt, or of another model or other classes.
-    """
+    """Print the test accuracy of the checkpoint `config.evaluate`, of this model and these classes. Collective."""
     assert config.evaluate is not None
     content = load_checkpoint(config.evaluate)
     if tuple(content["classes"]) != data.classes:
-        theirs, ours = (
-            ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
-            for classes in (content["classes"], data.classes)
-        )
         raise UserError(
-            f"{config.evaluate} was trained on the classes of {content['dataset']} ({theirs}), not on those of "
-            f"{data.name} here ({ours})"
+            f"{config.evaluate} was trained on the classes of {content['dataset']} ({_shown(content['classes'])}), "
+            f"not on those of {data.name} here ({_shown(data.classes)})"
         )
     load_weights(unwrap(model), content, config.model, config.evaluate)
     where = f"{config.evaluate}: {config.model}, trained on {content['dataset']} to step {content['state']['step']:,}"
@@ -71,6 +62,10 @@ def evaluate_checkpoint(config: TrainConfig, model: nn.Module, data: Data, runti
     test = evaluate(model, data.test, runtime)
     tta_test = evaluate(model, data.test, runtime, config.tta, test) if config.tta != "none" else None
     print_test(runtime.print0, data.name, test, tta_test)
+
+
+def _shown(classes: Sequence[str]) -> str:
+    return ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
 
 
 @torch.no_grad()
@@ -81,12 +76,7 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print a line for each picture.
-
-    Raises:
-        UserError: no picture is named, or the checkpoint cannot be used.
-        SystemExit: a picture could not be read (status 2), and the others were predicted.
-    """
+    """Print a line for each picture; exit with status 2 if one could not be read."""
     asked = parse_flags(Prediction, argv, prog="python -m cifar.predict")
     if not asked.images:
         raise UserError("no picture is named: python -m cifar.predict CHECKPOINT IMAGE [IMAGE ...]")

@@ -95,11 +95,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def config_from_recipe(name: str, **changes: Any) -> TrainConfig:
-    """Return the defaults of the recipe `name`, with `changes` applied.
-
-    Raises:
-        KeyError: there is no such recipe.
-    """
+    """Return the defaults of the recipe `name`, with `changes` applied."""
     recipe = RECIPES[name]
     lr_batch_size = recipe.global_batch_size or recipe.local_batch_size
     fields = dataclasses.asdict(recipe) | {"recipe": name, "lr_batch_size": lr_batch_size}

@@ -45,9 +45,6 @@ def find_own_run(config: TrainConfig, runtime: Runtime) -> TrainConfig:
     torchrun starts the same command line again after a rank has failed or a host has come or gone. A run is recognized
     by `Runtime.launch_id`. (TORCHELASTIC_RUN_ID is not unique before torch 2.14, and the restart count of a returning
     host begins at zero.)
-
-    Raises:
-        UserError: the configuration of that run is damaged.
     """
     recorded = None  # read where it is found: the other hosts may not share the directory
     with runtime.fail_together():
@@ -120,9 +117,6 @@ def newest_checkpoint(run_dir: Path) -> tuple[tuple[Path, dict[str, Any]] | None
     """Return path and content of the newest valid checkpoint, and "PATH: REASON" for each newer, corrupt one.
 
     The first is None if the run has no checkpoints.
-
-    Raises:
-        UserError: there are checkpoints, and all are corrupt, or the newest has the format of a later version.
     """
     corrupt: list[str] = []
     for path in checkpoints(run_dir).values():

@@ -231,11 +231,7 @@ class Run:
             self._tracking.finish(state.step, result, test, self.data.test.dataset.images, best)
 
     def stop(self) -> NoReturn:
-        """Stop after this step, whose checkpoint has been saved.
-
-        Raises:
-            StoppedError: always; its text says how to continue.
-        """
+        """Stop after this step, whose checkpoint has been saved."""
         self._writer.flush()
         raise self._agreement.stopped(f"after step {self.state.step:,} of {self._last_step:,}", self.dir)
 

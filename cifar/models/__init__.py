@@ -26,9 +26,6 @@ def build_model(name: str, num_classes: int, sample: Callable[[], Tensor] | None
         num_classes: number of outputs.
         sample: returns normalized training images, float32 [n, 3, 32, 32] on the CPU; called only for a model with
             data-dependent initialization (a method `init_from_data`). None if weights are loaded right after.
-
-    Raises:
-        KeyError: there is no model `name`.
     """
     model = MODELS[name](num_classes)
     init_from_data = getattr(model, "init_from_data", None)

@@ -89,9 +89,7 @@ def test_malicious_file_is_refused_and_not_executed(tmp_path, form):
         small() | {"config": []},
         small() | {"state": 1},
         small() | {"dataset": None},
-        small() | {"classes": []},
         small() | {"classes": "abc"},
-        small() | {"classes": ["a", 1]},
         {"config": {}, "dataset": "", "state": {}},
     ],
 )
@@ -123,13 +121,11 @@ def test_weights_of_another_model_are_refused(tmp_path):
     load_weights(build_model("net", 10), saved, "net", path)
     with pytest.raises(UserError, match=r"c.pt holds the model 'net', not 'net-wide': add --model net"):
         load_weights(build_model("net-wide", 10), saved, "net-wide", path)
-    with pytest.raises(
-        UserError, match=r"c.pt holds a 'net' for 10 classes, .* not fit .*: .*size mismatch"
-    ) as refused:
+    with pytest.raises(UserError, match=r"c.pt holds a 'net' of another form .*: .*size mismatch") as refused:
         load_weights(build_model("net", 7), saved, "net", path)
     assert "\n" not in str(refused.value)
     for state in ({}, {"model": 1}, {"model": {}}):
-        with pytest.raises(UserError, match="does not fit"):
+        with pytest.raises(UserError, match="of another form"):
             load_weights(build_model("net", 10), saved | {"state": state}, "net", path)
 
 

@@ -119,7 +119,7 @@ def test_damaged_run_is_named_and_the_others_compared(tmp_path, capsys, name, co
     out = tmp_path / "out.png"
     with pytest.raises(UserError) as mistake:
         main([str(tmp_path), "--out", str(out)])
-    assert str(mistake.value).startswith(f"{path} cannot be read: ")
+    assert str(mistake.value).startswith(f"the records in {path.parent} cannot be read: ")
     assert "\n" not in str(mistake.value)
     assert [line.split()[-3] for line in capsys.readouterr().out.splitlines()[1:-1]] == ["b"]
     assert out.exists()
