@@ -175,17 +175,6 @@ def test_damaged_metrics_cost_one_warning(undisturbed, run_dir, capsys):
     assert_same_run(run_dir, undisturbed)
 
 
-def test_metrics_that_cannot_be_read_cost_one_warning(undisturbed, run_dir, capsys):
-    path = killed(run_dir, after=12) / "metrics.jsonl"
-    path.unlink()
-    path.mkdir()
-    resume(run_dir)
-    assert sum("metrics.jsonl" in line for line in capsys.readouterr().out.splitlines()) == 1
-    path.rmdir()
-    shutil.copy(undisturbed / "metrics.jsonl", path)
-    assert_same_run(run_dir, undisturbed)
-
-
 def test_killed_before_the_result(undisturbed, run_dir):
     (run_dir / "result.json").unlink()
     resume(run_dir)
@@ -210,8 +199,7 @@ def changed(text):
 
 def test_changes_are_printed_once(run_dir, capsys):
     killed(run_dir, after=12)
-    config = json.loads((run_dir / "config.json").read_text())
-    (run_dir / "config.json").write_text(json.dumps(config | {"world_size": 2}))
+    edit_facts(run_dir, world_size=2)
     resume(run_dir, "--epochs", 3, "--log-steps", 5)
     (line,) = changed(capsys.readouterr().out)
     assert sorted(line.split(", ")) == ["--epochs 2 -> 3", "--log-steps 3 -> 5", "world size 2 -> 1"]
@@ -224,9 +212,7 @@ def test_changes_are_printed_once(run_dir, capsys):
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_flags_of_an_earlier_version_matter_only_if_they_were_used(undisturbed, run_dir, share):
     killed(run_dir, after=12)
-    facts = json.loads((run_dir / "config.json").read_text())
-    facts["config"] |= {"small_share": share, "small_size": 24}
-    (run_dir / "config.json").write_text(json.dumps(facts))
+    edit(run_dir, small_share=share, small_size=24)
     if share:
         with pytest.raises(UserError, match=r"another version of cifar-ddp: .*'small_share'"):
             resume(run_dir)
@@ -363,45 +349,43 @@ def test_configuration_that_conflicts_with_the_checkpoint(undisturbed, run_dir, 
     assert (found[0], complaints) == (checkpoint_path(run_dir, LAST), [])
 
 
-@pytest.mark.parametrize("changes", [{"lr": "0.05"}, {"epochs": None}])
-def test_configuration_of_a_wrong_type(run_dir, changes):
-    edit(killed(run_dir, after=12), **changes)
-    assert "config.json" in refused(run_dir)
-
-
-@pytest.mark.parametrize("missing", ["dataset", "world_size"])
-def test_incomplete_configuration(run_dir, missing):
-    facts = json.loads((run_dir / "config.json").read_text())
-    del facts[missing]
+def edit_facts(run_dir, **changes):
+    """Change what config.json holds besides the configuration; None removes an entry."""
+    facts = json.loads((run_dir / "config.json").read_text()) | changes
+    facts = {name: value for name, value in facts.items() if value is not None}
     (run_dir / "config.json").write_text(json.dumps(facts))
-    assert "config.json" in refused(killed(run_dir, after=12))
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_finished_run(run_dir, kept):
-    if kept:
-        assert f"has finished, with step {LAST} of {LAST}; raise --epochs or --max-steps" in refused(run_dir)
-    else:
-        for path in checkpoints(run_dir).values():
-            path.unlink()
-        assert "has finished" in refused(run_dir)
-
-
-def test_only_corrupt_checkpoints(run_dir):
-    for path in checkpoints(killed(run_dir, after=12)).values():
+def cut_checkpoints(run_dir):
+    for path in checkpoints(run_dir).values():
         path.write_bytes(path.read_bytes()[:-1])
-    text = refused(run_dir)
-    for step in (4, 8, 10, 12):
-        assert checkpoint_path(run_dir, step).name in text
 
 
-def test_other_dataset(run_dir, monkeypatch):
-    monkeypatch.setitem(DATASETS, "mine", lambda _: tiny_dataset())
-    edit(killed(run_dir, after=12), dataset="mine")
-    assert "that run trains on synthetic, but the dataset here is mine" in refused(run_dir)
-
-
-def test_other_classes(run_dir, monkeypatch):
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda run_dir: edit(run_dir, lr="0.05"), ["config.json"]),
+        (lambda run_dir: edit(run_dir, epochs=None), ["config.json"]),
+        (lambda run_dir: edit_facts(run_dir, dataset=None), ["config.json"]),
+        (lambda run_dir: edit_facts(run_dir, world_size=None), ["config.json"]),
+        (cut_checkpoints, [f"step-{step:08d}.pt" for step in (4, 8, 10, 12)]),
+        (lambda run_dir: edit(run_dir, dataset="mine"), ["that run trains on synthetic, but the dataset here is mine"]),
+        (lambda _: DATASETS.update(synthetic=DATASETS["other classes"]), ["class names"]),
+    ],
+    ids=["lr", "epochs", "no dataset", "no world size", "checkpoints", "other dataset", "other classes"],
+)
+def test_run_that_cannot_continue(run_dir, monkeypatch, spoil, words):
     killed(run_dir, after=12)
-    monkeypatch.setitem(DATASETS, "synthetic", lambda _: tiny_dataset(classes=tuple("abcdefghij")))
-    assert "class names" in refused(run_dir)
+    monkeypatch.setitem(DATASETS, "mine", lambda _: tiny_dataset())
+    monkeypatch.setitem(DATASETS, "other classes", lambda _: tiny_dataset(classes=tuple("abcdefghij")))
+    spoil(run_dir)
+    text = refused(run_dir)
+    assert all(word in text for word in words)
+
+
+@pytest.mark.parametrize("has_checkpoints", [True, False])
+def test_finished_run(run_dir, has_checkpoints):
+    advice = "; raise --epochs or --max-steps" if has_checkpoints else ", and its checkpoints are gone"
+    for path in checkpoints(run_dir).values() if not has_checkpoints else ():
+        path.unlink()
+    assert f"has finished, with step {LAST} of {LAST}{advice}" in refused(run_dir)
