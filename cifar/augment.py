@@ -68,12 +68,12 @@ class CropFlip:
         # the flipped image, measured from the other edge.
         both = F.pad(torch.cat((images, images.flip(3))), (padding,) * 4, mode)
         pixels = both.permute(0, 2, 3, 1).contiguous()  # [2 * batch, 40, 40, 3]
-        flips, left = self._flips[indices], self._columns[indices]
-        left = torch.where(flips, 2 * padding - left, left)
+        flips, columns = self._flips[indices], self._columns[indices]
+        columns = torch.where(flips, 2 * padding - columns, columns)
         chosen = torch.arange(batch, device=images.device) + batch * flips
         top = chosen * pixels.shape[1] + self._rows[indices]
         rows = top[:, None] + torch.arange(height, device=images.device)  # [batch, 32], rows of `pixels`
-        starts = rows * pixels.shape[2] + left[:, None]
+        starts = rows * pixels.shape[2] + columns[:, None]
         runs = pixels.view(-1).unfold(0, width * channels, channels)  # 32 pixels from each pixel on
         crops = runs.index_select(0, starts.view(-1)).view(batch, height, width, channels).permute(0, 3, 1, 2)
         return crops if self._cutout == 0 else self._cut_out(crops, indices)

@@ -137,8 +137,8 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 
 def checkpoints(run_dir: Path) -> dict[int, Path]:
     """Return the run's checkpoint files, valid or not, by step, newest first."""
-    found = {path.stem[len("step-") :]: path for path in (run_dir / "checkpoints").glob("step-*.pt")}
-    return {int(step): found[step] for step in sorted(filter(str.isdigit, found), key=int, reverse=True)}
+    paths = {path.stem.removeprefix("step-"): path for path in (run_dir / "checkpoints").glob("step-*.pt")}
+    return {int(step): paths[step] for step in sorted(filter(str.isdigit, paths), key=int, reverse=True)}
 
 
 def load_weights(model: nn.Module, content: dict[str, Any], name: str, path: Path) -> None:
@@ -204,7 +204,7 @@ class CheckpointWriter:
 
     def _apply_retention(self, step: int, best_step: int) -> None:
         # Later checkpoints exist only after a resume that skipped them as corrupt: they neither count nor go.
-        written = [path for found, path in checkpoints(self._run_dir).items() if found <= step]
+        written = [path for its_step, path in checkpoints(self._run_dir).items() if its_step <= step]
         for old in written[self._keep :]:
             if old != checkpoint_path(self._run_dir, best_step):
                 with contextlib.suppress(OSError):  # one too many does no harm

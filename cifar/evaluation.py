@@ -86,7 +86,7 @@ def evaluate(
     loader: Any,  # this rank's shard of the test set: `data.EvalLoader`
     runtime: Runtime,
     tta: str = "none",
-    plain: Evaluation | None = None,
+    base: Evaluation | None = None,
 ) -> Evaluation:
     """Test the model on the shards of all ranks together. Collective.
 
@@ -99,12 +99,12 @@ def evaluate(
     Args:
         tta: test-time augmentation, "none", "flip" or "crop"; see `augmented_logits`. It applies to the quarter of the
             images with the least confidence: views of the others would hardly change a prediction.
-        plain: the evaluation without it, where it is known; else it is made first.
+        base: the evaluation without it, where it is known; else it is made first.
     """
     test, chosen = loader.dataset, torch.arange(len(loader.dataset))
     if tta != "none":
-        plain = plain or evaluate(model, loader, runtime)
-        chosen = plain.confidence.argsort(stable=True)[: math.ceil(_WITH_VIEWS * len(test))]
+        base = base or evaluate(model, loader, runtime)
+        chosen = base.confidence.argsort(stable=True)[: math.ceil(_WITH_VIEWS * len(test))]
         loader = loader.subset(chosen)
     model = unwrap(model)
     runtime.average_buffers(model)
@@ -113,17 +113,17 @@ def evaluate(
     _fill_rows(rows, model, loader, tta)
 
     results, checksums = runtime.sum(rows).cpu().split([len(test), runtime.world_size])
-    seen, predicted, losses, confidence, infinite = results.unbind(1)
-    if not bool((seen == torch.zeros_like(seen).index_fill(0, chosen, 1)).all()):
-        counts = torch.bincount(seen[chosen]).tolist()
-        raise RuntimeError(f"test images counted 0, 1, 2, ... times: {counts}; each must be counted once")
+    counts, predicted, losses, confidence, infinite = results.unbind(1)
+    if not bool((counts == torch.zeros_like(counts).index_fill(0, chosen, 1)).all()):
+        numbers = torch.bincount(counts[chosen]).tolist()
+        raise RuntimeError(f"test images counted 0, 1, 2, ... times: {numbers}; each must be counted once")
     _compare_weights(checksums[:, 0].tolist(), runtime)
     losses = (losses.double() / _FIXED_POINT).where(infinite == 0, math.nan)
     confidence = confidence.double() / _FIXED_POINT
-    if plain is not None:
+    if base is not None:
         losses, predicted, confidence = (
-            new.where(seen == 1, old)
-            for new, old in ((losses, plain.losses), (predicted, plain.predicted), (confidence, plain.confidence))
+            new.where(counts == 1, old)
+            for new, old in ((losses, base.losses), (predicted, base.predicted), (confidence, base.confidence))
         )
     return Evaluation(losses, test.labels.cpu(), predicted, confidence, test.classes)
 

@@ -103,7 +103,7 @@ def explain_update(
 ) -> None:
     """Show that the optimizer has read `.grad` and updated the model's own parameters."""
     pairs = zip(optimizer.param_groups[0]["params"], net.parameters(), strict=True)
-    _check(all(held is own for held, own in pairs), "the optimizer holds the parameters themselves")
+    _check(all(held is parameter for held, parameter in pairs), "the optimizer holds the parameters themselves")
     updated = {name: parameter.detach() for name, parameter in net.named_parameters()}
     formula = {name: before[name] - lr * gradient for name, gradient in _gradients(net).items()}
     difference = _difference(updated, formula)

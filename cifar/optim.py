@@ -27,9 +27,9 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     biases = [parameter for parameter in trained if parameter.ndim == 1 and config.bias_lr_scale != 1]
     filters = [parameter for parameter in trained if parameter.ndim == 4 and config.optimizer == "muon"]
-    taken = {id(parameter) for parameter in biases + filters}
+    special = {id(parameter) for parameter in biases + filters}
     groups: list[dict[str, Any]] = [
-        {"params": [parameter for parameter in trained if id(parameter) not in taken], "lr_scale": 1.0},
+        {"params": [parameter for parameter in trained if id(parameter) not in special], "lr_scale": 1.0},
         {"params": biases, "lr_scale": config.bias_lr_scale},
     ]
     if config.optimizer == "muon":
@@ -61,13 +61,13 @@ def _match_layout(optimizer: torch.optim.Optimizer) -> None:
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of every group to `lr` times the group's "lr_scale"."""
     for group in optimizer.param_groups:
-        own = lr * group["lr_scale"]
+        scaled_lr = lr * group["lr_scale"]
         if isinstance(group["lr"], Tensor):  # read by a captured CUDA graph, so it must stay in place
-            group["lr"].fill_(own)
+            group["lr"].fill_(scaled_lr)
         elif group["params"][0].is_cuda:  # rounded to float32 as there: the same bits with a graph and without
-            group["lr"] = torch.tensor(own, dtype=torch.float32).item()
+            group["lr"] = torch.tensor(scaled_lr, dtype=torch.float32).item()
         else:
-            group["lr"] = own
+            group["lr"] = scaled_lr
 
 
 def base_learning_rate(config: TrainConfig, plan: BatchPlan) -> float:
@@ -202,7 +202,7 @@ def orthogonalize_filters(filters: Sequence[Tensor], steps: int = 3) -> list[Ten
     # The order of the columns does not matter; in that of channels-last memory, nothing is copied.
     matrices = [filter.permute(0, 2, 3, 1).flatten(1) for filter in filters]
     tall = [matrix.shape[0] > matrix.shape[1] for matrix in matrices]
-    wide = [matrix.T if turn else matrix for matrix, turn in zip(matrices, tall, strict=True)]
+    wide = [matrix.T if is_turned else matrix for matrix, is_turned in zip(matrices, tall, strict=True)]
     rows, columns = (max(matrix.shape[k] for matrix in wide) for k in (0, 1))
     x = wide[0].new_zeros((len(wide), rows, columns), dtype=torch.bfloat16)
     for padded, matrix in zip(x, wide, strict=True):
@@ -212,9 +212,9 @@ def orthogonalize_filters(filters: Sequence[Tensor], steps: int = 3) -> list[Ten
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     results = []
-    for padded, matrix, turn, filter in zip(x, wide, tall, filters, strict=True):
-        own = padded[: matrix.shape[0], : matrix.shape[1]]
+    for padded, matrix, is_turned, filter in zip(x, wide, tall, filters, strict=True):
+        result = padded[: matrix.shape[0], : matrix.shape[1]]
         out, channels, height, width = filter.shape
-        own = (own.T if turn else own).to(filter.dtype, memory_format=torch.contiguous_format)
-        results.append(own.view(out, height, width, channels).permute(0, 3, 1, 2))
+        result = (result.T if is_turned else result).to(filter.dtype, memory_format=torch.contiguous_format)
+        results.append(result.view(out, height, width, channels).permute(0, 3, 1, 2))
     return results
