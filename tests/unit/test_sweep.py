@@ -22,12 +22,10 @@ def test_every_command_of_the_wandb_sweep_parses():
     parsed = set()
     for chosen in itertools.product(*values.values()):
         given = {"args": {name: {"value": value} for name, value in zip(values, chosen, strict=True)}}
-        args = create_sweep_command_args(given)["args"]
-        command = [
-            part for part in create_sweep_command(content["command"]) if part[2:-1] not in ("env", "interpreter")
-        ]
-        assert (command[0], command[-1]) == ("${program}", "${args}")
-        config = parse_args([*command[1:-1], *args])
+        words = create_sweep_command(content["command"])
+        program, *fixed, args = [word for word in words if word[2:-1] not in ("env", "interpreter")]
+        assert (program, args) == ("${program}", "${args}")
+        config = parse_args([*fixed, *create_sweep_command_args(given)["args"]])
         assert config.wandb == "online"
         parsed.add((config.lr, config.global_batch_size))
     assert parsed == set(itertools.product(*values.values()))
