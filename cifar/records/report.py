@@ -31,10 +31,9 @@ _STYLE: Any = {
 
 
 def write_report(run_dir: Path, test: Evaluation, images: Tensor) -> None:
-    """Write index.html and report.png from the records in `run_dir` and from `test`, its last evaluation.
+    """Write index.html and report.png from the records in `run_dir` and its last evaluation.
 
-    Args:
-        images: the test set, uint8 [n, 3, 32, 32].
+    `images` is the test set, uint8 [n, 3, 32, 32].
     """
     result, facts = read_json(run_dir / "result.json"), read_json(run_dir / "config.json")
     config = facts.pop("config")

@@ -91,10 +91,9 @@ def create_run_dir(wanted: Path | None, recipe: str) -> Path:
 
 
 def check_unused(run_dir: Path) -> None:
-    """Check that `run_dir` holds no part of a run that a new one would overwrite; a UserError names it.
+    """Check, with the lock held, that a new run would overwrite nothing in `run_dir`; a UserError names what it would.
 
     Other files may be there, such as a log, and what a start leaves that was killed before it wrote its configuration.
-    Call it with the lock held.
     """
     for name in _RECORDS:
         if next(run_dir.glob(name), None) is not None:

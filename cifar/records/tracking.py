@@ -96,9 +96,7 @@ class Tracking:
     ) -> None:
         """Open the records in `config.run_dir`, and drop those after `step`, at which the run continues.
 
-        Args:
-            facts: what config.json holds besides `config`.
-            accelerator: accelerate's `Accelerator`.
+        `facts` is what config.json holds besides `config`, and `accelerator` accelerate's `Accelerator`.
         """
         assert config.run_dir is not None
         self._dir, self._print = config.run_dir, print_line
@@ -143,9 +141,7 @@ class Tracking:
     def finish(self, step: int, result: dict[str, Any], test: Evaluation, images: Tensor, best: Path) -> None:
         """Record the result in W&B and in result.json, and draw the report. What fails here is a warning.
 
-        Args:
-            test: the last evaluation, of `images`, uint8 [n, 3, 32, 32].
-            best: the checkpoint with the best test accuracy.
+        `test` is the last evaluation, of `images`, uint8 [n, 3, 32, 32]; `best` the checkpoint with the best accuracy.
         """
         self._wandb.log_result(step, result, test, images, best)
         try:

@@ -63,9 +63,7 @@ class WandbRun:
     def start(self, config: TrainConfig, facts: dict[str, Any], recorded: list[dict[str, Any]]) -> None:
         """Start the W&B run, or continue that of a resumed run; offline without a key or a reachable server.
 
-        Args:
-            facts: added to `config` in W&B's configuration of the run.
-            recorded: the lines of metrics.jsonl before the step at which the run continues, in order.
+        Its configuration is `config` and `facts`; `recorded` are the records of earlier starts, in order.
         """
         # W&B reads these from the environment only. Tables of images wait for their upload in the data directory, by
         # default in the home directory. Error reports to a silent server would delay the exit by 12 seconds.
@@ -94,7 +92,6 @@ class WandbRun:
                 raise
             self._print(f"WARNING: W&B cannot be reached, recording offline: {first_line(error)}")
             _stop_service()  # the failed run would keep the ID in use
-            wandb.setup(wanted)
             self._run = self._init("offline")
         self._run.config.update(config.to_json() | facts, allow_val_change=True)
         self._define_metrics()
@@ -174,10 +171,7 @@ class WandbRun:
 
     @_never_fails
     def log_result(self, step: int, result: dict[str, Any], test: Evaluation, images: Tensor, best: Path) -> None:
-        """Log the result, the confusion matrix, the most confidently wrong images and, if asked for, the model.
-
-        Arguments are those of `Tracking.finish`.
-        """
+        """Log the result, confusion matrix, wrong images and, if asked for, the model; see `Tracking.finish`."""
         run = self._run
         run.summary.update(result)  # before the pictures, which may fail
         # One call each, in this order: W&B stores an image once, where the list has it, and the table refers to that

@@ -14,7 +14,7 @@ FLAGS = ["--dataset", "synthetic", "--device", "cpu", "--wandb", "disabled", "--
 
 @pytest.fixture
 def tiny(monkeypatch):
-    make_runs_tiny(monkeypatch, 200)
+    make_runs_tiny(monkeypatch)
 
 
 def steps(path) -> list[int]:
@@ -53,13 +53,6 @@ def test_runs_that_end_before_step_20_or_step_10(tiny, tmp_path, capsys):
     assert "no profile: training ended before step 10 of this process\n" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_a_resumed_run_counts_its_own_steps(tiny, tmp_path):
-    train_ddp.main([*FLAGS, "--run-dir", str(tmp_path / "run"), "--max-steps", "25"])
-    train_ddp.main(["--resume", str(tmp_path / "run"), "--profile", "--max-steps", "50", "--wandb", "disabled"])
-    assert steps(tmp_path / "run" / "trace-rank0.json") == list(range(10, 21))
-
-
 def test_a_trace_that_cannot_be_written_costs_one_warning(tiny, tmp_path, monkeypatch, capsys):
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -71,9 +64,12 @@ def test_a_trace_that_cannot_be_written_costs_one_warning(tiny, tmp_path, monkey
     assert "Finished Training" in out
 
 
-def test_without_the_flag_nothing_is_profiled(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("cifar.run.StepProfiler", None)
-    train_ddp.main([*FLAGS, "--run-dir", str(tmp_path / "run"), "--max-steps", "2"])
+def test_nothing_is_profiled_without_the_flag_and_a_resumed_run_counts_its_own_steps(tiny, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr("cifar.run.StepProfiler", None)
+        train_ddp.main([*FLAGS, "--run-dir", str(tmp_path / "run"), "--max-steps", "5"])
+    train_ddp.main(["--resume", str(tmp_path / "run"), "--profile", "--max-steps", "30"])
+    assert steps(tmp_path / "run" / "trace-rank0.json") == list(range(10, 21))
 
 
 @pytest.mark.slow

@@ -26,27 +26,19 @@ def _short_patience(monkeypatch):
     monkeypatch.setattr(run_dir, "_NOTICE_SECONDS", 0.1)
 
 
-@pytest.fixture
-def lock_elsewhere():
-    """A function that locks a directory in another process, for some seconds, and returns its process ID."""
-    holders = []
+def lock_elsewhere(directory, seconds):
+    """Lock a directory in another process, for some seconds; return its process ID."""
+    read, write = os.pipe()
 
-    def hold(directory, seconds, pipe):
+    def hold():
         lock = RunLock(directory)
         lock.record_owner([])
-        os.write(pipe, b"locked\n")
+        os.write(write, b"locked")
         time.sleep(seconds)
 
-    def start(directory, seconds=60.0):
-        read, write = os.pipe()
-        holders.append(fork(lambda: hold(directory, seconds, write)))
-        assert os.read(read, 9) == b"locked\n"
-        return holders[-1]
-
-    yield start
-    for holder in holders:
-        os.kill(holder, signal.SIGKILL)
-        os.waitpid(holder, 0)
+    holder = fork(hold, seconds=20)
+    assert os.read(read, 9) == b"locked"
+    return holder
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "checkpoints/step-1.pt", "wandb", "report.png"])
@@ -64,13 +56,6 @@ def test_other_files_and_the_leftovers_of_a_killed_start_are_no_run(tmp_path):
     (directory / "checkpoints").mkdir()
     assert create_run_dir(directory, "tutorial") == directory
     check_unused(directory)
-
-
-@pytest.mark.parametrize("name", ["file", "file/below"])
-def test_path_at_or_below_a_file_is_refused(tmp_path, name):
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot be created: .*; name another with --run-dir"):
-        create_run_dir(tmp_path / name, "tutorial")
 
 
 def test_runs_of_the_same_second_get_different_names(tmp_path, monkeypatch):
@@ -107,7 +92,7 @@ def test_room_is_checked_and_leaves_no_trace(tmp_path, monkeypatch, reserves):
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_run_is_neither_overwritten_nor_written_by_two_processes(tmp_path, lock_elsewhere, monkeypatch):
+def test_run_is_neither_overwritten_nor_written_by_two_processes(tmp_path, monkeypatch):
     make_runs_tiny(monkeypatch)
     (tmp_path / "train.log").write_text("tee")
     train_ddp.main([*FLAGS.split(), "--run-dir", str(tmp_path)])
@@ -116,7 +101,7 @@ def test_run_is_neither_overwritten_nor_written_by_two_processes(tmp_path, lock_
         train_ddp.main([*FLAGS.split(), "--run-dir", str(tmp_path)])
     assert traces(tmp_path) == before
 
-    holder = lock_elsewhere(tmp_path)
+    holder = lock_elsewhere(tmp_path, seconds=20)
     before = traces(tmp_path)
     with pytest.raises(UserError) as refused:
         train_ddp.main(["--resume", str(tmp_path), "--max-steps", "3"])
@@ -132,7 +117,7 @@ def test_run_is_neither_overwritten_nor_written_by_two_processes(tmp_path, lock_
     train_ddp.main(["--resume", str(tmp_path), "--max-steps", "3"])  # the advice
 
 
-def test_lock_waits_for_a_process_that_is_exiting_and_says_so(tmp_path, lock_elsewhere, monkeypatch, capsys):
+def test_lock_waits_for_a_process_that_is_exiting_and_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run_dir, "_PATIENCE_SECONDS", 20)
     assert PATIENCE > 90, "as long as a file server holds it for a host that is gone"
     holder = lock_elsewhere(tmp_path, seconds=0.3)
@@ -142,24 +127,13 @@ def test_lock_waits_for_a_process_that_is_exiting_and_says_so(tmp_path, lock_els
     assert wait(fork(lambda: RunLock(tmp_path))) == 0
 
 
-def test_undone_lock_leaves_no_trace(tmp_path):
-    lock = RunLock(tmp_path)
-    assert list(tmp_path.iterdir()) != []
-    lock.release(undo=True)
-    assert list(tmp_path.iterdir()) == []
-
-    RunLock(tmp_path).release()
-    before = traces(tmp_path)
-    RunLock(tmp_path).release(undo=True)
-    assert traces(tmp_path) == before != {}
-
-
-def test_undone_lock_never_removes_the_lock_of_another_process(tmp_path, monkeypatch):
+def test_undone_lock_leaves_no_trace_nor_removes_another_lock(tmp_path, monkeypatch):
     first = RunLock(tmp_path)
     release, others = first._lock.release, []
 
     def release_and_be_overtaken():
         release()
+        assert list(tmp_path.iterdir()) == []
         others.append(RunLock(tmp_path))
 
     monkeypatch.setattr(first._lock, "release", release_and_be_overtaken)
@@ -167,11 +141,18 @@ def test_undone_lock_never_removes_the_lock_of_another_process(tmp_path, monkeyp
     with pytest.raises(UserError, match=r"is locked by process \? on \?"):
         RunLock(tmp_path)
 
+    others[0].release()
+    before = traces(tmp_path)
+    RunLock(tmp_path).release(undo=True)
+    assert traces(tmp_path) == before != {}, "an older lock file stays"
 
-def test_directory_that_cannot_be_locked_is_refused_in_one_line(tmp_path):
-    (tmp_path / ".lock").mkdir()
-    with pytest.raises(UserError, match=r"cannot be locked: .*; name another"):
-        RunLock(tmp_path)
+
+@pytest.mark.parametrize("name", ["file", "file/below", "locked"])
+def test_path_that_cannot_be_used_is_refused(tmp_path, name):
+    (tmp_path / "file").touch()
+    (tmp_path / "locked" / ".lock").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"cannot be (created|locked): .*; name another"):
+        RunLock(create_run_dir(tmp_path / name, "tutorial"))
 
 
 def test_run_is_owned_by_the_launches_recorded(tmp_path):
