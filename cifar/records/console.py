@@ -129,11 +129,11 @@ def print_test(print_line: PrintLine, dataset: str, test: Evaluation, tta_test: 
 
 def describe_processes(world_size: int, hosts: int, device: torch.device) -> str:
     """Return processes and devices in one phrase."""
-    if device.type == "cuda":
-        name, gpus, threads = torch.cuda.get_device_name(device), torch.cuda.device_count(), ""
-    else:
-        name, gpus, threads = device.type.upper(), 1, f", {count(torch.get_num_threads(), 'thread')}"
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else device.type.upper()
+    threads = "" if on_gpu else f", {count(torch.get_num_threads(), 'thread')}"
     if world_size == 1:
+        gpus = torch.cuda.device_count() if on_gpu else 1
         others = f", 1 of {gpus} GPUs (torchrun --nproc_per_node=gpu uses all)" if gpus > 1 else ""
         return f"1 process on {name}{threads}{others}"
     each = f"{threads} each" if threads else ""
