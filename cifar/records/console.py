@@ -34,27 +34,20 @@ class Console:
         self, device: torch.device, hosts: int, dataset: str, parameters: int, run_dir: Path, wandb: str,
         resumed: dict[str, str],
     ) -> None:  # fmt: skip
-        """Print what is about to run.
-
-        Args:
-            dataset: its description; see `Data.describe`.
-            parameters: those of the model.
-            wandb: where the W&B run is.
-            resumed: lines about where and how the run continues, by their names; none for a new one.
-        """
+        """Print what is about to run; `resumed` are lines about how the run continues, by their names."""
         config, plan = self._config, self._plan
-        batches, rate = describe_batches(config, plan), describe_rate(config, plan)
+        batches = describe_batches(config, plan)
         per_process = parameters * plan.micro_batch_sizes(rank=0)[0]
         if plan.world_size > 1 and device.type == "cuda" and per_process < _LAUNCH_BOUND:
             batches += "; a step waits for the host, so larger batches, as of --recipe resnet18, are for several GPUs"
+        compiled = ", compiled" if config.compile else ""
         lines = {
             "processes": describe_processes(plan.world_size, hosts, device),
             "dataset": dataset,
-            "model": f"{config.model}, {parameters:,} parameters, {config.precision}"
-            + (", compiled" if config.compile else ""),
+            "model": f"{config.model}, {parameters:,} parameters, {config.precision}{compiled}",
             "recipe": f"{config.recipe}, augmentation {config.augment}, seed {config.seed}",
             "batches": batches,
-            "lr": rate,
+            "lr": describe_rate(config, plan),
             "run": run_dir,
             "W&B": wandb,
         }
@@ -86,7 +79,7 @@ class Console:
             self._bar.update(self._plan.global_batch_size)
 
     def log(self, point: LogPoint) -> None:
-        """Print the running loss as the tutorial does."""
+        """Print the running loss, as the tutorial does."""
         self._print(f"[{point.epoch}, {point.epoch_step:5d}] loss: {point.loss:.3f}")
 
     def log_test(self, step: int, test: Evaluation) -> None:
@@ -98,9 +91,9 @@ class Console:
     def finish(self, seconds: float, first_step_seconds: float) -> None:
         """Print that training has ended, as the tutorial does, and the seconds that it took."""
         self.close()
-        first, rest = first_step_seconds, seconds - first_step_seconds
         self._print("Finished Training")
-        self._print(f"({seconds:,.2f} s of training: {first:,.2f} s for the first step, {rest:,.2f} s for the rest)")
+        parts = f"{first_step_seconds:,.2f} s for the first step, {seconds - first_step_seconds:,.2f} s for the rest"
+        self._print(f"({seconds:,.2f} s of training: {parts})")
 
     def close(self) -> None:
         """Remove the progress bar."""
@@ -111,28 +104,25 @@ class Console:
 def print_test(print_line: PrintLine, dataset: str, test: Evaluation, tta_test: Evaluation | None = None) -> None:
     """Print the accuracies in the tutorial's words; whole percents are rounded down, as there.
 
-    Args:
-        dataset: its name.
-        tta_test: the evaluation with test-time augmentation, if there is one.
+    `dataset` is its name, and `tta_test` the evaluation with test-time augmentation, if there is one.
     """
     print_line(f"Accuracy of the network on the {test.total} test images: {math.floor(100 * test.accuracy)} %")
     print_line(f"({test.correct:,} of {test.total:,} correct, loss {test.loss:.4f})")
     if tta_test is not None:
-        print_line(
-            f"with test-time augmentation: {100 * tta_test.accuracy:.2f} %, without: {100 * test.accuracy:.2f} %"
-        )
+        without = f"without: {100 * test.accuracy:.2f} %"
+        print_line(f"with test-time augmentation: {100 * tta_test.accuracy:.2f} %, {without}")
     accuracies = test.class_accuracies()
-    lowest: dict[str, float] = {}
+    half = MANY_CLASSES // 2
     if len(accuracies) > MANY_CLASSES:
-        half = MANY_CLASSES // 2
         lowest, highest = test.lowest_and_highest(half)
         accuracies = lowest | highest
         print_line(f"The {half} lowest and the {half} highest accuracies of {len(test.classes)} classes:")
     width = max(map(len, accuracies))
-    for number, (name, accuracy) in enumerate(accuracies.items()):
-        if lowest and number == len(lowest):
-            print_line("...")
-        print_line(f"Accuracy for class: {name:{width}s} is {100 * accuracy:.1f} %")
+    rows = [f"Accuracy for class: {name:{width}s} is {100 * value:.1f} %" for name, value in accuracies.items()]
+    if len(test.classes) > MANY_CLASSES:
+        rows.insert(half, "...")
+    for row in rows:
+        print_line(row)
     if dataset == "synthetic":
         print_line(SYNTHETIC_WARNING)
 
@@ -141,25 +131,26 @@ def describe_processes(world_size: int, hosts: int, device: torch.device) -> str
     """Return processes and devices in one phrase."""
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else device.type.upper()
-    threads = "" if on_gpu else f", {count(torch.get_num_threads(), 'thread')} each"
+    threads = "" if on_gpu else f", {count(torch.get_num_threads(), 'thread')}"
     if world_size == 1:
         gpus = torch.cuda.device_count() if on_gpu else 1
         others = f", 1 of {gpus} GPUs (torchrun --nproc_per_node=gpu uses all)" if gpus > 1 else ""
-        return f"1 process on {name}{threads.removesuffix(' each')}{others}"
-    return f"{world_size} processes on {name} ({dist.get_backend()}){threads}" + (f", on {hosts} hosts" * (hosts > 1))
+        return f"1 process on {name}{threads}{others}"
+    each = f"{threads} each" if threads else ""
+    on_hosts = f", on {hosts} hosts" if hosts > 1 else ""
+    return f"{world_size} processes on {name} ({dist.get_backend()}){each}{on_hosts}"
 
 
 def describe_batches(config: TrainConfig, plan: BatchPlan) -> str:
     """Return the arithmetic of the batches."""
     size, processes, parts = plan.global_batch_size, count(plan.world_size, "process", "es"), plan.accumulation
     largest = plan.micro_batch_sizes(rank=0)[0]
+    share, extra = divmod(size, plan.world_size)
+    shares = f"{share} or {share + 1}" if extra else f"{share}"
+    in_parts = f", in {parts} micro-batches of at most {largest}" if parts > 1 else ""
+    batch = f"{size} global among {processes}: {shares} each{in_parts}"
     if largest * plan.world_size * parts == size:
         batch = f"{largest} local x {processes} x {parts} accumulated = {size} global"
-    else:
-        share, extra = divmod(size, plan.world_size)
-        shares = f"{share} or {share + 1}" if extra else f"{share}"
-        in_parts = f", in {parts} micro-batches of at most {largest}" if parts > 1 else ""
-        batch = f"{size} global among {processes}: {shares} each{in_parts}"
     return f"{batch}; {plan.steps_per_epoch:,} steps an epoch, {count(config.epochs, 'epoch')}"
 
 

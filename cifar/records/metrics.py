@@ -12,62 +12,50 @@ from typing import Any
 
 from cifar.files import write_atomically
 
+OF_A_START = ("world_size", "device", "version", "git_commit", "python", "torch", "accelerate")
+
 Series = list[tuple[float, float]]
 """Points (x, y) of a curve."""
 
 
 @dataclass(frozen=True)
 class LogPoint:
-    """Training metrics at a logging step.
+    """Training metrics at a logging step."""
 
-    Attributes:
-        step: optimizer steps since the run began.
-        epoch: the epoch, counted from 1.
-        epoch_step: optimizer steps since the epoch began.
-        loss: mean cross-entropy since the last log point, over all ranks.
-        lr: learning rate of the last update.
-        images_per_second: training throughput of all ranks together since the last log point or checkpoint; a
-            process's first includes its first step, and an epoch's first the drawing of its permutation.
-    """
-
-    step: int
-    epoch: int
-    epoch_step: int
-    loss: float
-    lr: float
+    step: int  # optimizer steps since the run began
+    epoch: int  # from 1
+    epoch_step: int  # optimizer steps since the epoch began
+    loss: float  # mean cross-entropy since the last log point, over all ranks
+    lr: float  # of the last update
+    # Of all ranks together, since the last log point or checkpoint. A process's first value includes its first step,
+    # and an epoch's first the drawing of its permutation.
     images_per_second: float
 
 
 class MetricsFile:
-    """The `metrics.jsonl` of a run in progress."""
+    """The metrics.jsonl of a run in progress. A file that cannot be read or written costs one warning, not the run."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / "metrics.jsonl"
         self._warned = False
 
     def keep_until(self, step: int) -> list[dict[str, Any]]:
-        """Drop the records after `step`, which a resumed run logs again, and any that is damaged.
-
-        Damaged lines cost one warning, and so does a file that cannot be read or written: neither stops the run.
-
-        Returns:
-            The records that are left, in order.
-        """
-        kept: list[dict[str, Any]] = []
+        """Drop damaged records and those after `step`, which a resumed run logs again; return the others, in order."""
+        records: list[dict[str, Any]] = []
         try:
-            kept += (record for record in _read(self.path) if record["step"] <= step)
-            lines = "".join(json.dumps(record) + "\n" for record in kept)
-            if self.path.exists():
-                write_atomically(self.path, lambda file: file.write(lines.encode()))
+            records += (record for record in read_metrics(self._path.parent) if record["step"] <= step)
+            lines = "".join(json.dumps(record) + "\n" for record in records)
+            if self._path.exists():
+                write_atomically(self._path, lambda file: file.write(lines.encode()))
         except OSError as error:
             self._warn(error)
-        return kept
+        return records
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """Append the finite numbers among `values`. A full disk costs the line and one warning, not the run."""
+        """Append the finite numbers among `values`."""
         line = (json.dumps({"step": step, **numbers(values)}) + "\n").encode()
         try:
-            with self.path.open("ab", buffering=0) as file:
+            with self._path.open("ab", buffering=0) as file:
                 end = file.tell()
                 if file.write(line) < len(line):
                     file.truncate(end)  # half a line would spoil the next one, too
@@ -77,31 +65,16 @@ class MetricsFile:
 
     def _warn(self, error: OSError) -> None:
         if not self._warned:
-            print(f"WARNING: {self.path} cannot be written: {error.strerror}", flush=True)
+            print(f"WARNING: {self._path} cannot be written: {error.strerror}", flush=True)
             self._warned = True
 
 
-def numbers(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the finite numbers among `values`: JSON has no others."""
-    return {name: value for name, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
-
-
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the records of `run_dir`'s metrics.jsonl, in order; damaged lines are left out, with one warning.
+    """Return the records of a run's metrics.jsonl, in order; damaged lines are left out, with one warning.
 
-    Raises:
-        OSError: it exists and cannot be read.
+    There are none if there is no such file; one that cannot be read is an OSError.
     """
-    return _read(run_dir / "metrics.jsonl")
-
-
-def series(records: list[dict[str, Any]], name: str) -> Series:
-    """Return (step, value) of the records that hold a finite number `name`."""
-    return [(record["step"], record[name]) for record in map(numbers, records) if name in record]
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    """Return the records in `path`, none if there is no such file; print one warning if lines are damaged."""
+    path = run_dir / "metrics.jsonl"
     try:
         lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
     except FileNotFoundError:
@@ -113,7 +86,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """Return the record in a line of the file, or None if a crash, a full disk or a flipped bit has damaged it."""
+    """Return the record in a line, or None if a crash, a full disk or a flipped bit has damaged it."""
     with contextlib.suppress(ValueError, RecursionError, OverflowError):
         record = json.loads(line)
         if isinstance(record, dict) and type(record.get("step")) is int:
@@ -121,7 +94,14 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return None
 
 
-OF_A_START = ("world_size", "device", "version", "git_commit", "python", "torch", "accelerate")
+def numbers(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the finite numbers among `values`: JSON has no others."""
+    return {name: value for name, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
+
+
+def series(records: list[dict[str, Any]], name: str) -> Series:
+    """Return (step, value) of the records, of `read_metrics`, that hold a number `name`."""
+    return [(record["step"], record[name]) for record in records if name in record]
 
 
 def starts(facts: dict[str, Any]) -> list[dict[str, Any]]:

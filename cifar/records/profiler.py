@@ -24,12 +24,12 @@ class StepProfiler:
         self._path = run_dir / f"trace-rank{rank}.json"
         quiet_profiler()
         self._profile = profile(
-            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_gpu else [])],
+            activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU],
             schedule=schedule(skip_first=FIRST - 1, wait=0, warmup=1, active=LAST - FIRST + 1, repeat=1),
             on_trace_ready=self._write,
             record_shapes=True,
         )
-        self._running, self._written = True, False
+        self._running = True
         self._profile.start()
         self._profile.step()  # the trace names step 1 ProfilerStep#1, not #0
 
@@ -45,20 +45,18 @@ class StepProfiler:
         if self._running:
             self._running = False
             self._profile.stop()
-            if not self._written:
+            if self._profile.step_num < FIRST:
                 self._print(f"no profile: training ended before step {FIRST} of this process")
 
     def _write(self, finished: profile) -> None:
-        self._written = True
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             finished.export_chrome_trace(str(self._path))
         except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
             print(f"WARNING: rank {self._rank} cannot write {self._path}: {error}", flush=True)
-        if self._rank != 0:
-            return
-        order = f"self_{'device' if self._on_gpu else 'cpu'}_time_total"
-        averages = finished.key_averages(group_by_input_shape=True)
-        self._print(f"The most expensive operations of steps {FIRST} to {LAST}:")
-        self._print(averages.table(sort_by=order, row_limit=_ROWS, max_shapes_column_width=_SHAPES))
-        self._print(f"every step and rank: {self._path.with_name('trace-rank*.json')}, at ui.perfetto.dev")
+        if self._rank == 0:
+            order = f"self_{'device' if self._on_gpu else 'cpu'}_time_total"
+            operations = finished.key_averages(group_by_input_shape=True)
+            table = operations.table(sort_by=order, row_limit=_ROWS, max_shapes_column_width=_SHAPES)
+            self._print(f"The most expensive operations of steps {FIRST} to {LAST}:\n{table}")
+            self._print(f"every step and rank: {self._path.with_name('trace-rank*.json')}, at ui.perfetto.dev")

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import math
 import textwrap
 from pathlib import Path
@@ -13,16 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 from cifar.evaluation import MANY_CLASSES, Evaluation
-from cifar.files import write_atomically
-from cifar.records.metrics import read_metrics, series
+from cifar.files import read_json, write_atomically
+from cifar.records.metrics import Series, read_metrics, series
 from cifar.records.plotting import Axes, Figure, LinearSegmentedColormap, default_style
 
 _WRONG_IMAGES = 36
 
-# Colours of the charts. In the page, CSS variables replace them, so that the charts follow its colour scheme.
-_INK, _SOFT, _LINE, _TRAIN, _TEST = "#1d2733", "#5b6875", "#d9dfe5", "#1f6fb4", "#c9480f"
-_VARIABLES = {_INK: "--ink", _SOFT: "--soft", _LINE: "--line", _TRAIN: "--train", _TEST: "--test"}
-_ALARM = "#b3261e"
+_INK, _SOFT, _LINE, _TRAIN, _TEST, _ALARM = "#1d2733", "#5b6875", "#d9dfe5", "#1f6fb4", "#c9480f", "#b3261e"
 _STYLE: Any = {
     "font.size": 10, "legend.fontsize": 9, "legend.frameon": False,
     "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
@@ -33,48 +29,41 @@ _STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "cifar-ddp",
 }  # fmt: skip
 
-Records = list[dict[str, Any]]
-
 
 def write_report(run_dir: Path, test: Evaluation, images: Tensor) -> None:
-    """Write index.html and report.png from the records in `run_dir` and from `test`, its last evaluation.
+    """Write index.html and report.png from the records in `run_dir` and its last evaluation.
 
-    Args:
-        images: the test set, uint8 [n, 3, 32, 32].
-
-    Raises:
-        OSError: they cannot be written.
+    `images` is the test set, uint8 [n, 3, 32, 32].
     """
-    records = read_metrics(run_dir)
-    result = json.loads((run_dir / "result.json").read_text())
-    config = json.loads((run_dir / "config.json").read_text())
-    headline, facts, is_synthetic = _headline(result), _facts(result), result["dataset"] == "synthetic"
+    result, facts = read_json(run_dir / "result.json"), read_json(run_dir / "config.json")
+    config = facts.pop("config")
+    facts.pop("starts")
+    is_synthetic = result["dataset"] == "synthetic"
+    headline = f"Test accuracy {100 * test.accuracy:.2f} %: {test.correct:,} of {test.total:,} test images"
+    summary = _summary(result)
+    source = Path(__file__).with_name("report.html.jinja").read_text()
+    template = jinja2.Template(source, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     with default_style(_STYLE):
-        figure = _figure(records, config["config"]["label_smoothing"], test)
-        page = _template().render(
+        figure = _figure(read_metrics(run_dir), config["label_smoothing"], test)
+        page = template.render(
             name=run_dir.resolve().name,
             headline=headline,
-            facts=facts,
+            summary=summary,
             is_synthetic=is_synthetic,
             charts=_svg(figure),
-            wrong=_wrong_images(test, images),
+            wrong=[_wrong_image(test, images, i) for i in test.most_confidently_wrong(_WRONG_IMAGES)],
             wrong_total=test.total - test.correct,
-            lists={"Accuracy of each class": _class_accuracies(test), "Configuration": _settings(config)},
+            lists={"Accuracy of each class": _class_accuracies(test), "Configuration": config | facts},
         )
         write_atomically(run_dir / "index.html", lambda file: file.write(page.encode()))
         # The picture has to say what the page says around the charts.
         title, color = (f"SYNTHETIC DATASET, NOT CIFAR-10. {headline}", _ALARM) if is_synthetic else (headline, _INK)
         figure.suptitle(title, x=0.01, ha="left", fontsize=17, fontweight="bold", color=color)
-        figure.supxlabel(textwrap.fill(facts, 150), x=0.01, ha="left", fontsize=10, color=_SOFT)
+        figure.supxlabel(textwrap.fill(summary, 150), x=0.01, ha="left", fontsize=10, color=_SOFT)
         write_atomically(run_dir / "report.png", lambda file: figure.savefig(file, format="png", dpi=110))
 
 
-def _headline(result: dict[str, Any]) -> str:
-    accuracy, total = f"{100 * result['test_accuracy']:.2f} %", f"{result['test_total']:,} test images"
-    return f"Test accuracy {accuracy}: {result['test_correct']:,} of {total}"
-
-
-def _facts(result: dict[str, Any]) -> str:
+def _summary(result: dict[str, Any]) -> str:
     tta = result.get("test_accuracy_tta")
     with_tta = "" if tta is None else f"{100 * tta:.2f} % with test-time augmentation ({result['tta']}), "
     return (
@@ -85,62 +74,43 @@ def _facts(result: dict[str, Any]) -> str:
     )
 
 
-def _template() -> jinja2.Template:
-    loader = jinja2.PackageLoader("cifar.records", ".")
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    return environment.get_template("report.html.jinja")
-
-
-def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    return config["config"] | {key: value for key, value in config.items() if key not in ("config", "starts")}
-
-
 def _class_accuracies(test: Evaluation) -> dict[str, str]:
     accuracies = test.class_accuracies().items()
     return {name: f"{100 * value:.1f} %" if math.isfinite(value) else "no images" for name, value in accuracies}
 
 
-def _wrong_images(test: Evaluation, images: Tensor) -> list[dict[str, Any]]:
-    return [
-        {
-            "index": i,
-            "png": _png(images[i]),
-            "label": test.classes[test.labels[i]],
-            "predicted": test.classes[test.predicted[i]],
-            "confidence": float(test.confidence[i]),
-        }
-        for i in test.most_confidently_wrong(_WRONG_IMAGES)
-    ]
-
-
-def _png(image: Tensor) -> str:
+def _wrong_image(test: Evaluation, images: Tensor, index: int) -> dict[str, Any]:
     file = io.BytesIO()
-    Image.fromarray(image.cpu().permute(1, 2, 0).numpy()).save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
+    Image.fromarray(images[index].cpu().permute(1, 2, 0).numpy()).save(file, "PNG")
+    return {
+        "index": index,
+        "png": base64.b64encode(file.getvalue()).decode(),
+        "label": test.classes[test.labels[index]],
+        "predicted": test.classes[test.predicted[index]],
+        "confidence": float(test.confidence[index]),
+    }
 
 
 def _svg(figure: Figure) -> str:
-    """Return `figure` as an SVG element in the page's colours."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = file.getvalue()
-    for color, variable in _VARIABLES.items():
-        svg = svg.replace(color, f"var({variable})")
-    return svg[svg.index("<svg") :]
+    return svg[svg.index("<svg") :]  # without the XML declaration
 
 
-def _figure(records: Records, smoothing: float, test: Evaluation) -> Figure:
+def _figure(records: list[dict[str, Any]], smoothing: float, test: Evaluation) -> Figure:
     """Return the charts: loss, accuracy and throughput over the run, accuracy of each class, confusion matrix."""
     figure = Figure(figsize=(12.5, 9), layout="constrained")
     above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(1, 2)).flat
     losses, accuracy, throughput = above.subplots(1, 3)
     training = f"training, with label smoothing {smoothing:g}" if smoothing else "training"  # which the test has not
-    _plot(losses, "Cross-entropy", records, "train/loss", color=_TRAIN, label=training)
-    _plot(losses, "Cross-entropy", records, "test/loss", color=_TEST, marker="o", label="test")
+    _plot(losses, "Cross-entropy", series(records, "train/loss"), color=_TRAIN, label=training)
+    _plot(losses, "Cross-entropy", series(records, "test/loss"), color=_TEST, marker="o", label="test")
     losses.legend()
-    _plot(accuracy, "Test accuracy, %", records, "test/accuracy", scale=100, color=_TEST, marker="o")
+    percents = [(step, 100 * value) for step, value in series(records, "test/accuracy")]
+    _plot(accuracy, "Test accuracy, %", percents, color=_TEST, marker="o")
     accuracy.set_ylim(0, 100)
-    _plot(throughput, "Images per second", records, "train/images_per_second", color=_TRAIN)
+    _plot(throughput, "Images per second", series(records, "train/images_per_second"), color=_TRAIN)
     throughput.set_ylim(bottom=0)
     throughput.yaxis.set_major_formatter("{x:,.0f}")
     classes, matrix = below.subplots(1, 2)
@@ -149,11 +119,10 @@ def _figure(records: Records, smoothing: float, test: Evaluation) -> Figure:
     return figure
 
 
-def _plot(axes: Axes, title: str, records: Records, name: str, scale: float = 1, **style: Any) -> None:
-    points = series(records, name)
+def _plot(axes: Axes, title: str, points: Series, **style: Any) -> None:
     if len(points) == 1:
         style["marker"] = "o"  # a line needs two points to be seen
-    axes.plot([step for step, _ in points], [scale * value for _, value in points], markersize=4, **style)
+    axes.plot([step for step, _ in points], [value for _, value in points], markersize=4, **style)
     axes.set(title=title, xlabel="optimizer step")
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -187,13 +156,15 @@ def _draw_confusion(axes: Axes, test: Evaluation) -> None:
         title = "Confusion matrix, images"
         for i, row in enumerate(confusion.tolist()):
             for j, count in enumerate(row):
-                color = "white" if shares[i, j] > 0.8 else _INK if count else _LINE
+                color = _INK if count else _LINE
+                if shares[i, j] > 0.8:
+                    color = "white"
                 weight = "bold" if i == j else "normal"
                 axes.text(j, i, f"{count}", ha="center", va="center", fontsize=8.5, color=color, fontweight=weight)
-    named = range(0, n, math.ceil(n / MANY_CLASSES))
-    names = [_short(test.classes[k]) for k in named]
-    axes.set_xticks(named, names, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(named, names)
+    step = math.ceil(n / MANY_CLASSES)
+    names = [_short(name) for name in test.classes[::step]]
+    axes.set_xticks(range(0, n, step), names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(0, n, step), names)
     axes.set(title=title, xlabel="predicted class", ylabel="true class")
     axes.grid(False)
     axes.spines[:].set_visible(False)

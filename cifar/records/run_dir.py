@@ -18,28 +18,25 @@ from cifar.files import read_json, write_json
 # its lease ends, for NFS after 90 s.
 _PATIENCE_SECONDS = 120.0
 _NOTICE_SECONDS = 5.0
+_RECORDS = ("config.json", "metrics.jsonl", "result.json", "index.html", "report.png", "checkpoints/step-*", "wandb")
 
 
 class RunLock:
     """An exclusive lock on a run directory; the kernel releases it when the process ends, even if killed."""
 
     def __init__(self, run_dir: Path) -> None:
-        """Acquire the lock.
-
-        Raises:
-            UserError: another process holds it, or the directory is not writable.
-        """
+        """Acquire the lock; a UserError says who holds it, or that the directory is not writable."""
         self._run_dir, self._path = run_dir, run_dir / ".lock"
-        self._new = not self._path.exists()
+        self._is_new = not self._path.exists()
         self._lock = FileLock(self._path)
         try:
-            try:
+            with contextlib.suppress(Timeout):
                 self._lock.acquire(_NOTICE_SECONDS)
-            except Timeout:
-                holder = _read_launch(run_dir)
-                locked = f"{run_dir} is locked by process {holder.get('pid', '?')} on {holder.get('host', '?')}"
-                print(f"{locked}: waiting for it, for {_PATIENCE_SECONDS:g} s", file=sys.stderr, flush=True)
-                self._lock.acquire(_PATIENCE_SECONDS - _NOTICE_SECONDS)
+                return
+            holder = _read_launch(run_dir)
+            locked = f"{run_dir} is locked by process {holder.get('pid', '?')} on {holder.get('host', '?')}"
+            print(f"{locked}: waiting for it, for {_PATIENCE_SECONDS:g} s", file=sys.stderr, flush=True)
+            self._lock.acquire(_PATIENCE_SECONDS - _NOTICE_SECONDS)
         except Timeout:
             raise UserError(f"{locked}: wait for it, or stop it first") from None
         except (OSError, NotImplementedError) as error:
@@ -50,21 +47,14 @@ class RunLock:
         return not set(launchers).isdisjoint(owners(self._run_dir))
 
     def record_owner(self, launchers: list[str]) -> None:
-        """Record this process and its launches by torchrun, one per host, beside the run's earlier ones.
-
-        Raises:
-            UserError: the disk is full.
-        """
+        """Record this process and its launches by torchrun, one per host, beside the run's earlier ones."""
         launchers = list(dict.fromkeys([*owners(self._run_dir), *launchers]))
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "launchers": launchers}
-        try:
-            write_json(self._run_dir / "launch.json", owner)
-        except OSError as error:
-            raise UserError(f"launch.json cannot be written to {self._run_dir}: {error}") from error
+        write_json(self._run_dir / "launch.json", owner)
 
     def release(self, undo: bool = False) -> None:
         """Release the lock; with `undo`, also remove the lock file if this process created it."""
-        if undo and self._new:
+        if undo and self._is_new:
             self._path.unlink(missing_ok=True)  # before the release, after which another process may hold it
         self._lock.release()
 
@@ -83,55 +73,39 @@ def _read_launch(run_dir: Path) -> dict[str, Any]:
 
 
 def create_run_dir(wanted: Path | None, recipe: str) -> Path:
-    """Create and return a run directory: `wanted`, or one with a new name in runs/.
-
-    Raises:
-        UserError: `wanted` holds a run, or the directory cannot be created.
-    """
+    """Create and return `wanted`, or a new directory in runs/; a UserError says why it cannot be created."""
+    stem = f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{recipe}"
+    number = 1
     try:
         if wanted is not None:
             wanted.mkdir(parents=True, exist_ok=True)
             return wanted
-        stem = f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{recipe}"
-        for suffix in ("", *(f"-{n}" for n in range(2, 100))):
-            run_dir = Path("runs") / (stem + suffix)
-            run_dir.parent.mkdir(exist_ok=True)
+        while True:
+            run_dir = Path("runs") / (stem if number == 1 else f"{stem}-{number}")
             with contextlib.suppress(FileExistsError):  # another launch in the same second
-                run_dir.mkdir()
+                run_dir.mkdir(parents=True)
                 return run_dir
-        raise UserError(f"runs/{stem}-* are all taken: name a directory with --run-dir")
+            number += 1
     except OSError as error:
         raise UserError(f"the run directory cannot be created: {error}; name another with --run-dir") from error
 
 
 def check_unused(run_dir: Path) -> None:
-    """Check that a new run would overwrite nothing in `run_dir`, which may hold other files: a log, for one.
+    """Check, with the lock held, that a new run would overwrite nothing in `run_dir`; a UserError names what it would.
 
-    What a start leaves that was killed before its configuration was written does not count. To be called with the
-    lock held.
-
-    Raises:
-        UserError: there is a run, or a part of one.
+    Other files may be there, such as a log, and what a start leaves that was killed before it wrote its configuration.
     """
-    if (run_dir / "config.json").exists():
-        raise UserError(
-            f"--run-dir {run_dir} holds a run: name a new directory, or continue it with --resume {run_dir}"
-        )
     for name in _RECORDS:
         if next(run_dir.glob(name), None) is not None:
-            raise UserError(f"--run-dir {run_dir} already holds {name}, but no config.json: name a new directory")
-
-
-_RECORDS = ("metrics.jsonl", "result.json", "index.html", "report.png", "checkpoints/step-*", "wandb")
+            advice = f"name a new directory, or continue it with --resume {run_dir}"
+            raise UserError(f"--run-dir {run_dir} holds a run ({name}): {advice}")
 
 
 def check_writable(run_dir: Path, model: nn.Module) -> None:
     """Check before training that `run_dir` has room for this run; remove what killed processes left half-written.
 
-    That is for weights, momentum and a checkpoint beside its predecessor, and 4 MiB for the records.
-
-    Raises:
-        UserError: it has not; a directory that was empty is empty again, so that the same command can be repeated.
+    A run needs room for weights, momentum and a checkpoint beside its predecessor, and 4 MiB for the records. Without
+    it, there is a UserError, and a new directory is left empty, so that the same command can be repeated.
     """
     need = 3 * 8 * sum(parameter.numel() for parameter in model.parameters()) + (4 << 20)  # bytes
     checkpoints, probe = run_dir / "checkpoints", run_dir / ".space-probe"
@@ -141,10 +115,10 @@ def check_writable(run_dir: Path, model: nn.Module) -> None:
             leftover.unlink()
         try:
             with probe.open("wb") as file:
-                for _ in range(0, need, 1 << 20):
-                    file.write(bytes(1 << 20))
-                file.flush()
-                os.fsync(file.fileno())
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, need)
+                else:  # macOS
+                    file.write(bytes(need))
         finally:
             probe.unlink(missing_ok=True)
     except OSError as error:

@@ -16,11 +16,11 @@ import cifar
 from cifar.batch_plan import BatchPlan
 from cifar.checkpoint import TrainState
 from cifar.config import TrainConfig
-from cifar.errors import UserError, count, first_line
+from cifar.errors import count, first_line
 from cifar.evaluation import Evaluation
 from cifar.files import read_json, write_json
 from cifar.records.metrics import OF_A_START, LogPoint, MetricsFile, numbers, parts, starts
-from cifar.records.wandb_logger import STEP_AXIS, WandbRun
+from cifar.records.wandb_logger import WandbRun
 
 
 def software() -> dict[str, Any]:
@@ -37,9 +37,8 @@ def software() -> dict[str, Any]:
 def _git_commit() -> str | None:
     """Return the commit of this source tree, with "-dirty" if files have changed; None if it is not a git checkout."""
     root = Path(__file__).resolve().parents[2]
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    if not (root / ".git").exists():
-        return None
+    checkout = [f"--git-dir={root}/.git", f"--work-tree={root}"]  # not that of a directory above
+    command = ["git", *checkout, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -47,23 +46,17 @@ def _git_commit() -> str | None:
 
 
 def write_config(config: TrainConfig, facts: dict[str, Any], step: int, hosts: int) -> dict[str, Any]:
-    """Write config.json of the run directory `config.run_dir`, in which a start begins after `step`.
+    """Write config.json of a start that begins after `step`; return the facts with all starts of the run.
 
-    Returns:
-        The facts with the starts of the run. One whose steps are all trained again is left out.
-
-    Raises:
-        UserError: it cannot be written.
+    A start whose steps are all trained again is left out.
     """
     assert config.run_dir is not None
     path = config.run_dir / "config.json"
-    try:
-        earlier = [start for start in (starts(read_json(path)) if path.exists() else []) if start["step"] < step]
-        began = {"step": step, "time": datetime.now().astimezone().isoformat(timespec="seconds"), "hosts": hosts}
-        facts = facts | {"starts": [*earlier, began | {name: facts[name] for name in OF_A_START}]}
-        write_json(path, {"config": config.to_json(), **facts})
-    except OSError as error:
-        raise UserError(f"the configuration cannot be written to {config.run_dir}: {error}") from error
+    earlier = starts(read_json(path)) if path.exists() else []
+    start = {"step": step, "time": datetime.now().astimezone().isoformat(timespec="seconds"), "hosts": hosts}
+    start |= {name: facts[name] for name in OF_A_START}
+    facts = facts | {"starts": [*(each for each in earlier if each["step"] < step), start]}
+    write_json(path, {"config": config.to_json(), **facts})
     return facts
 
 
@@ -101,17 +94,14 @@ class Tracking:
     def __init__(
         self, config: TrainConfig, facts: dict[str, Any], step: int, accelerator: Any, print_line: Callable[[str], None]
     ) -> None:
-        """Open the records in `config.run_dir`.
+        """Open the records in `config.run_dir`, and drop those after `step`, at which the run continues.
 
-        Args:
-            facts: what config.json holds besides `config`.
-            step: the step after which the run continues; records after it are dropped.
-            accelerator: accelerate's `Accelerator`.
+        `facts` is what config.json holds besides `config`, and `accelerator` accelerate's `Accelerator`.
         """
         assert config.run_dir is not None
         self._dir, self._print = config.run_dir, print_line
         self._accelerator, self._is_main = accelerator, accelerator.is_main_process
-        self._metrics = MetricsFile(self._dir / "metrics.jsonl")
+        self._metrics = MetricsFile(self._dir)
         self._row: dict[str, Any] = {}
         recorded = self._metrics.keep_until(step) if self._is_main else []
         self._wandb = WandbRun(self._dir, self._is_main and config.wandb != "disabled", print_line)
@@ -120,7 +110,7 @@ class Tracking:
         accelerator.trackers = [self._wandb]
 
     def describe(self) -> str:
-        """Return where the W&B run is, for the banner: a URL, the command that uploads it, or "no record"."""
+        """Return where the W&B run is; see `WandbRun.describe`."""
         return self._wandb.describe()
 
     def log_train(self, point: LogPoint, test_follows: bool = False) -> None:
@@ -145,16 +135,13 @@ class Tracking:
         # A W&B step cannot be added to after a resume: send its training and test metrics together, or neither.
         self._row |= numbers(values)
         if complete:
-            self._accelerator.log({STEP_AXIS: step, **self._row}, step=step)
+            self._accelerator.log(self._row, step=step)
             self._row = {}
 
     def finish(self, step: int, result: dict[str, Any], test: Evaluation, images: Tensor, best: Path) -> None:
         """Record the result in W&B and in result.json, and draw the report. What fails here is a warning.
 
-        Args:
-            test: the last evaluation.
-            images: the test set, uint8 [n, 3, 32, 32].
-            best: the checkpoint with the best test accuracy.
+        `test` is the last evaluation, of `images`, uint8 [n, 3, 32, 32]; `best` the checkpoint with the best accuracy.
         """
         self._wandb.log_result(step, result, test, images, best)
         try:

@@ -7,7 +7,7 @@ import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec
+from typing import Any
 
 from torch import Tensor
 
@@ -16,22 +16,26 @@ from cifar.errors import first_line
 from cifar.evaluation import Evaluation
 from cifar.files import write_atomically
 
-STEP_AXIS = "trainer/step"  # x axis of the training charts
+_STEP_AXIS = "trainer/step"  # x axis of the training charts
 _PROJECT = "cifar-ddp"
-_INIT_SECONDS = 8  # give up on the W&B server and go offline
-_FINISH_SECONDS = 15  # for the last upload: torchrun kills a run 30 s after it was told to stop
-_FLUSH_SECONDS = 1  # interval between W&B's writes to its file; the default, 15, would lose a killed run's last steps
+_SETTINGS = {
+    "silent": True,
+    "console": "off",
+    "init_timeout": 8,  # seconds; then offline
+    "finish_timeout": 15,  # seconds, for the last upload: torchrun kills a run 30 s after it was told to stop
+    "finish_timeout_raises": True,
+    # Not public. Seconds between writes to W&B's file; the default, 15, would lose a killed run's last steps.
+    "x_transaction_log_flush_interval": 1,
+}
 _WRONG_IMAGES = 32
 _MANY_CLASSES = 100  # more get neither a chart each nor a confusion matrix: W&B draws tables of up to 10,000 rows
 
-P = ParamSpec("P")
 
-
-def _never_fails(method: "Callable[Concatenate[WandbRun, P], None]") -> "Callable[Concatenate[WandbRun, P], None]":
+def _never_fails(method: Callable[..., None]) -> Callable[..., None]:
     """Let an exception in a method of WandbRun cost one warning and end the record; the method then does nothing."""
 
     @functools.wraps(method)
-    def guarded(self: "WandbRun", *args: P.args, **kwargs: P.kwargs) -> None:
+    def guarded(self: "WandbRun", *args: Any, **kwargs: Any) -> None:
         try:
             if self.is_recording:
                 method(self, *args, **kwargs)
@@ -44,30 +48,25 @@ def _never_fails(method: "Callable[Concatenate[WandbRun, P], None]") -> "Callabl
 
 
 class WandbRun:
-    """The W&B run of a run directory, as accelerate's trackers are. No method raises.
-
-    Attributes:
-        is_recording: False before `start` if there is to be no record, and after a failure of W&B.
-    """
+    """The W&B run of a run directory, a tracker for accelerate. No method raises."""
 
     name = "wandb"
 
     def __init__(self, run_dir: Path, is_recording: bool, print_line: Callable[[str], None]) -> None:
+        """Do nothing yet, nor ever unless `is_recording`, which becomes False after a failure of W&B."""
         self.is_recording = is_recording
         self._run_dir, self._print = run_dir, print_line
         self._run: Any = None
-        self._has_own_data_dir = self._logs_model = False
+        self._has_own_data_dir = False
 
     @_never_fails
     def start(self, config: TrainConfig, facts: dict[str, Any], recorded: list[dict[str, Any]]) -> None:
         """Start the W&B run, or continue that of a resumed run; offline without a key or a reachable server.
 
-        Args:
-            facts: added to `config` in W&B's configuration of the run.
-            recorded: the lines of metrics.jsonl before the step at which the run continues, in order.
+        Its configuration is `config` and `facts`; `recorded` are the records of earlier starts, in order.
         """
-        # W&B reads both from the environment only. Images in tables are staged in the data directory, by default in the
-        # home directory. Error reports to a silent server would delay the exit by 12 seconds.
+        # W&B reads these from the environment only. Tables of images wait for their upload in the data directory, by
+        # default in the home directory. Error reports to a silent server would delay the exit by 12 seconds.
         self._has_own_data_dir = "WANDB_DATA_DIR" not in os.environ
         os.environ.setdefault("WANDB_DATA_DIR", str(self._run_dir.resolve() / "wandb"))
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -93,12 +92,10 @@ class WandbRun:
                 raise
             self._print(f"WARNING: W&B cannot be reached, recording offline: {first_line(error)}")
             _stop_service()  # the failed run would keep the ID in use
-            wandb.setup(wanted)
             self._run = self._init("offline")
         self._run.config.update(config.to_json() | facts, allow_val_change=True)
         self._define_metrics()
         self._replay(recorded)
-        self._read_log_model()
 
     def _init(self, mode: Any) -> Any:
         """Return the W&B run in `mode`; its ID is in the run directory, the same after every restart."""
@@ -111,14 +108,10 @@ class WandbRun:
             id_file.parent.mkdir(exist_ok=True)
             new_id = setup.run_id or uuid.uuid4().hex[:8]
             write_atomically(id_file, lambda file: file.write(f"{new_id}\n".encode()))
-        ours: dict[str, Any] = {
-            "silent": True, "console": "off", "init_timeout": _INIT_SECONDS, "finish_timeout": _FINISH_SECONDS,
-            "finish_timeout_raises": True,
-        }  # fmt: skip
-        # wandb.init prefers settings to variables: leave those to the user that a variable sets.
-        settings = wandb.Settings(**{k: v for k, v in ours.items() if f"WANDB_{k.upper()}" not in os.environ})
-        if hasattr(settings, "x_transaction_log_flush_interval"):  # no public setting
-            settings.x_transaction_log_flush_interval = _FLUSH_SECONDS
+        settings = wandb.Settings()
+        for name, value in _SETTINGS.items():  # wandb.init would prefer them to the user's variables
+            if hasattr(settings, name) and f"WANDB_{name.upper()}" not in os.environ:
+                setattr(settings, name, value)
         run = wandb.init(
             project=setup.project or _PROJECT, dir=os.environ.get("WANDB_DIR") or str(self._run_dir),
             name=setup.run_name or self._run_dir.name, id=id_file.read_text().strip(), mode=mode, settings=settings,
@@ -126,47 +119,37 @@ class WandbRun:
             resume=(setup.resume or "allow") if mode == "online" else None,
         )  # fmt: skip
         if is_new and run.starting_step > 0:
-            self._print(
-                f"WARNING: W&B's run {run.id} already holds another run, up to step {run.starting_step - 1:,}: "
-                f"for a record of its own, unset WANDB_RUN_ID"
-            )
+            steps = f"up to step {run.starting_step - 1:,}"
+            self._print(f"WARNING: W&B's run {run.id} already holds another run, {steps}: unset WANDB_RUN_ID")
         return run
 
     def _define_metrics(self) -> None:
         """Declare the x axis of every chart, and the summary of every metric: best, mean or last value."""
         define = self._run.define_metric
-        define(STEP_AXIS, hidden=True)
+        define(_STEP_AXIS, hidden=True)
         define("epoch", hidden=True)
-        define("train/*", step_metric=STEP_AXIS)
-        define("train/loss", step_metric=STEP_AXIS, summary="min")
-        define("train/images_per_second", step_metric=STEP_AXIS, summary="mean")
+        define("train/*", step_metric=_STEP_AXIS)
+        define("train/loss", step_metric=_STEP_AXIS, summary="min")
+        define("train/images_per_second", step_metric=_STEP_AXIS, summary="mean")
         define("test/*", step_metric="epoch")
         define("test/loss", step_metric="epoch", summary="min")
         define("test/accuracy", step_metric="epoch", summary="max")
         define("test_class/*", step_metric="epoch", summary="last")
 
     def _replay(self, recorded: list[dict[str, Any]]) -> None:
-        """Log the steps of earlier starts that W&B lacks.
+        """Log the steps of earlier starts that W&B lacks; online, the server says at which step its record ends.
 
-        Online, the server says at which step its record ends. An offline record cannot be continued, so each one is
-        complete from the first step and replaces those before it, which get a name that `wandb sync` ignores.
+        An offline record cannot be continued, so each one is complete from the first step and replaces those before it,
+        which get a name that `wandb sync` ignores.
         """
         for record in recorded:
             if record["step"] >= self._run.starting_step:
-                values = {name: value for name, value in _charted(record).items() if name != "step"}
-                self._run.log({STEP_AXIS: record["step"], **values}, step=record["step"])
+                self._send(record, record["step"])
         if self._run.offline:
             own = Path(self._run.dir).parent
             for old in own.parent.glob(f"offline-run-*-{self._run.id}"):
                 if old.name != own.name:
                     old.rename(old.with_name(f"superseded-{old.name}"))
-
-    def _read_log_model(self) -> None:
-        """Read WANDB_LOG_MODEL, as Hugging Face's Trainer does; here, it logs one model, at the end."""
-        value = os.environ.get("WANDB_LOG_MODEL", "false").lower()
-        self._logs_model = value in ("end", "checkpoint", "true", "1")
-        if value not in ("end", "true", "1", "false", "0", ""):
-            self._print(f"WARNING: WANDB_LOG_MODEL={value} counts as {'end' if self._logs_model else 'false'}")
 
     def describe(self) -> str:
         """Return where the record is: a URL, the command that uploads it, or "no record"."""
@@ -178,32 +161,32 @@ class WandbRun:
     @_never_fails
     def log(self, values: dict[str, Any], step: int) -> None:
         """Log the metrics of a step."""
-        self._run.log(_charted(values), step=step)
+        self._send(values, step)
+
+    def _send(self, values: dict[str, Any], step: int) -> None:
+        classes = [name for name in values if name.startswith("test_class/")]
+        left_out = {"step", *classes} if len(classes) > _MANY_CLASSES else {"step"}
+        charted = {name: value for name, value in values.items() if name not in left_out}
+        self._run.log({_STEP_AXIS: step, **charted}, step=step)
 
     @_never_fails
     def log_result(self, step: int, result: dict[str, Any], test: Evaluation, images: Tensor, best: Path) -> None:
-        """Log the result, the confusion matrix, the most confidently wrong images and, if asked for, the model.
-
-        Args:
-            images: the test set, uint8 [n, 3, 32, 32].
-            best: the checkpoint with the best test accuracy.
-        """
+        """Log the result, confusion matrix, wrong images and, if asked for, the model; see `Tracking.finish`."""
         run = self._run
         run.summary.update(result)  # before the pictures, which may fail
         # One call each, in this order: W&B stores an image once, where the list has it, and the table refers to that
         # file. A resumed run may be beyond `step` already.
         for name, value in _pictures(images, test).items():
             run.log({name: value}, step=max(step, run.step))
-        if self._logs_model:
+        log_model = os.environ.get("WANDB_LOG_MODEL", "false").lower()  # of Hugging Face's Trainer
+        if log_model == "checkpoint":
+            self._print("WARNING: WANDB_LOG_MODEL=checkpoint counts as end: W&B gets the best checkpoint only")
+        if log_model in ("end", "checkpoint", "true", "1"):
             # After a kill and a restart once more: W&B then keeps one version online, and the newest record offline.
             run.log_model(best, name=f"model-{run.id}", aliases=["best", "latest"])
 
     def close(self, exit_code: int, preempting: bool) -> None:
-        """Finish the W&B run and stop W&B's service, which waits for a silent server for `_FINISH_SECONDS` at most.
-
-        Args:
-            preempting: the run was told to stop and can be resumed.
-        """
+        """Finish the W&B run and stop W&B's service. `preempting`: the run was told to stop and can be resumed."""
         self._finish(exit_code, preempting)
         if self._run is not None:
             _stop_service()
@@ -226,14 +209,8 @@ def _stop_service() -> None:
         wandb.teardown()
 
 
-def _charted(values: dict[str, Any]) -> dict[str, Any]:
-    """Leave out the accuracies of the classes if they are too many for a chart each; metrics.jsonl has them."""
-    others = {name: value for name, value in values.items() if not name.startswith("test_class/")}
-    return others if len(values) - len(others) > _MANY_CLASSES else values
-
-
 def _pictures(images: Tensor, test: Evaluation) -> dict[str, Any]:
-    """Return the most confidently wrong of `images`, as a panel and as a table, and the confusion matrix, for W&B."""
+    """Return the most confidently wrong of `images`, as a panel and as a table, and the confusion matrix."""
     import wandb
 
     panel: list[Any] = []

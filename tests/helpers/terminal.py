@@ -1,11 +1,9 @@
 """A pseudo-terminal: start a command on it, read what it shows, and type; or let this process print on it."""
 
-import fcntl
 import os
 import pty
 import select
 import signal
-import struct
 import subprocess
 import sys
 import termios
@@ -29,11 +27,9 @@ os.execvp(sys.argv[1], sys.argv[1:])
 class Terminal:
     """A command on a terminal; a context manager that kills it at the end."""
 
-    def __init__(
-        self, command: Sequence[object], cwd: Path, rows: int = 40, columns: int = 120, **environment: str
-    ) -> None:
+    def __init__(self, command: Sequence[object], cwd: Path, **environment: str) -> None:
         self._written = b""
-        self._screen, keyboard = _open(rows, columns)
+        self._screen, keyboard = _open()
         self._process = subprocess.Popen(
             [sys.executable, "-c", _ON_TERMINAL, *map(str, command)],
             cwd=cwd, env=clean_environment(TERM="xterm-256color", **environment),
@@ -83,17 +79,14 @@ class Terminal:
         """Read what has been written; return False at the end."""
         if not select.select([self._screen], [], [], 0.1)[0]:
             return True
-        try:
-            chunk = os.read(self._screen, 1 << 16)
-        except OSError:  # on Linux: the other side is closed
-            return False
+        chunk = _read(self._screen)
         self._written += chunk
-        return bool(chunk)
+        return chunk != b""
 
 
-def shown(work: Callable[[], object], rows: int = 40, columns: int = 120) -> str:
+def shown(work: Callable[[], object]) -> str:
     """Do `work` with this process's standard output and error on a terminal, and return what it has written there."""
-    screen, keyboard = _open(rows, columns)
+    screen, keyboard = _open()
     with ThreadPoolExecutor(1) as pool:  # a terminal takes a few kilobytes before somebody reads them
         written = pool.submit(_read_all, screen)
         with open(keyboard, "w") as terminal, redirect_stdout(terminal), redirect_stderr(terminal):
@@ -103,15 +96,18 @@ def shown(work: Callable[[], object], rows: int = 40, columns: int = 120) -> str
 
 
 def _read_all(screen: int) -> str:
-    chunks = []
-    with suppress(OSError):  # on Linux: the other side is closed
-        while chunk := os.read(screen, 1 << 16):
-            chunks.append(chunk)
-    return b"".join(chunks).decode(errors="replace")
+    return b"".join(iter(lambda: _read(screen), b"")).decode(errors="replace")
 
 
-def _open(rows: int, columns: int) -> tuple[int, int]:
-    """Return the file descriptors of a new terminal: the screen's and the keyboard's side."""
+def _read(screen: int) -> bytes:
+    """Return what has been written, or nothing once the other side is closed, which is an error on Linux."""
+    with suppress(OSError):
+        return os.read(screen, 1 << 16)
+    return b""
+
+
+def _open() -> tuple[int, int]:
+    """Return the file descriptors of a new terminal of 40 lines and 120 columns: screen and keyboard."""
     screen, keyboard = pty.openpty()
-    fcntl.ioctl(keyboard, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    termios.tcsetwinsize(keyboard, (40, 120))
     return screen, keyboard

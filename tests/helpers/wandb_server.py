@@ -7,6 +7,7 @@ other files, with the number of the first line.
 import json
 import re
 import threading
+from collections import defaultdict
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -15,7 +16,6 @@ KEY = "a" * 40
 # An address at which nothing listens.
 NOWHERE: dict[str, Any] = {"WANDB_BASE_URL": "http://127.0.0.1:1", "WANDB_ERROR_REPORTING": "false"}
 
-HISTORY, EVENTS, OUTPUT, SUMMARY = "wandb-history.jsonl", "wandb-events.jsonl", "output.log", "wandb-summary.json"
 ENTITY = {"id": "entity", "name": "somebody"}
 
 
@@ -23,7 +23,7 @@ ENTITY = {"id": "entity", "name": "somebody"}
 class ServedRun:
     """A run as the server has it: lines of each streamed file, summary, configuration, and how the client left."""
 
-    lines: dict[str, list[str]] = field(default_factory=lambda: {name: [] for name in (HISTORY, EVENTS, OUTPUT)})
+    lines: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     summary: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     preempting: bool = False
@@ -32,14 +32,14 @@ class ServedRun:
     @property
     def history(self) -> list[dict[str, Any]]:
         """Return the rows that the charts are drawn from."""
-        return [json.loads(line) for line in self.lines[HISTORY]]
+        return [json.loads(line) for line in self.lines["wandb-history.jsonl"]]
 
     def stream(self, post: dict[str, Any]) -> None:
         """Replace the lines at a post's offsets, and append the rest."""
-        for name, chunk in post.get("files", {}).items():
-            if name == SUMMARY:
-                self.summary = json.loads(chunk["content"][-1])
-                continue
+        files = post.get("files", {})
+        if summary := files.pop("wandb-summary.json", None):
+            self.summary = json.loads(summary["content"][-1])
+        for name, chunk in files.items():
             lines, offset = self.lines[name], chunk["offset"]
             if offset > len(lines):
                 raise ValueError(f"{name}: line {offset} comes after line {len(lines) - 1}")
@@ -49,18 +49,14 @@ class ServedRun:
 
     def resume_status(self) -> dict[str, Any]:
         """Return what a client that resumes the run asks for."""
+        history, events = self.lines["wandb-history.jsonl"], self.lines["wandb-events.jsonl"]
         return {
-            "summaryMetrics": json.dumps(self.summary),
-            "historyLineCount": len(self.lines[HISTORY]),
-            "eventsLineCount": len(self.lines[EVENTS]),
-            "logLineCount": len(self.lines[OUTPUT]),
-            "historyTail": json.dumps(self.lines[HISTORY][-1:]),
-            "eventsTail": json.dumps(self.lines[EVENTS][-1:]),
-            "config": json.dumps(self.config),
+            "summaryMetrics": json.dumps(self.summary), "config": json.dumps(self.config), "tags": [], "notes": None,
+            "historyLineCount": len(history), "historyTail": json.dumps(history[-1:]),
+            "eventsLineCount": len(events), "eventsTail": json.dumps(events[-1:]),
+            "logLineCount": len(self.lines["output.log"]),
             "wandbConfig": json.dumps({"t": self.config["_wandb"]["value"]["t"]}),
-            "tags": [],
-            "notes": None,
-        }
+        }  # fmt: skip
 
 
 class WandbServer:
@@ -68,13 +64,11 @@ class WandbServer:
 
     Attributes:
         runs: by run ID.
-        requests: the number of requests.
         mistakes: what a real server would have refused.
     """
 
     def __init__(self) -> None:
         self.runs: dict[str, ServedRun] = {}
-        self.requests = 0
         self.mistakes: list[str] = []
         self._lock = threading.Lock()
         self._silent, self._closed = threading.Event(), threading.Event()
@@ -106,12 +100,12 @@ class WandbServer:
         if self._closed.is_set():
             return None
         with self._lock:
-            self.requests += 1
             try:
                 if path == "/graphql":
                     query = json.loads(request)
                     (operation,) = re.findall(r"^\s*(?:query|mutation) (\w+)", query["query"])
-                    return self._graphql(operation, query.get("variables", {}))
+                    data = self._graphql(operation, query.get("variables", {}))
+                    return {"data": data, "errors": [] if data else [{"message": f"unknown operation {operation}"}]}
                 if path.endswith("/file_stream"):
                     self.runs[path.split("/")[-2]].stream(json.loads(request))
                 return {}
@@ -119,15 +113,14 @@ class WandbServer:
                 self.mistakes.append(f"{path}: {type(error).__name__}: {error}")
                 raise
 
-    def _graphql(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
+    def _graphql(self, operation: str, variables: dict[str, Any]) -> dict[str, Any] | None:
         name = variables.get("name", "")
         if operation == "RunResumeStatus":
             run = self.runs.get(name)
             bucket = run and {"id": name, "name": name, "displayName": None, **run.resume_status()}
-            model = {"id": "project", "name": variables["project"], "entity": ENTITY, "bucket": bucket}
-            return {"data": {"model": model}}
+            return {"model": {"id": "project", "name": variables["project"], "entity": ENTITY, "bucket": bucket}}
         if operation == "UpsertBucket":
-            inserted = name not in self.runs
+            is_new = name not in self.runs
             run = self.runs.setdefault(name, ServedRun())
             run.config = json.loads(variables["config"] or "{}")
             bucket = {
@@ -135,13 +128,13 @@ class WandbServer:
                 "sweepName": None, "config": json.dumps(run.config), "historyLineCount": 0,
                 "project": {"id": "project", "name": variables["project"], "entity": ENTITY},
             }  # fmt: skip
-            return {"data": {"upsertBucket": {"bucket": bucket, "inserted": inserted}}}
+            return {"upsertBucket": {"bucket": bucket, "inserted": is_new}}
         if operation == "CreateRunFiles":
             files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in variables["files"]]
-            return {"data": {"createRunFiles": {"runID": variables["run"], "uploadHeaders": [], "files": files}}}
+            return {"createRunFiles": {"runID": variables["run"], "uploadHeaders": [], "files": files}}
         if operation == "Viewer":
-            return {"data": {"viewer": {"id": "user", "entity": "somebody", "flags": "{}", "teams": {"edges": []}}}}
-        return {"data": None, "errors": [{"message": f"unknown operation {operation}"}]}
+            return {"viewer": {"id": "user", "entity": "somebody", "flags": "{}", "teams": {"edges": []}}}
+        return None
 
 
 class _Handler(BaseHTTPRequestHandler):

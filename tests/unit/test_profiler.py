@@ -14,7 +14,7 @@ FLAGS = ["--dataset", "synthetic", "--device", "cpu", "--wandb", "disabled", "--
 
 @pytest.fixture
 def tiny(monkeypatch):
-    make_runs_tiny(monkeypatch, 200)
+    make_runs_tiny(monkeypatch)
 
 
 def steps(path) -> list[int]:
@@ -25,15 +25,17 @@ def steps(path) -> list[int]:
     return sorted(numbers, key=lambda step: numbers[step])
 
 
-def run(tmp_path, *flags) -> list[str]:
+def profiled(tmp_path, *flags):
+    """Train with --profile; return the path of the trace."""
     train_ddp.main([*FLAGS, "--profile", "--run-dir", str(tmp_path / "run"), *flags])
-    return sorted(path.name for path in (tmp_path / "run").glob("trace-*"))
+    return tmp_path / "run" / "trace-rank0.json"
 
 
 def test_steps_10_to_20_are_in_the_trace(tiny, tmp_path, capsys):
-    assert run(tmp_path, "--max-steps", "30") == ["trace-rank0.json"]
-    assert steps(tmp_path / "run" / "trace-rank0.json") == list(range(10, 21))
-    events = json.loads((tmp_path / "run" / "trace-rank0.json").read_text())["traceEvents"]
+    trace = profiled(tmp_path, "--max-steps", "30")
+    assert list(trace.parent.glob("trace-*")) == [trace]
+    assert steps(trace) == list(range(10, 21))
+    events = json.loads(trace.read_text())["traceEvents"]
     shapes = [event["args"]["Input Dims"] for event in events if event.get("name") == "aten::cross_entropy_loss"]
     assert [shape[0] for shape in shapes] == [[4, 10]] * 11
     out = capsys.readouterr().out
@@ -41,48 +43,39 @@ def test_steps_10_to_20_are_in_the_trace(tiny, tmp_path, capsys):
     assert any("conv" in line and "[[4, " in line for line in out.splitlines()), "a batch of 4 images"
 
 
-def test_a_run_that_ends_before_step_20(tiny, tmp_path, capsys):
-    run(tmp_path, "--max-steps", "12")
-    assert steps(tmp_path / "run" / "trace-rank0.json") == [10, 11, 12]
-
-
-def test_a_run_that_ends_before_step_10(tiny, tmp_path, capsys):
-    assert run(tmp_path, "--max-steps", "9") == []
+def test_runs_that_end_before_step_20_or_step_10(tiny, tmp_path, capsys):
+    """The test after the last step is not in the trace."""
+    trace = profiled(tmp_path / "a", "--max-steps", "12")
+    assert steps(trace) == [10, 11, 12]
+    assert trace.read_text().count("aten::cross_entropy_loss") == 3
+    assert "no profile" not in capsys.readouterr().out
+    assert not profiled(tmp_path / "b", "--max-steps", "9").exists()
     assert "no profile: training ended before step 10 of this process\n" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_a_resumed_run_counts_its_own_steps(tiny, tmp_path, capsys):
-    train_ddp.main([*FLAGS, "--run-dir", str(tmp_path / "run"), "--max-steps", "25"])
-    train_ddp.main(["--resume", str(tmp_path / "run"), "--profile", "--max-steps", "50", "--wandb", "disabled"])
-    assert steps(tmp_path / "run" / "trace-rank0.json") == list(range(10, 21))
+def test_a_trace_that_cannot_be_written_costs_one_warning(tiny, tmp_path, monkeypatch, capsys):
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
 
-
-def test_a_trace_that_cannot_be_written_costs_one_warning(tiny, tmp_path, capsys):
-    (tmp_path / "run").mkdir()
-    path = tmp_path / "run" / "trace-rank0.json"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(profiler.profile, "export_chrome_trace", fail)
-        assert run(tmp_path, "--max-steps", "25") == []
+    monkeypatch.setattr(profiler.profile, "export_chrome_trace", fail)
+    trace = profiled(tmp_path, "--max-steps", "25")
     out = capsys.readouterr().out
-    assert out.count(f"WARNING: rank 0 cannot write {path}: [Errno 28] No space left on device") == 1
+    assert out.count(f"WARNING: rank 0 cannot write {trace}: [Errno 28] No space left on device") == 1
     assert "Finished Training" in out
 
 
-def fail(*_: object) -> None:
-    raise OSError(28, "No space left on device")
-
-
-def test_without_the_flag_nothing_is_profiled(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("cifar.run.StepProfiler", None)
-    train_ddp.main([*FLAGS, "--run-dir", str(tmp_path / "run"), "--max-steps", "2"])
+def test_nothing_is_profiled_without_the_flag_and_a_resumed_run_counts_its_own_steps(tiny, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr("cifar.run.StepProfiler", None)
+        train_ddp.main([*FLAGS, "--run-dir", str(tmp_path / "run"), "--max-steps", "5"])
+    train_ddp.main(["--resume", str(tmp_path / "run"), "--profile", "--max-steps", "30"])
+    assert steps(tmp_path / "run" / "trace-rank0.json") == list(range(10, 21))
 
 
 @pytest.mark.slow
 def test_each_rank_writes_its_trace(tmp_path):
-    done = train(
-        "--dataset", "synthetic", "--max-steps", 25, "--profile", "--run-dir", "run", cwd=tmp_path, processes=2
-    )
+    flags = "--dataset synthetic --max-steps 25 --profile --run-dir run"
+    done = train(*flags.split(), cwd=tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("The most expensive operations") == 1
     assert "USDT" not in done.stderr

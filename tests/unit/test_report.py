@@ -5,7 +5,7 @@ import io
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
@@ -28,9 +28,8 @@ RED = (0xB3, 0x26, 0x1E)  # the warning in report.png
 def evaluation(classes):
     labels = torch.arange(300) % len(classes)
     predicted = torch.where(torch.arange(300) % 3 == 0, (labels + 1) % len(classes), labels)
-    return Evaluation(
-        torch.full((300,), 0.7), labels, predicted, torch.linspace(0.5, 1, 300, dtype=torch.float64), tuple(classes)
-    )
+    confidence = torch.linspace(0.5, 1, 300, dtype=torch.float64)
+    return Evaluation(torch.full((300,), 0.7), labels, predicted, confidence, tuple(classes))
 
 
 def report(run_dir, test, records=RECORDS, smoothing=0.2, **changes):
@@ -39,7 +38,7 @@ def report(run_dir, test, records=RECORDS, smoothing=0.2, **changes):
     result = {
         "recipe": "wide", "dataset": "cifar10", "model": "net-wide", "steps": 40, "seed": 0, "precision": "fp32",
         "global_batch_size": 500, "trained_on": "2 processes on cpu, then 1 process on cpu", "train_seconds": 71.0,
-        "images_per_second": 1055.0, "test_accuracy": 2 / 3, "test_correct": 200, "test_total": 300, **changes,
+        "images_per_second": 1055.0, **changes,
     }  # fmt: skip
     config = {"lr": 0.05, "model": "<net>", "label_smoothing": smoothing}
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records))
@@ -57,24 +56,16 @@ def written(tmp_path_factory):
     return report(tmp_path_factory.mktemp("report") / "<x & y>", TEST, test_accuracy_tta=0.7, tta="crop")
 
 
-def test_page_is_well_formed_and_self_contained(written):
-    open_tags = []
-
-    class Balanced(HTMLParser):
-        def handle_starttag(self, tag, attrs):
-            assert all(value.startswith("data:") for name, value in attrs if name in ("src", "href"))
-            if tag not in ("meta", "img"):
-                open_tags.append(tag)
-
-        def handle_endtag(self, tag):
-            assert open_tags.pop() == tag
-
-        def handle_startendtag(self, tag, attrs):
-            assert all(value.startswith(("data:", "#")) for name, value in attrs if name.endswith(("src", "href")))
-
-    Balanced().feed(written[0])
-    assert not open_tags
-    assert not re.search(r"<script|@import|url\((?!#)", written[0])
+def test_page_is_well_formed_self_contained_and_escaped(written):
+    page = written[0]
+    for element in ElementTree.fromstring(page).iter():
+        for name, value in element.attrib.items():
+            assert not name.endswith(("src", "href")) or value.startswith(("data:", "#"))
+    assert not re.search(r"<script|@import|url\((?!#)", page)
+    assert "&lt;x &amp; y&gt;" in page
+    assert "<span>&lt;net&gt;</span>" in page
+    assert page.count("a &lt;b&gt;") >= 5, "bars, two sides of the matrix, wrong pictures, list"
+    assert not re.search("<x|<net|<b>(?!a &lt;b&gt;|plane|[$])", page)
 
 
 def test_page_has_every_section(written):
@@ -82,9 +73,8 @@ def test_page_has_every_section(written):
     assert "<h1>Test accuracy 66.67 %: 200 of 300 test images</h1>" in page
     for fact in ("70.00 % with test-time augmentation (crop)", "40 steps of 500 images", "then 1 process on cpu, fp32"):
         assert fact in page
-    assert re.findall(r"<(?:h2|summary)>([^<:]+)", page) == [
-        "Most confidently wrong", "Accuracy of each class", "Configuration"
-    ]  # fmt: skip
+    sections = ["Most confidently wrong", "Accuracy of each class", "Configuration"]
+    assert re.findall(r"<(?:h2|summary)>([^<:]+)", page) == sections
     texts = re.findall("<text[^>]*>([^<]+)</text>", page)
     charts = ("Cross-entropy", "Test accuracy, %", "Images per second", "Accuracy of each class, %")
     assert {*charts, "Confusion matrix, images"} <= {*texts}
@@ -97,22 +87,8 @@ def test_page_has_every_section(written):
     assert "Synthetic" not in page
 
 
-def test_names_and_values_are_escaped(written):
-    page = written[0]
-    assert "&lt;x &amp; y&gt;" in page
-    assert "<span>&lt;net&gt;</span>" in page
-    assert page.count("a &lt;b&gt;") >= 5, "bars, two sides of the matrix, wrong pictures, list"
-    assert not re.search("<x|<net|<b>(?!a &lt;b&gt;|plane|[$])", page)
-
-
-def test_charts_follow_the_colour_scheme(written):
-    (charts,) = re.findall("<svg.*?</svg>", written[0], re.DOTALL)
-    colours = set(re.findall(r"(?:fill|stroke): ([^;\"]+)", charts))
-    assert colours == {"none", "#ffffff", *(f"var(--{name})" for name in ("ink", "soft", "line", "train", "test"))}
-
-
 def test_wrong_pictures_are_the_test_images(written):
-    found = re.findall(r'base64,([^"]+)" alt="test image (\d+), class ([^"]+)">', written[0])
+    found = re.findall(r'base64,([^"]+)" alt="test image (\d+), class ([^"]+)" />', written[0])
     assert [int(i) for _, i, _ in found] == TEST.most_confidently_wrong(36)
     for content, i, name in found:
         pixels = np.array(Image.open(io.BytesIO(base64.b64decode(content))))
