@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 
 from cifar.checkpoint import checkpoint_path, load_checkpoint
-from cifar.datasets.cifar10 import CLASSES, load_cifar10
-from cifar.datasets.folder import load_folder, prepare_folder
+from cifar.datasets.folder import prepare_folder
 from tests.helpers.processes import ROOT, clean_environment, rank_variables, records, result, train
 
 pytestmark = pytest.mark.slow
@@ -111,25 +110,3 @@ def test_two_hosts_with_other_pictures_are_refused(tmp_path):
     assert "dataset folder: the hosts have different training images: 300 images, SHA-256 " in line
     assert line.count(f" (Pillow {PIL.__version__})") == 2
     assert "train_ddp.py: error:" not in other_error
-
-
-def test_cifar10_as_png_has_the_same_images(real_data, tmp_path):
-    """Bit for bit, of a few hundred."""
-    theirs = load_cifar10(real_data)
-    wanted = {}
-    for split, (images, labels) in (("train", theirs.train), ("test", theirs.test)):
-        for name in CLASSES:
-            (tmp_path / split / name).mkdir(parents=True)
-        wanted[split] = sorted(
-            (image.numpy().tobytes(), CLASSES[label]) for image, label in zip(images[:300], labels[:300], strict=True)
-        )
-        for k, (image, label) in enumerate(zip(images[:300], labels[:300], strict=True)):
-            path = tmp_path / split / CLASSES[label] / f"{k}.png"
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-    prepare_folder(tmp_path)
-    ours = load_folder(tmp_path)
-    for split, (images, labels) in (("train", ours.train), ("test", ours.test)):
-        found = sorted(
-            (image.numpy().tobytes(), ours.classes[label]) for image, label in zip(images, labels, strict=True)
-        )
-        assert found == wanted[split]

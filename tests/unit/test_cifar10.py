@@ -19,7 +19,6 @@ from cifar.datasets.cifar10 import CLASSES, load_cifar10, prepare_cifar10
 from cifar.datasets.download import UnavailableError
 from cifar.errors import UserError
 from tests.helpers.http_server import Reply, Server, says, serves
-from tests.helpers.processes import records, result, torchrun
 
 BATCHES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
 FINE_CLASSES = [f"class {i}" for i in range(100)]
@@ -36,13 +35,13 @@ def small_cifar10() -> dict[str, dict]:
     return files
 
 
-def small_cifar100(train: int = 200, test: int = 100) -> dict[str, dict]:
-    """Return the content of files like CIFAR-100's."""
+def small_cifar100() -> dict[str, dict]:
+    """Return the content of files like CIFAR-100's, with an image of each class."""
     random = np.random.default_rng(0)
     files: dict[str, dict] = {"meta": {"fine_label_names": FINE_CLASSES, "coarse_label_names": ["group"]}}
-    for name, count in (("train", train), ("test", test)):
-        images = random.integers(256, size=(count, 3072), dtype=np.uint8)
-        files[name] = {"data": images, "fine_labels": [k % 100 for k in range(count)], "coarse_labels": [0] * count}
+    for name in ("train", "test"):
+        images = random.integers(256, size=(100, 3072), dtype=np.uint8)
+        files[name] = {"data": images, "fine_labels": list(range(100)), "coarse_labels": [0] * 100}
     return files
 
 
@@ -251,37 +250,3 @@ def test_not_available(archive, server, data_dir, monkeypatch):
     in_the_way.touch()
     with pytest.raises(UnavailableError, match=r"^CIFAR-10 is not available: .* cannot be put there \(\[Errno "):
         prepare_cifar10(in_the_way, None)
-
-
-SCRIPT = """
-from pytest import MonkeyPatch
-from cifar.command import exit_on_error
-from tests.unit.test_cifar10 import count_as, small_cifar100
-from train_ddp import main
-
-count_as(MonkeyPatch(), "CIFAR100", small_cifar100(2_000, 1_001))
-with exit_on_error("train_ddp.py"):
-    main()
-"""
-
-
-@pytest.mark.slow
-def test_training_on_cifar100(data_dir, tmp_path, monkeypatch):
-    """From the archive to the report, at one process and at two, with the same losses."""
-    packed = count_as(monkeypatch, "CIFAR100", small_cifar100(2_000, 1_001))
-    (data_dir / cifar10.CIFAR100.name).write_bytes(packed)
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    flags = ["--dataset", "cifar100", "--data-dir", "data", "--global-batch-size", 8, "--epochs", 1, "--log-steps", 50]
-    for processes in (1, 2):
-        batch = ["--local-batch-size", 8 // processes, "--run-dir", f"run{processes}"]
-        done = torchrun(processes, *flags, *batch, cwd=tmp_path, script=[script])
-        assert done.returncode == 0, done.stderr
-        assert f"cifar100, from {tmp_path}/data: 2,000 training, 1,001 test, 100 classes" in done.stdout
-        assert done.stdout.count("Accuracy for class: ") == 20
-        outcome = result(tmp_path / f"run{processes}")
-        assert (outcome["dataset"], outcome["test_total"]) == ("cifar100", 1_001)
-        assert (tmp_path / f"run{processes}" / "report.png").exists()
-    one, two = (records(tmp_path / name, "train/loss") for name in ("run1", "run2"))
-    assert [step for step, _ in one] == [step for step, _ in two] == [50, 100, 150, 200, 250]
-    assert [loss for _, loss in one] == pytest.approx([loss for _, loss in two], rel=1e-5)
