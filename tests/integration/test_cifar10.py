@@ -16,9 +16,9 @@ def test_from_the_server_to_the_tensors(real_data, tmp_path, monkeypatch):
     """What is loaded is what torchvision itself reads."""
     from torchvision.datasets import CIFAR10
 
-    path = tmp_path / "packed.tar.gz"
+    path, folder = tmp_path / "packed.tar.gz", cifar10.CIFAR10.folder
     with tarfile.open(path, "w:gz", compresslevel=0) as tar:
-        tar.add(real_data / CIFAR10.folder, CIFAR10.folder)
+        tar.add(real_data / folder, folder)
     content = path.read_bytes()
     changed = replace(cifar10.CIFAR10, size=len(content), sha256=hashlib.sha256(content).hexdigest(), urls=())
     monkeypatch.setattr(cifar10, "CIFAR10", changed)

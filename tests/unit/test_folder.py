@@ -30,16 +30,6 @@ CACHE = f".cifar-ddp-pictures-pillow-{PIL.__version__}.npz"
 COLORS = {"ant": 40, "bee": 120, "cat": 200}
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    """Keep the user's cache of these tests apart, and return the directory of its pictures."""
-    folder = tmp_path_factory.mktemp("user")
-    for name in ("TORCH_HOME", "CIFAR_DATA_DIR"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    return folder / "torch" / "cifar-ddp"
-
-
 def draw(path, level=0, size=(32, 32), **options):
     """Write a picture whose pixels are `level` and, if they are many, noise."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -283,9 +273,9 @@ def test_picture_that_can_be_read_later_is_decoded(folder, decodings, monkeypatc
 
 
 def change_size(ant):
-    times = (ant / "0.png").stat()
+    before = (ant / "0.png").stat()
     draw(ant / "0.png", 79, size=(33, 33))
-    os.utime(ant / "0.png", ns=(times.st_atime_ns, times.st_mtime_ns))
+    os.utime(ant / "0.png", ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 @pytest.mark.parametrize(
@@ -396,15 +386,16 @@ def test_what_a_killed_process_leaves_is_removed(folder):
 
 @pytest.mark.parametrize("name", ["lock", "write_atomically"])
 @pytest.mark.parametrize("error", [OSError(30, "Read-only file system"), NotImplementedError("no locks")])
-def test_pixels_are_kept_in_the_users_cache(folder, ant, own_cache, decodings, monkeypatch, name, error):
+def test_pixels_are_kept_in_the_users_cache(folder, ant, tmp_path, decodings, monkeypatch, name, error):
     """If they cannot be written beside the pictures, where stale ones do not hide them. Simulated: root may write."""
-    work, readable_places = getattr(picture_cache, name), [folder]
+    work, failing_places = getattr(picture_cache, name), [folder]
 
     def fail(path, *args):
-        if path.parent in readable_places:
+        if path.parent in failing_places:
             raise error
         return work(path, *args)
 
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     load(folder)
     draw(ant / "new.png", 9)
     beside = (folder / CACHE).read_bytes()
@@ -412,9 +403,10 @@ def test_pixels_are_kept_in_the_users_cache(folder, ant, own_cache, decodings, m
     for _ in range(2):
         assert contents(load(folder).train) == expected(folder, "train")
     assert (decodings, (folder / CACHE).read_bytes()) == ([24, 25], beside)
-    place = own_cache / f"pets-{hashlib.sha256(bytes(folder)).hexdigest()[:16]}-pillow-{PIL.__version__}.npz"
+    digest = hashlib.sha256(bytes(folder)).hexdigest()[:16]
+    place = tmp_path / "torch" / "cifar-ddp" / f"pets-{digest}-pillow-{PIL.__version__}.npz"
     place.unlink()
-    readable_places.append(own_cache)
+    failing_places.append(place.parent)
     assert refusal(folder) == f"the decoded pictures cannot be written to {folder / CACHE} or {place} ({error})"
 
 
