@@ -28,7 +28,7 @@ ARCHIVE, FOLDER = cifar10.CIFAR10.name, cifar10.CIFAR10.folder
 def small_cifar10() -> dict[str, dict]:
     """Return the content of files like CIFAR-10's, with four images in each batch."""
     random = np.random.default_rng(0)
-    files: dict[str, dict] = {"batches.meta": {"label_names": list(CLASSES)}}
+    files: dict[str, dict] = {"batches.meta": {"label_names": [f"long {name}" for name in CLASSES]}}
     for name in BATCHES:
         images = random.integers(256, size=(4, 3072), dtype=np.uint8)
         files[name] = {"data": images, "labels": random.integers(10, size=4).tolist()}
