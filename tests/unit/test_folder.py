@@ -338,7 +338,7 @@ def test_flipped_bits_change_no_pixel(folder, decodings):
     files = list_files(folder)
     raw = (folder / CACHE).read_bytes()
     bits = 8 * len(raw)
-    damages = [raw[:-1], raw[:-3000], raw[:3000], b"", bytes(100), np.arange(9).tobytes()]
+    damages = [raw[:-1], raw[:-3000], raw[:3000], b"", bytes(100), raw.replace(b"(24, 3,", b"(23, 3,")]
     for bit in [*range(0, 4000, 37), *range(4000, bits - 4000, 7919), *range(bits - 4000, bits, 37)]:
         flipped = bytearray(raw)
         flipped[bit // 8] ^= 1 << bit % 8
@@ -348,7 +348,7 @@ def test_flipped_bits_change_no_pixel(folder, decodings):
         (folder / CACHE).write_bytes(damaged)
         found = picture_cache.find_pictures(folder, files)
         noticed += found is None
-        assert found is None or (found.problems == {} and found.pixels.tobytes() in raw)
+        assert found is None or (found.problems == {} and len(found.pixels) == 24 and found.pixels.tobytes() in raw)
     assert noticed > len(damages) / 2
     (folder / CACHE).write_bytes(raw.replace(good.train[0][0].numpy().tobytes(), bytes(3072)))
     for _ in range(2):
