@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from cifar.errors import UserError, first_line
@@ -22,33 +22,23 @@ SUFFIXES = frozenset(" ".join(FORMATS.values()).split())
 
 
 def read_image(path: Path) -> Tensor:
-    """Read a picture file as the models expect it: uint8 [3, 32, 32].
-
-    Raises:
-        UserError: the file cannot be read as a picture.
-    """
+    """Return a picture file as the models expect it, uint8 [3, 32, 32]; a UserError says why it cannot be read."""
     try:
         if path.exists() and not path.is_file():
             raise ValueError("it is a directory, a pipe or a device")  # a pipe might never answer
         with warnings.catch_warnings():
-            # Of large pictures (Pillow refuses those above 179 million pixels) and of details that viewers ignore, too.
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # of large pictures and of details that viewers ignore, too
             Image.init()
-            known = [name for name in FORMATS if name in Image.OPEN]  # AVIF is new in Pillow 11.3
-            with Image.open(path, formats=known) as file:
+            known_formats = [name for name in FORMATS if name in Image.OPEN]  # AVIF is new in Pillow 11.3
+            with Image.open(path, formats=known_formats) as file:
                 file.load()
-                # Damaged EXIF data is ignored, as viewers do. The picture is turned before the data is written again,
-                # which fails if any tag in it is damaged.
-                with contextlib.suppress(Exception):
-                    ImageOps.exif_transpose(file, in_place=True)
+                with contextlib.suppress(Exception):  # viewers ignore damaged EXIF data, too
+                    ImageOps.exif_transpose(file, in_place=True)  # turns before it fails to write damaged data again
                 image = _to_rgb(file)
-        pixels = np.asarray(ImageOps.fit(image, (32, 32), Image.Resampling.LANCZOS))
-    except UnidentifiedImageError as error:
-        raise UserError(f"{path} is not a picture in a supported format") from error
+        pixels = np.array(ImageOps.fit(image, (32, 32), Image.Resampling.LANCZOS))
     except Exception as error:  # a damaged or hostile file can make a decoder raise anything
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-        raise UserError(f"{path} cannot be read as a picture: {reason}") from error
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+        raise UserError(f"{path} cannot be read as a picture: {first_line(error)}") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -62,17 +52,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scale_to_bytes(image: Image.Image) -> Image.Image:
-    """Scale 16-bit, 32-bit or floating-point gray to bytes.
+    """Scale 16-bit, 32-bit or floating-point gray to bytes; NaN is black.
 
-    No such format says which values are black and white, so it is the first of these ranges that has room for all
-    pixels: 0 to 1 of floating-point numbers, 0 to 255, and 0 to 65535 of 16-bit numbers. If none has, the darkest pixel
-    becomes black and the brightest white. NaN is black.
+    No such format says which values are black and white, so it is the first of these ranges that holds all pixels: 0 to
+    1 of floating-point numbers, 0 to 255, and 0 to 65535 of 16-bit numbers; else from the darkest to the brightest.
     """
     values = np.asarray(image, np.float64)
     finite = values[np.isfinite(values)]
-    if not finite.size:
-        raise ValueError("none of its pixels is a finite number")
-    low, high = finite.min(), finite.max()
+    low, high = finite.min(), finite.max()  # which fail if there is none
     if image.mode == "F":
         whites = [1, 255]
     elif image.mode == "I" and image.format not in ("PNG", "PPM"):  # of these, Pillow reads 16 bits as 32

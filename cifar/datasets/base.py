@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from cifar.errors import UserError
@@ -15,45 +16,30 @@ Split = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Dataset:
-    """A training and a test set, and the class names.
+    """A training and a test set, and the class names."""
 
-    Attributes:
-        classes: name of each class, in the order of the labels.
-        train, test: images, uint8 [n, 3, 32, 32], and labels, int64 [n] in [0, len(classes)), on the CPU.
-        note: what the banner says besides, or nothing.
-        decoder: the library that has decoded the images, with its version, if another may give other pixels.
-    """
-
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # the name of each class, in the order of the labels
     train: Split
     test: Split
-    note: str = ""
-    decoder: str = ""
+    note: str = ""  # what the banner says besides
+    decoder: str = ""  # the library that has decoded the images, with its version, if another may give other pixels
 
     def check(self, name: str) -> None:
-        """Check types, shapes, labels and class names. Reads the labels, not the pixels.
-
-        Args:
-            name: of the dataset, for the message.
-
-        Raises:
-            UserError: the first thing that does not fit.
-        """
+        """Check types, shapes, labels and class names, not the pixels; a UserError says what is wrong with `name`."""
         if not self.classes or not all(self.classes) or len(set(self.classes)) < len(self.classes):
             raise UserError(f"dataset {name}: the class names must be non-empty and unique, not {self.classes}")
         for split, (images, labels) in (("training", self.train), ("test", self.test)):
-            if not _form(images).startswith("uint8 [") or images.shape[1:] != (3, 32, 32):
-                raise UserError(f"dataset {name}: {split} images must be uint8 [n, 3, 32, 32], not {_form(images)}")
-            if _form(labels) != f"int64 [{len(images)}]":
-                raise UserError(f"dataset {name}: {split} labels must be int64 [{len(images)}], not {_form(labels)}")
-            if len(images) == 0:
-                raise UserError(f"dataset {name}: there must be at least one {split} image")
+            about = f"dataset {name}: {split}"
+            if images.dtype != torch.uint8 or images.shape[1:] != (3, 32, 32) or len(images) == 0:
+                form = f"{images.dtype} {list(images.shape)}"
+                raise UserError(f"{about} images must be torch.uint8 [n, 3, 32, 32], with n > 0, not {form}")
+            if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+                form = f"{labels.dtype} {list(labels.shape)}"
+                raise UserError(f"{about} labels must be torch.int64 [{len(images)}], not {form}")
             low, high = labels.min().item(), labels.max().item()
             if low < 0 or high >= len(self.classes):
-                raise UserError(
-                    f"dataset {name}: {split} labels must be in [0, {len(self.classes) - 1}], one for each class name, "
-                    f"not in [{low}, {high}]"
-                )
+                last = len(self.classes) - 1
+                raise UserError(f"{about} labels must be in [0, {last}], one per class name, not in [{low}, {high}]")
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
@@ -65,10 +51,3 @@ class Dataset:
                 digest.update(tensor.contiguous().numpy().data)
             words[split] = f"{len(images):,} images, SHA-256 {digest.hexdigest()[:16]}"
         return words
-
-
-def _form(value: object) -> str:
-    """Return a tensor's dtype and shape, such as "uint8 [10000, 3, 32, 32]"; of any other value, its type."""
-    if not isinstance(value, Tensor):
-        return type(value).__name__
-    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"

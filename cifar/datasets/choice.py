@@ -14,16 +14,15 @@ def choose_dataset(config: TrainConfig, runtime: Runtime) -> tuple[str, Dataset]
     """Return the name and the content of the dataset to train on. Collective.
 
     Local rank zero downloads or decodes it if it has to, while the others wait. "auto" is CIFAR-10, or the synthetic
-    dataset, on all ranks, if one host can neither find nor download it.
-
-    Raises:
-        UserError: a file is corrupt, the dataset is not available, or the hosts have different images.
+    dataset, on all ranks, if one host can neither find nor download it. A UserError says if a file is corrupt, the
+    dataset is not available, or the hosts have different images.
     """
-    name, missing = "cifar10" if config.dataset == "auto" else config.dataset, None
+    name = "cifar10" if config.dataset == "auto" else config.dataset
+    missing = None
     with runtime.fail_together():
         if runtime.local_rank == 0 and name in PREPARE:
             try:
-                PREPARE[name](config.data_dir, config.data_url)  # which prints the progress, on each host
+                PREPARE[name](config.data_dir, config.data_url)
             except UnavailableError as error:
                 if config.dataset != "auto":
                     raise
@@ -40,12 +39,9 @@ def choose_dataset(config: TrainConfig, runtime: Runtime) -> tuple[str, Dataset]
 
 def _check_same(name: str, dataset: Dataset, runtime: Runtime) -> None:
     """Check that all ranks have the same images, and name the hosts that do not. Collective."""
-    host = socket.gethostname() + (f" ({dataset.decoder})" if dataset.decoder else "")
-    ranks = runtime.gather((dataset.fingerprint, host))
+    own_host = socket.gethostname() + (f" ({dataset.decoder})" if dataset.decoder else "")
+    ranks = runtime.gather((dataset.fingerprint, own_host))
     for split in dataset.fingerprint:
-        found = sorted({(host, theirs[split]) for theirs, host in ranks})
-        if len({images for _, images in found}) > 1:
-            different = " and ".join(f"{images} on {host}" for host, images in found)
-            raise UserError(
-                f"dataset {name}: the hosts have different {split} images: {different}: copy the same files to each"
-            )
+        if len({fingerprint[split] for fingerprint, _ in ranks}) > 1:
+            hosts = " and ".join(sorted({f"{fingerprint[split]} on {host}" for fingerprint, host in ranks}))
+            raise UserError(f"dataset {name}: the hosts have different {split} images: {hosts}: copy the same files")

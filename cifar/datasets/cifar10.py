@@ -1,5 +1,6 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky 2009)."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,7 +24,6 @@ CIFAR10 = Archive(
     ),
 )
 
-
 CIFAR100 = Archive(
     title="CIFAR-100",
     name="cifar-100-python.tar.gz",
@@ -39,55 +39,35 @@ def prepare_cifar10(data_dir: Path, data_url: str | None) -> None:
     prepare(CIFAR10, data_dir, data_url)
 
 
-def load_cifar10(data_dir: Path) -> Dataset:
-    """Load CIFAR-10 from `data_dir/cifar-10-batches-py`: 50,000 training and 10,000 test images.
-
-    Raises:
-        UserError: a file is missing, corrupt or unreadable.
-    """
-    return _read("CIFAR10", CIFAR10, data_dir, CLASSES)
-
-
 def prepare_cifar100(data_dir: Path, data_url: str | None) -> None:
     """Ensure that `data_dir/cifar-100-python` exists; see `download.prepare`."""
     prepare(CIFAR100, data_dir, data_url)
 
 
-def load_cifar100(data_dir: Path) -> Dataset:
-    """Load CIFAR-100 with its hundred fine classes: 500 training and 100 test images of each.
+def load_cifar10(data_dir: Path) -> Dataset:
+    """Load 50,000 training and 10,000 test images; a UserError names what is missing, corrupt or unreadable."""
+    return replace(_read("CIFAR10", CIFAR10, data_dir), classes=CLASSES)
 
-    Raises:
-        UserError: a file is missing, corrupt or unreadable.
-    """
+
+def load_cifar100(data_dir: Path) -> Dataset:
+    """Load 500 training and 100 test images of each of 100 fine classes; errors are those of `load_cifar10`."""
     return _read("CIFAR100", CIFAR100, data_dir)
 
 
-def _read(reader: str, archive: Archive, data_dir: Path, classes: tuple[str, ...] | None = None) -> Dataset:
-    """Read the unpacked `archive` in `data_dir`.
-
-    torchvision reads the files, and checks the MD5 of each before it is unpickled.
-
-    Args:
-        reader: name of torchvision's class.
-        classes: the class names, or None for those in the files.
-
-    Raises:
-        UserError: a file is missing, corrupt or unreadable.
-    """
+def _read(reader: str, archive: Archive, data_dir: Path) -> Dataset:
+    """Read an unpacked archive by torchvision's class `reader`, which checks each file's MD5 before unpickling it."""
     from torchvision import datasets  # takes a second to import
 
-    torchvision = getattr(datasets, reader)
     folder = data_dir / archive.folder
+    splits: list[Split] = []
     try:
-        splits: list[Split] = []
         for train in (True, False):
-            files = torchvision(data_dir, train=train)
+            files = getattr(datasets, reader)(data_dir, train=train)
             images = torch.from_numpy(files.data).permute(0, 3, 1, 2).contiguous()  # [n, 32, 32, 3] -> [n, 3, 32, 32]
             splits.append((images, torch.tensor(files.targets)))
-        return Dataset(classes or tuple(files.classes), splits[0], splits[1])
     except RuntimeError as error:
-        raise UserError(
-            f"a file in {folder} is missing or corrupt: delete the directory to download {archive.title} again"
-        ) from error
+        advice = f"delete the directory to download {archive.title} again"
+        raise UserError(f"a file in {folder} is missing or corrupt: {advice}") from error
     except OSError as error:
-        raise UserError(f"cannot read {error.filename or folder}: {error.strerror or error}") from error
+        raise UserError(f"cannot read {folder}: {error}") from error
+    return Dataset(tuple(files.classes), splits[0], splits[1])

@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -25,10 +24,6 @@ from cifar.pictures import read_image
 # What pixels depend on besides the files. Each version has its own file, so that two can share a folder.
 DECODER = f"Pillow {PIL.__version__}"
 
-_CHUNK = 16  # pictures that a worker gets at once
-_PER_WORKER = 50  # pictures below which another worker costs more than it saves
-
-
 Files = dict[str, tuple[int, int]]
 """The path of each picture file below the data directory, with "/"; its size and when it was modified, in ns."""
 
@@ -43,53 +38,77 @@ class Pictures(NamedTuple):
 def prepare_pictures(data_dir: Path, files: Files) -> Pictures:
     """Decode the picture files of `data_dir` if any is new or has changed, and keep the pixels for this host.
 
-    Launches that share a place take turns. If nothing has changed, nothing is written.
-
-    Raises:
-        UserError: no place can be written, or a process that decodes was killed.
+    Launches that share a place take turns. If nothing has changed, nothing is written. A UserError says that no place
+    can be written, or that a process that decodes was killed.
     """
-    if (kept := find_pictures(data_dir, files)) is not None:
-        return kept
-    decoded: Pictures | None = None
+    if (pictures := find_pictures(data_dir, files)) is not None:
+        return pictures
     places = _places(data_dir)
     for place in places:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             with lock(place.with_name(f"{place.name}.lock"), f"decodes the pictures for {place}"):
                 remove_temporaries(place)
-                if decoded is None:
-                    if (kept := find_pictures(data_dir, files, warn=True)) is not None:
-                        return kept  # another launch has decoded them meanwhile
-                    decoded = _decode(data_dir, files)
-                _write(place, files, decoded)
-                return decoded
+                if pictures is None:  # another launch may have decoded them meanwhile
+                    pictures = find_pictures(data_dir, files) or _decode(data_dir, files)
+                _write(place, files, pictures)
+                return pictures
         except (OSError, NotImplementedError) as error:  # read-only, full, or a file system without locks
             reason = error
-    names = " or ".join(str(place.parent) for place in places)
-    raise UserError(f"the decoded pictures cannot be written to {names} ({reason}): set XDG_CACHE_HOME")
+    raise UserError(f"the decoded pictures cannot be written to {places[0]} or {places[1]} ({reason})")
+
+
+def find_pictures(data_dir: Path, files: Files) -> Pictures | None:
+    """Return what `prepare_pictures` has kept of exactly these files, unless one with a problem can be read now."""
+    digest = _digest(files)
+    for place in _places(data_dir):
+        try:
+            with np.load(place) as arrays:
+                kept_digest, problems = json.loads(arrays["content"].tobytes())
+                pixels = arrays["pixels"] if kept_digest == digest else np.empty(0)
+        except Exception:  # there is none, or it is damaged: zipfile and numpy raise anything
+            continue
+        # A CRC-32 is verified when the last byte is read, unless the shape is damaged.
+        is_whole = pixels.shape == (len(files), 3, 32, 32)
+        if is_whole and all(isinstance(_read(data_dir / path), str) for path in problems):
+            return Pictures(pixels, problems)
+    return None
+
+
+def _places(data_dir: Path) -> list[Path]:
+    """Return the files that may hold the pixels: beside the pictures, or in the user's cache, which torch names."""
+    folder, decoder = data_dir.resolve(), DECODER.lower().replace(" ", "-")
+    name = f"{folder.name}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}-{decoder}.npz"
+    return [folder / f".cifar-ddp-pictures-{decoder}.npz", Path(torch.hub.get_dir()).parent / "cifar-ddp" / name]
+
+
+def _write(place: Path, files: Files, pictures: Pictures) -> None:
+    content = np.frombuffer(json.dumps([_digest(files), pictures.problems]).encode(), np.uint8)
+    write_atomically(place, lambda file: np.savez(file, content=content, pixels=pictures.pixels))
+
+
+def _digest(files: Files) -> str:
+    return hashlib.sha256(json.dumps(list(files.items())).encode()).hexdigest()
 
 
 def _decode(data_dir: Path, files: Files) -> Pictures:
-    """Decode all files in processes, as Pillow decodes small pictures mostly in Python; print the progress.
+    """Decode all files in processes, as Pillow decodes small pictures mostly in Python.
 
     The processes start as is the platform's default: on Linux by fork, in milliseconds. They use neither torch's
     threads nor the GPU, which do not survive a fork.
     """
     print(f"decoding {len(files):,} pictures in {data_dir}", flush=True)
     pictures = Pictures(np.zeros((len(files), 3, 32, 32), np.uint8), {})
-    on_terminal, interval = sys.stderr.isatty(), max(1000, len(files) // 10)
-    workers = max(1, min(available_cores(), len(files) // _PER_WORKER))
+    workers = max(1, min(available_cores(), len(files) // 50))  # another worker costs as much as 50 files
     pool = ProcessPoolExecutor(workers, initializer=_start_worker)
     try:
-        results = pool.map(_read, [data_dir / path for path in files], chunksize=_CHUNK)
-        bar = tqdm(results, total=len(files), unit=" pictures", desc="decoding", disable=not on_terminal)
-        for row, (path, result) in enumerate(zip(files, bar, strict=True)):
+        results = pool.map(_read, [data_dir / path for path in files], chunksize=16)
+        progress = tqdm(results, total=len(files), unit=" pictures", disable=None)  # None: not in a log
+        for row, (path, result) in enumerate(zip(files, progress, strict=True)):
             if isinstance(result, str):
                 pictures.problems[path] = result
             else:
                 pictures.pixels[row] = result
-            if not on_terminal and row and row % interval == 0:
-                print(f"  {row:,} of {len(files):,} pictures", flush=True)
     except BrokenProcessPool as error:
         raise UserError("a process that decodes pictures was killed, maybe for lack of memory") from error
     finally:
@@ -106,59 +125,12 @@ def _read(path: Path) -> np.ndarray | str:
 
 
 def _start_worker() -> None:
-    """Let Ctrl-C end this process without a traceback, and let it end with its parent, be it killed.
-
-    The executor's processes would wait for work for ever, and hold the lock that they have inherited.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as in the background
-            signal.signal(number, signal.SIG_DFL)
+    """Let signals end this process without a traceback; let it end with its parent, whose lock it has inherited."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
     multiprocessing.parent_process().join()  # type: ignore[union-attr]
     os._exit(1)
-
-
-def _places(data_dir: Path) -> list[Path]:
-    """Return the files that may hold the pixels: beside the pictures, or in the user's cache, which torch names."""
-    folder, decoder = data_dir.resolve(), DECODER.lower().replace(" ", "-")
-    name = f"{folder.name}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}-{decoder}.npz"
-    return [folder / f".cifar-ddp-pictures-{decoder}.npz", Path(torch.hub.get_dir()).parent / "cifar-ddp" / name]
-
-
-def _write(place: Path, files: Files, pictures: Pictures) -> None:
-    content = np.frombuffer(json.dumps([_digest(files), pictures.problems]).encode(), np.uint8)
-    write_atomically(place, lambda file: np.savez(file, content=content, pixels=pictures.pixels))
-
-
-def find_pictures(data_dir: Path, files: Files, warn: bool = False) -> Pictures | None:
-    """Return what `prepare_pictures` has kept of exactly these files, unless one with a problem can be read now.
-
-    Args:
-        warn: whether to print a warning if what was kept is damaged.
-    """
-    for place in _places(data_dir):
-        try:
-            with np.load(place) as arrays:
-                digest, problems = json.loads(arrays["content"].tobytes())
-                if digest != _digest(files):
-                    continue
-                pixels = arrays["pixels"]
-            # A CRC-32 is verified when the last byte is read, unless the shape is damaged.
-            if pixels.shape != (len(files), 3, 32, 32):
-                raise ValueError(f"its shape is {pixels.shape}")
-        except OSError:  # there is none
-            continue
-        except Exception as error:  # zipfile and numpy raise anything
-            if warn:
-                print(f"WARNING: {place} is damaged ({error}): the pictures are decoded again", flush=True)
-            continue
-        if all(isinstance(_read(data_dir / path), str) for path in problems):
-            return Pictures(pixels, problems)
-    return None
-
-
-def _digest(files: Files) -> str:
-    return hashlib.sha256(json.dumps(list(files.items())).encode()).hexdigest()

@@ -1,8 +1,7 @@
 """The synthetic dataset, for use without CIFAR-10: ten classes of shifted, overlaid, noisy patterns.
 
-Every byte comes from SHAKE-256 and integer arithmetic, so the images are the same on every machine. numpy does the
-arithmetic on one core: torch would split thousands of small operations among all cores and wait for the slowest,
-up to half a minute on a busy machine.
+Every byte comes from SHAKE-256 and integer arithmetic, so the images are the same on every machine. NumPy uses one
+core: torch would split thousands of small operations among all cores, and take half a minute on a busy machine.
 """
 
 import hashlib
@@ -20,10 +19,7 @@ _PIXELS = 3 * 32 * 32
 
 
 def make_synthetic() -> Dataset:
-    """Make 50,000 training and 10,000 test images, in under a second.
-
-    An image is the shifted pattern of its class, mixed with the pattern of another class and with noise.
-    """
+    """Return 50,000 training and 10,000 test images: the pattern of a class, mixed with another's and with noise."""
     patterns = _patterns()
     noise = _bytes("noise", _NOISES * _PIXELS).reshape(_NOISES, _PIXELS) - 128
     return Dataset(CLASSES, _draw("train", TRAIN_SIZE, patterns, noise), _draw("test", TEST_SIZE, patterns, noise))
@@ -31,7 +27,7 @@ def make_synthetic() -> Dataset:
 
 def _bytes(purpose: str, count: int) -> NDArray[np.int16]:
     """Return `count` numbers from 0 to 255, determined by `purpose`."""
-    # The prefix determines every image: it is the dataset's seed, not its name.
+    # The prefix is the seed of every image, not the dataset's name.
     raw = hashlib.shake_256(b"cifar-ddp stand-in/" + purpose.encode()).digest(count)
     return np.frombuffer(raw, dtype=np.uint8).astype(np.int16)
 
@@ -46,8 +42,7 @@ def _patterns() -> NDArray[np.int16]:
     """Return a coarse random texture for each class at each of 16 shifts: [10 * 16, 3072], centered at zero."""
     coarse = _bytes("patterns", len(CLASSES) * 3 * 8 * 8).reshape(-1, 3, 8, 8) - 128
     fine = coarse.repeat(4, axis=2).repeat(4, axis=3)
-    step = 2
-    shifted = [np.roll(fine, (step * (i // 4), step * (i % 4)), axis=(2, 3)) for i in range(_SHIFTS)]
+    shifted = [np.roll(fine, (2 * (i // 4), 2 * (i % 4)), axis=(2, 3)) for i in range(_SHIFTS)]
     return np.stack(shifted, axis=1).reshape(-1, _PIXELS)
 
 
@@ -58,8 +53,7 @@ def _draw(split: str, count: int, patterns: NDArray[np.int16], noise: NDArray[np
     rows = labels * _SHIFTS + _numbers(f"{split}/place", count, _SHIFTS)
     other_rows = others * _SHIFTS + _numbers(f"{split}/other place", count, _SHIFTS)
     noise_rows = _numbers(f"{split}/noise", count, _NOISES)
-    # Weights of the class's pattern, out of 64. In three of ten images it is not the stronger pattern, so that no model
-    # reaches 100 %, as on CIFAR-10.
+    # Out of 64. In three of ten images the class's pattern is the weaker one: no model reaches 100 %, as on CIFAR-10.
     weights = (30 + _numbers(f"{split}/weight", count, 10)).astype(np.int16)
 
     images = np.empty((count, _PIXELS), dtype=np.uint8)

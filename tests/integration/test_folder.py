@@ -8,12 +8,8 @@ import sys
 import numpy as np
 import PIL
 import pytest
-import torch
 from PIL import Image
 
-from cifar.checkpoint import checkpoint_path, load_checkpoint
-from cifar.datasets.cifar10 import CLASSES, load_cifar10
-from cifar.datasets.folder import load_folder, prepare_folder
 from tests.helpers.processes import ROOT, clean_environment, rank_variables, records, result, train
 
 pytestmark = pytest.mark.slow
@@ -37,57 +33,30 @@ def draw(folder, seed=0):
     return folder
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Return the directory and the output of a run by the number of processes; each has decoded the pictures."""
-    found = {}
-    for processes in (1, 2, 3):
-        folder = tmp_path_factory.mktemp(f"{processes}")
-        flags = [*FLAGS, "--data-dir", draw(folder / "pets"), "--run-dir", folder / "run"]
-        output = train(*flags, cwd=folder, processes=processes)
-        assert output.returncode == 0, output.stderr
-        found[processes] = folder / "run", output.stdout
-    return found
-
-
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_decoded_once_and_announced_once(runs, processes):
-    run_dir, text = runs[processes]
-    assert text.count("decoding 333 pictures in ") == 1
-    assert "decoding" not in text.replace("decoding 333 pictures", "")
-    assert len(re.findall(r"^dataset +folder, .*: 300 training, 33 test, 3 classes$", text, re.M)) == 1
-    assert result(run_dir)["test_total"] == 33
-
-
-@pytest.mark.parametrize("processes", [2, 3])
-def test_same_curve_and_accuracy_as_one_process(runs, processes):
-    one, several = (records(runs[n][0], "train/loss") for n in (1, processes))
-    assert [step for step, _ in several] == list(range(1, STEPS + 1))
-    assert dict(several) == pytest.approx(dict(one), abs=1e-4)
-    losses = [loss for _, loss in one]
-    assert max(losses) - min(losses) > 0.01, "the losses are too alike to tell one order from another"
-    one, several = (load_checkpoint(checkpoint_path(runs[n][0], STEPS))["state"]["model"] for n in (1, processes))
-    assert all(torch.allclose(one[name], several[name], atol=1e-4) for name in one)
-    assert result(runs[processes][0])["test_loss"] == pytest.approx(result(runs[1][0])["test_loss"], abs=1e-3)
-
-
-def test_resume_at_another_number_of_processes(runs, tmp_path):
-    """And not with other pictures."""
-    folder = draw(tmp_path / "pets")
-    prepare_folder(folder)
-    run_dir = tmp_path / "run"
-    flags = [*FLAGS, "--data-dir", folder, "--run-dir", run_dir, "--max-steps", STEPS - 10]
-    assert train(*flags, cwd=tmp_path, processes=2).returncode == 0
-    new = folder / "train" / "ant" / "new.png"
+def test_same_curve_at_any_number_of_processes(tmp_path):
+    """The pictures are decoded once; a run is resumed by other processes, and with the same pictures only."""
+    one, several = tmp_path / "one", tmp_path / "several"
+    for run_dir, processes, steps in ((one, 1, STEPS), (several, 3, STEPS - 10)):
+        folder = draw(tmp_path / f"pets-{processes}")
+        flags = [*FLAGS, "--data-dir", folder, "--run-dir", run_dir, "--max-steps", steps]
+        done = train(*flags, cwd=tmp_path, processes=processes)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("decoding ") == done.stdout.count("decoding 333 pictures in ") == 1
+        assert len(re.findall(r"^dataset +folder, .*: 300 training, 33 test, 3 classes$", done.stdout, re.M)) == 1
+    new, flags = folder / "train" / "ant" / "new.png", ["--resume", several, "--max-steps", STEPS]
     Image.new("RGB", (9, 9)).save(new)
-    flags = ["--resume", run_dir, "--max-steps", STEPS]
-    refused = train(*flags, cwd=tmp_path, CIFAR_DATA_DIR=str(folder))
+    refused = train(*flags, cwd=tmp_path)
     assert refused.returncode == 2
     assert "the training images have changed since that run began, from 300 images, " in refused.stderr
     new.unlink()
-    output = train(*flags, cwd=tmp_path, CIFAR_DATA_DIR=str(folder))
-    assert output.returncode == 0, output.stderr
-    assert dict(records(run_dir, "train/loss")) == pytest.approx(dict(records(runs[1][0], "train/loss")), abs=1e-4)
+    done = train(*flags, cwd=tmp_path, processes=2)
+    assert done.returncode == 0, done.stderr
+    losses, same_losses = (dict(records(run_dir, "train/loss")) for run_dir in (one, several))
+    assert list(losses) == list(range(1, STEPS + 1))
+    assert same_losses == pytest.approx(losses, abs=1e-4)
+    assert max(losses.values()) - min(losses.values()) > 0.01, "the losses are too alike to tell one order from another"
+    assert result(several)["test_total"] == 33
+    assert result(several)["test_loss"] == pytest.approx(result(one)["test_loss"], abs=1e-3)
 
 
 def test_two_hosts_with_other_pictures_are_refused(tmp_path):
@@ -111,25 +80,3 @@ def test_two_hosts_with_other_pictures_are_refused(tmp_path):
     assert "dataset folder: the hosts have different training images: 300 images, SHA-256 " in line
     assert line.count(f" (Pillow {PIL.__version__})") == 2
     assert "train_ddp.py: error:" not in other_error
-
-
-def test_cifar10_as_png_has_the_same_images(real_data, tmp_path):
-    """Bit for bit, of a few hundred."""
-    theirs = load_cifar10(real_data)
-    wanted = {}
-    for split, (images, labels) in (("train", theirs.train), ("test", theirs.test)):
-        for name in CLASSES:
-            (tmp_path / split / name).mkdir(parents=True)
-        wanted[split] = sorted(
-            (image.numpy().tobytes(), CLASSES[label]) for image, label in zip(images[:300], labels[:300], strict=True)
-        )
-        for k, (image, label) in enumerate(zip(images[:300], labels[:300], strict=True)):
-            path = tmp_path / split / CLASSES[label] / f"{k}.png"
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-    prepare_folder(tmp_path)
-    ours = load_folder(tmp_path)
-    for split, (images, labels) in (("train", ours.train), ("test", ours.test)):
-        found = sorted(
-            (image.numpy().tobytes(), ours.classes[label]) for image, label in zip(images, labels, strict=True)
-        )
-        assert found == wanted[split]

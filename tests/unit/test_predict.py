@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import re
 import struct
 import warnings
 
@@ -15,7 +16,7 @@ from cifar.data import normalize
 from cifar.datasets.cifar10 import CLASSES
 from cifar.errors import UserError
 from cifar.models import build_model
-from cifar.pictures import FORMATS, SUFFIXES, read_image
+from cifar.pictures import read_image
 from cifar.predict import main, predict
 from tests.helpers.checkpoints import save_weights
 
@@ -27,6 +28,14 @@ def gradient(height=48, width=64):
     return np.stack([red, green, np.full_like(red, 40)], axis=2).astype(np.uint8)
 
 
+PICTURE = gradient()
+SQUARE = gradient(32, 32)
+RAMP = np.tile(np.linspace(0, 255, 32).round(), (32, 1))
+NEGATIVE = np.where(RAMP < 20, -np.inf, np.where(RAMP > 240, np.inf, RAMP * 0.3 - 20))
+LOWER_HALF = np.arange(32)[:, None] >= 16
+HOLES = np.dstack([SQUARE, np.where(LOWER_HALF, 0, 255).repeat(32, 1).astype(np.uint8)])
+
+
 def tensor(pixels):
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
@@ -36,60 +45,50 @@ def read(path, image, **options):
     return read_image(path)
 
 
-@pytest.mark.parametrize(
-    ("suffix", "mode"), [("png", "RGB"), ("png", "L"), ("png", "P"), ("gif", "P"), ("jpg", "CMYK"), ("bmp", "RGB")]
-)
-def test_picture_modes_become_rgb(tmp_path, suffix, mode):
-    picture = Image.fromarray(gradient()).convert(mode)
-    pixels = read(tmp_path / f"x.{suffix}", picture)
-    assert pixels.shape == (3, 32, 32)
-    assert pixels.dtype == torch.uint8
-    wanted = ImageOps.fit(picture.convert("RGB"), (32, 32), Image.Resampling.LANCZOS)
-    difference = pixels.int() - tensor(np.array(wanted)).int()
-    assert difference.abs().max() <= (12 if suffix == "jpg" else 3 if suffix == "gif" else 0)
+def converted(mode):
+    """Return the picture in a mode, and as it is to be read."""
+    image = Image.fromarray(PICTURE).convert(mode)
+    return image, np.array(ImageOps.fit(image.convert("RGB"), (32, 32), Image.Resampling.LANCZOS))
 
 
-RAMP = np.tile(np.linspace(0, 255, 32).round(), (32, 1))
-NEGATIVE = np.where(RAMP < 20, -np.inf, np.where(RAMP > 240, np.inf, RAMP * 0.3 - 20))
+def gray(pixels, wanted, dtype):
+    return Image.fromarray(pixels.astype(dtype)), wanted[:, :, None]
 
 
 @pytest.mark.parametrize(
-    ("suffix", "pixels", "wanted"),
+    ("suffix", "case", "tolerance"),
     [
-        ("png", (257 * RAMP).astype(np.uint16), RAMP),
-        ("tif", (257 * RAMP).astype(">u2"), RAMP),
-        ("pgm", (257 * RAMP).astype(np.int32), RAMP),
-        ("png", (40 * RAMP).astype(np.uint16), 40 * RAMP / 257),
-        ("pgm", (40 * RAMP).astype(np.int32), 40 * RAMP / 257),
-        ("tif", RAMP.astype(np.uint16), RAMP),
-        ("tif", RAMP.astype(np.int32), RAMP),
-        ("tif", (100_000 * RAMP - 7).astype(np.int32), RAMP),
-        ("tif", RAMP.astype(np.float32), RAMP),
-        ("tif", (RAMP / 255).astype(np.float32), RAMP),
-        ("tif", (RAMP / 510).astype(np.float32), RAMP / 2),
-        ("tif", (RAMP / 100 - 1).astype(np.float32), RAMP),
-        ("tif", NEGATIVE.astype(np.float32), ((RAMP - 25) / (239 - 25) * 255).clip(0, 255)),
-        ("tif", np.where(RAMP < 100, np.nan, RAMP / 255).astype(np.float32), np.where(RAMP < 100, 0, RAMP)),
-        ("tif", np.zeros((32, 32), np.float32), np.zeros((32, 32))),
-        ("pfm", (RAMP / 255).astype(np.float32), RAMP),
+        ("png", converted("RGB"), 0),
+        ("png", converted("L"), 0),
+        ("png", converted("P"), 0),
+        ("gif", converted("P"), 3),
+        ("jpg", converted("CMYK"), 12),
+        ("bmp", converted("RGB"), 0),
+        ("png", (Image.fromarray(HOLES), np.where(LOWER_HALF[:, :, None], 255, SQUARE)), 0),
+        ("png", gray(257 * RAMP, RAMP, np.uint16), 1.2),
+        ("tif", gray(257 * RAMP, RAMP, ">u2"), 1.2),
+        ("pgm", gray(257 * RAMP, RAMP, np.int32), 1.2),
+        ("png", gray(40 * RAMP, 40 * RAMP / 257, np.uint16), 1.2),
+        ("pgm", gray(40 * RAMP, 40 * RAMP / 257, np.int32), 1.2),
+        ("tif", gray(RAMP, RAMP, np.uint16), 1.2),
+        ("tif", gray(RAMP, RAMP, np.int32), 1.2),
+        ("tif", gray(100_000 * RAMP - 7, RAMP, np.int32), 1.2),
+        ("tif", gray(RAMP, RAMP, np.float32), 1.2),
+        ("tif", gray(RAMP / 255, RAMP, np.float32), 1.2),
+        ("tif", gray(RAMP / 510, RAMP / 2, np.float32), 1.2),
+        ("tif", gray(RAMP / 100 - 1, RAMP, np.float32), 1.2),
+        ("tif", gray(NEGATIVE, ((RAMP - 25) / (239 - 25) * 255).clip(0, 255), np.float32), 1.2),
+        ("tif", gray(np.where(RAMP < 100, np.nan, RAMP / 255), np.where(RAMP < 100, 0, RAMP), np.float32), 1.2),
+        ("tif", gray(np.zeros((32, 32)), np.zeros((32, 32)), np.float32), 0),
+        ("pfm", gray(RAMP / 255, RAMP, np.float32), 1.2),
     ],
 )
-def test_deep_gray_is_scaled(tmp_path, suffix, pixels, wanted):
-    got = read(tmp_path / f"x.{suffix}", Image.fromarray(pixels))
-    assert np.abs(got.numpy() - wanted).max() <= 1.2
-
-
-def test_picture_without_a_finite_pixel_is_refused(tmp_path):
-    with pytest.raises(UserError, match="finite"):
-        read(tmp_path / "x.tif", Image.fromarray(np.full((9, 9), np.nan, np.float32)))
-
-
-def test_transparent_is_white(tmp_path):
-    holes = np.dstack([gradient(32, 32), np.zeros((32, 32), np.uint8)])
-    holes[:16, :, 3] = 255
-    pixels = read(tmp_path / "x.png", Image.fromarray(holes))
-    assert torch.equal(pixels[:, :16], tensor(gradient(32, 32)[:16]))
-    assert bool((pixels[:, 16:] == 255).all())
+def test_modes_become_rgb(tmp_path, suffix, case, tolerance):
+    """Deep gray is scaled to bytes, and what is transparent is white."""
+    image, wanted = case
+    pixels = read(tmp_path / f"x.{suffix}", image)
+    assert (pixels.shape, pixels.dtype) == ((3, 32, 32), torch.uint8)
+    assert np.abs(pixels.permute(1, 2, 0).numpy().astype(float) - wanted).max() <= tolerance
 
 
 def test_transparent_level_of_deep_gray_is_white(tmp_path):
@@ -115,7 +114,7 @@ UPRIGHT = {
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 @pytest.mark.parametrize("orientation", range(10))
 def test_exif_orientation(tmp_path, orientation, suffix):
-    stored = Image.fromarray(gradient(32, 32))
+    stored = Image.fromarray(SQUARE)
     exif = Image.Exif()
     exif[0x0112] = orientation
     upright = UPRIGHT.get(orientation, lambda image: image)(stored)
@@ -148,7 +147,7 @@ def test_damaged_exif_is_ignored(tmp_path, suffix, entries, turned):
     exif = b"garbage"
     if entries is not None:
         exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, len(entries)) + b"".join(entries) + bytes(4)
-    image = Image.fromarray(gradient(32, 32))
+    image = Image.fromarray(SQUARE)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plain = read(tmp_path / f"plain.{suffix}", image)
@@ -156,21 +155,14 @@ def test_damaged_exif_is_ignored(tmp_path, suffix, entries, turned):
     assert torch.equal(got, plain.rot90(-1, (1, 2)) if turned else plain)
 
 
-def test_first_frame_of_an_animation(tmp_path):
-    first, second = Image.new("RGB", (40, 40), (200, 0, 0)), Image.new("RGB", (40, 40), (0, 0, 200))
-    pixels = read(tmp_path / "x.gif", first, save_all=True, append_images=[second])
-    assert pixels[:, 5, 5].tolist() == [200, 0, 0]
-
-
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 3000), (3000, 2), (31, 33)])
-def test_any_size(tmp_path, height, width):
-    assert read(tmp_path / "x.png", Image.fromarray(gradient(height, width))).shape == (3, 32, 32)
-
-
-def test_middle_square(tmp_path):
+def test_middle_square_of_any_size(tmp_path):
+    """And of the first frame."""
     wide = np.zeros((32, 96, 3), np.uint8)
     wide[:, 32:64] = 250
-    assert bool((read(tmp_path / "x.png", Image.fromarray(wide))[:, :, 4:28] == 250).all())
+    first, second = Image.fromarray(wide), Image.new("RGB", (96, 32), (0, 0, 200))
+    assert bool((read(tmp_path / "x.gif", first, save_all=True, append_images=[second])[:, :, 4:28] == 250).all())
+    for height, width in ((1, 1), (1, 3000), (3000, 2), (31, 33)):
+        assert read(tmp_path / "x.png", Image.fromarray(gradient(height, width))).shape == (3, 32, 32)
 
 
 def test_large_picture_is_read_and_bomb_refused(tmp_path, monkeypatch):
@@ -185,77 +177,58 @@ def test_large_picture_is_read_and_bomb_refused(tmp_path, monkeypatch):
 def test_unreadable_file_is_one_line(tmp_path):
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file, "png")
-    text, cut, pipe, empty, script = (tmp_path / f"{name}.png" for name in ("text", "cut", "pipe", "empty", "script"))
-    Image.fromarray(gradient()).save(script, "eps")
-    os.mkfifo(pipe)
-    empty.touch()
-    text.write_bytes(b"no picture")
-    cut.write_bytes(file.getvalue()[:4000])
-    nowhere, looped = tmp_path / "x.png", tmp_path / "loop.png"
-    looped.symlink_to(looped)
+    (tmp_path / "cut").write_bytes(file.getvalue()[:4000])
+    (tmp_path / "text").write_bytes(b"no picture")
+    (tmp_path / "empty").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")
+    Image.fromarray(PICTURE).save(tmp_path / "script", "eps")
+    Image.fromarray(np.full((9, 9), np.nan, np.float32)).save(tmp_path / "nan", "tiff")
     reasons = {
-        text: "not a picture", cut: "truncated", empty: "not a picture", nowhere: "No such", looped: "symbolic links",
-        tmp_path: "a directory", pipe: "a pipe", script: "not a picture", tmp_path / ("x" * 300): "too long",
+        "text": "cannot identify", "cut": "truncated", "empty": "cannot identify", "nowhere": "No such file",
+        "loop": "symbolic links", ".": "a directory", "pipe": "a pipe", "script": "cannot identify", "nan": "zero-size",
+        "x" * 300: "too long",
     }  # fmt: skip
-    for path, reason in reasons.items():
-        with pytest.raises(UserError, match=reason) as caught:
-            read_image(path)
-        assert str(path) in str(caught.value)
-        assert "\n" not in str(caught.value)
-
-
-def test_suffixes_are_those_of_supported_formats():
-    """MPO, several JPEGs in one file, is opened as a JPEG."""
-    registered = Image.registered_extensions()
-    assert {registered[suffix].replace("MPO", "JPEG") for suffix in SUFFIXES if suffix in registered} <= FORMATS.keys()
-    assert {".jpg", ".png", ".webp"} < SUFFIXES
+    for name, reason in reasons.items():
+        with pytest.raises(UserError, match=rf"^{tmp_path / name} cannot be read as a picture: .*{reason}.*\Z"):
+            read_image(tmp_path / name)
 
 
 def test_three_most_probable_classes_of_each_picture(tmp_path, capsys):
+    """Those that cannot be read leave the others, and status 2."""
     torch.manual_seed(0)
     model = build_model("net", 10)
-    wanted, paths = [], [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
-    for path, pixels in zip(paths, (gradient(32, 32), 255 - gradient(32, 32)), strict=True):
+    bad, wanted, paths = str(tmp_path), [], [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+    for path, pixels in zip(paths, (SQUARE, 255 - SQUARE), strict=True):
         Image.fromarray(pixels).save(path)
         with torch.no_grad():
             top = model.eval()(normalize(tensor(pixels)[None])).softmax(1)[0].topk(3)
         names = [f"{CLASSES[i]} {100 * p:.1f} %" for p, i in zip(top.values, top.indices, strict=True)]
         wanted.append(f"{path}: {', '.join(names)}")
-    main([save_weights(tmp_path / "c.pt", model), *paths])
+    checkpoint = save_weights(tmp_path / "c.pt", model)
+    main([checkpoint, *paths])
     out, err = capsys.readouterr()
-    assert out.splitlines() == wanted
-    assert err == ""
-
-
-def test_unreadable_pictures_leave_the_others(tmp_path, capsys):
-    Image.fromarray(gradient()).save(tmp_path / "a.png")
-    good, bad = str(tmp_path / "a.png"), str(tmp_path)
-    checkpoint = save_weights(tmp_path / "c.pt", build_model("net", 10))
+    assert (out.splitlines(), err) == (wanted, "")
     with pytest.raises(SystemExit) as exited:
-        main([checkpoint, bad, good, bad, good])
+        main([checkpoint, bad, paths[0], bad, paths[1]])
     assert exited.value.code == 2
     out, err = capsys.readouterr()
-    assert [line.split(": ")[0] for line in out.splitlines()] == [good, good]
-    assert (
-        err.splitlines()
-        == [f"cifar.predict: error: {bad} cannot be read as a picture: it is a directory, a pipe or a device"] * 2
-    )
+    reason = f"cifar.predict: error: {bad} cannot be read as a picture: it is a directory, a pipe or a device\n"
+    assert (out.splitlines(), err) == (wanted, reason * 2)
 
 
 def test_dropout_is_off():
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(), torch.nn.Linear(3072, 2))
-    images = tensor(gradient(32, 32))[None]
+    images = tensor(SQUARE)[None]
     assert torch.equal(predict(model, images), predict(model, images))
 
 
 def test_synthetic_checkpoint_with_two_classes(tmp_path, capsys):
-    Image.fromarray(gradient()).save(tmp_path / "a.png")
+    Image.fromarray(PICTURE).save(tmp_path / "a.png")
     checkpoint = save_weights(tmp_path / "c.pt", build_model("net", 2), dataset="synthetic", classes=["left", "right"])
     main([checkpoint, str(tmp_path / "a.png")])
     out, err = capsys.readouterr()
-    assert out.count(" %") == 2
-    assert "left" in out
-    assert "right" in out
+    assert re.search(r": (left|right) [\d.]+ %, (left|right) [\d.]+ %\n$", out)
     assert "synthetic" in err
 
 
