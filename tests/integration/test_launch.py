@@ -39,7 +39,10 @@ def test_local_without_a_gpu_returns_the_status_of_one_process(tmp_path):
     ("options", "complaint"),
     [
         # accelerate starts one process and does not say so.
-        ("--cpu --num_processes 2", "error: the environment has MASTER_ADDR"),
+        (
+            "--cpu --num_processes 2",
+            "error: torchrun's variables are incomplete or contradict each other: RANK=",
+        ),
         ("--use_fsdp --num_processes 1", "error: accelerate's configuration sets ACCELERATE_USE_FSDP=true, which"),
         (
             "--cpu --num_processes 1 --dynamo_backend inductor",
