@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TextIO, TypeVar
 import torch.distributed as dist
 import tyro
 
-from cifar.distributed.environment import Launch, interface_advice, is_local_rank_zero, is_rank_zero
+from cifar.distributed.environment import interface_advice, known_launch
 from cifar.distributed.rendezvous import announce, claim_report, has_joined
 from cifar.errors import (
     LocalError,
@@ -42,14 +42,15 @@ def parse_flags(cls: type[C], argv: Sequence[str] | None, prog: str, defaults: C
     """
     default = tyro.MISSING_NONPROP if defaults is None else defaults
     complaint = io.StringIO()
-    out = sys.stdout if is_local_rank_zero() else io.StringIO()
+    is_first = known_launch().local_rank == 0
+    out = sys.stdout if is_first else io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(complaint):
             parsed = tyro.cli(cls, prog=prog, args=argv, default=default)
     except SystemExit as exit_:
         if not exit_.code:  # after --help
             raise
-        if is_local_rank_zero():
+        if is_first:
             print(complaint.getvalue(), end="", file=sys.stderr, flush=True)
         # The first part of the frame that tyro draws, below its title.
         reason = complaint.getvalue().partition("\n")[2].partition("│ ─")[0]
@@ -86,7 +87,7 @@ def exit_on_error(prog: str) -> Iterator[None]:
                 _leave_at_once(error.status)
             raise SystemExit(error.status) from None
         except Exception as error:
-            if is_network_error(error) and Launch.from_environment().world_size > 1:
+            if is_network_error(error) and known_launch().world_size > 1:
                 _report_network_error(prog, error)
                 _leave_at_once(1)
             _record_for_torchrun(error)
@@ -97,7 +98,8 @@ def _report_failure(prog: str, error: UserError | TrainingDivergedError) -> None
     if isinstance(error, LocalError):
         _print_first(f"{prog}: error: {error}")
         return
-    speaks = is_rank_zero() if has_joined() else is_local_rank_zero()
+    launch = known_launch()
+    speaks = (launch.rank if has_joined() else launch.local_rank) == 0
     if speaks and not isinstance(error, UsageError):
         print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
     announce(str(error))
@@ -110,16 +112,15 @@ def _report_failure(prog: str, error: UserError | TrainingDivergedError) -> None
 def _report_network_error(prog: str, error: Exception) -> None:
     """Print the text of an error of NCCL, gloo or the store, or that another process is gone."""
     if (lost := lost_peer(error)) is None:
-        advice = interface_advice(str(error))
-        _record_for_torchrun(error.with_traceback(None) if advice else error)
-        _print_first(f"{prog}: error: {one_line(str(error))}{advice}")
+        _record_for_torchrun(error)
+        _print_first(f"{prog}: error: {one_line(str(error))}{interface_advice(str(error))}")
         return
     # The process that knows why has time to say so: until torchrun ends this one, but a few seconds.
     with contextlib.suppress(KeyboardInterrupt):
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         time.sleep(_REPORT_FIRST_SECONDS)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this process leaves in a moment
-    if is_rank_zero() and claim_report():
+    if known_launch().rank == 0 and claim_report():
         reason = f"another process of this run is gone or does not answer ({lost})"
         print(f"{prog}: error: {reason}; the launcher's report names it", file=sys.stderr, flush=True)
 
@@ -136,7 +137,7 @@ def _record_for_torchrun(error: Exception) -> None:
 
 def _print_first(line: str) -> None:
     """Print `line` and where this is, unless another rank has reported a failure: then give it time."""
-    launch = Launch.from_environment()
+    launch = known_launch()
     if claim_report():
         place = f" [rank {launch.rank} on host {socket.gethostname()}]" if launch.world_size > 1 else ""
         print(f"{line}{place}", file=sys.stderr, flush=True)

@@ -126,38 +126,27 @@ class Launch:
         return (os.environ["MASTER_ADDR"], _integer("MASTER_PORT")), not by_agent
 
 
-def is_rank_zero() -> bool:
-    """Return whether this process is rank zero, the one that prints and writes."""
-    return _known_launch().rank == 0
-
-
-def is_local_rank_zero() -> bool:
-    """Return whether this process is the one of its host that prints before the ranks have met."""
-    return _known_launch().local_rank == 0
-
-
-def _known_launch() -> Launch:
+def known_launch() -> Launch:
+    """Return the launch, as if there were none of torchrun's variables if they contradict each other."""
     try:
         return Launch.from_environment()
-    except UserError:  # each process speaks for itself, or the first that another launcher has started
+    except UserError:
         return _other_launcher()[1]
 
 
 def prepare_nccl() -> None:
-    """Set up NCCL before the process group is made, unless the user has.
-
-    After a failed collective, its watchdog would wait a minute for debugging dumps, and leave a key in torchrun's store
-    by which the next start's ranks are killed (torch 2.11 to 2.14). With NVLS, the sums of switches, ranks do not start
-    on some rented parts of a host (NCCL 2.29, NVIDIA/nccl#2077), and sums have other bits from call to call
-    (NVIDIA/nccl#1497).
-    """
+    """Set up NCCL before the process group is made, unless the user has."""
+    # With NVLS, the sums of switches, ranks do not start on some rented parts of a host (NCCL 2.29, NVIDIA/nccl#2077),
+    # and sums have other bits from call to call (NVIDIA/nccl#1497).
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    # After a failed collective, its watchdog would wait a minute for debugging dumps, and leave a key in torchrun's
+    # store by which the next start's ranks are killed (torch 2.11 to 2.14).
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
     os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "500")
 
 
 def quiet_profiler() -> None:
-    """Keep torch's profiler from printing its progress, and an error where there is no GPU. To be called before it."""
+    """Keep torch's profiler, which begins later, from printing its progress and an error where there is no GPU."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 

@@ -38,8 +38,8 @@ class Heartbeat:
     process (SIGSTOP, swapping, a host cut off) stops counting wherever it is, so it can be named. Rank zero watches all
     ranks, and they watch rank zero: a few messages per rank and second, at any world size.
 
-    A rank that hangs in Python or on the device still counts; the timeout of the collectives covers that. Before it,
-    rank zero says at which line of the program every rank is.
+    A rank that hangs in Python or on the device still counts; before the collectives time out, rank zero says at which
+    line of the program every rank is.
     """
 
     def __init__(

@@ -22,8 +22,7 @@ from cifar.errors import StoppedError
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 # A terminal or scheduler signals the ranks directly, and torchrun forwards it again: that copy is not a second signal.
 _ECHO_SECONDS = 1.0
-# Steps and tests of several seconds are rare, and a user who sees nothing happen would ask again.
-_NOTICE_SECONDS = 3.0
+_NOTICE_SECONDS = 3.0  # a user who sees nothing happen would ask again
 # torchrun kills its workers 30 seconds after it passed a signal on; exit before that, with a message.
 _GRACE_SECONDS = 20.0
 # The interval of votes on whether to stop: whichever is shorter.
@@ -36,8 +35,6 @@ class StopRequest:
 
     Stop signals are SIGTERM, SIGINT, SIGUSR1 and, unless nohup had it ignored, SIGHUP of a terminal that closes.
     The first signal is remembered. Within a second of it, another one counts as its echo; after that, it quits at once.
-    If the step cannot end, the first signal quits, too: NCCL's kernels wait forever for a rank that was killed on the
-    same host, where gloo sees a closed connection (from NCCL's documentation; not yet seen with two GPUs).
 
     Python runs signal handlers in the main thread, between two bytecodes; but that thread may wait in C for a rank that
     is gone. So a thread reads the signal numbers from a pipe (`signal.set_wakeup_fd`), into which Python's C handler
@@ -49,7 +46,8 @@ class StopRequest:
 
         Args:
             cannot_end: whether the step waits for a process that is gone, and nothing is left to save. Asked in another
-                thread, after a stop signal, until it is true.
+                thread, after a stop signal, until it is true. (NCCL's kernels wait forever for a rank that was killed,
+                where gloo sees a closed connection: from NCCL's documentation; not yet seen with two GPUs.)
         """
         self.name: str | None = None  # of the first request, such as "SIGTERM"
         self._cannot_end = cannot_end
@@ -85,10 +83,7 @@ class StopRequest:
         os.close(self._read)
 
     def pass_on(self) -> None:
-        """Ask torchrun to stop, too: it then exits with status 1, instead of restarting its ranks.
-
-        The agent of a forked rank is a program of the user's, such as a notebook, and is left alone.
-        """
+        """Ask torchrun to stop, too, instead of restarting its ranks; but not a notebook that has forked this one."""
         if self._agent is not None and is_running(*self._agent) and multiprocessing.parent_process() is None:
             with contextlib.suppress(OSError):
                 os.kill(self._agent[0], signal.SIGTERM)

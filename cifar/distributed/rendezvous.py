@@ -20,7 +20,7 @@ from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 import cifar
 from cifar.config import TrainConfig, flag
-from cifar.distributed.environment import Launch, is_rank_zero
+from cifar.distributed.environment import Launch, known_launch
 from cifar.errors import UserError
 
 _SCHEME = "restartable"
@@ -181,7 +181,7 @@ def claim_report() -> bool:
         thread = threading.Thread(target=ask, name="claim-report", daemon=True)
         thread.start()
         thread.join(_CLAIM_SECONDS)
-    return answers[0] if answers else is_rank_zero()
+    return answers[0] if answers else known_launch().rank == 0
 
 
 def _get(store: dist.Store, key: str) -> str:

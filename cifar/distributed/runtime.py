@@ -35,8 +35,7 @@ class Runtime:
     def __init__(self, config: TrainConfig) -> None:
         """Join the other processes; a UserError, the same on all of them, names what they would not run the same.
 
-        Args:
-            config: with a concrete device and precision; see `device.resolve`.
+        `config` has a concrete device and precision; see `device.resolve`.
         """
         self.launch = launch = Launch.from_environment()
         # A restart by torchrun finds the run of this launch by it; None without torchrun.

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from cifar.distributed.cpu import available_cores, threads_per_process
-from cifar.distributed.environment import Launch, is_rank_zero, prepare_nccl
+from cifar.distributed.environment import Launch, known_launch, prepare_nccl
 from cifar.distributed.process import process_id
 from cifar.errors import UserError
 from tests.helpers.forking import fork, wait
@@ -33,7 +33,7 @@ def environment(monkeypatch):
 def test_plain_python_is_one_process(environment):
     launch = Launch.from_environment()
     assert launch == Launch(rank=0, local_rank=0, world_size=1, local_world_size=1, host=0, hosts=1, elastic=False)
-    assert (Launch.identify(1), launch.agent(), is_rank_zero()) == (None, None, True)
+    assert (Launch.identify(1), launch.agent()) == (None, None)
 
 
 def test_torchrun(environment):
@@ -43,7 +43,7 @@ def test_torchrun(environment):
     launch = Launch.from_environment()
     assert launch == Launch(5, 1, 8, 4, host=2, hosts=3, elastic=True, restarts_left=2)
     launch.check()
-    assert not is_rank_zero()
+    assert known_launch().rank > 0
     assert Launch.store() == (("10.0.0.1", 29400), True)
     environment(TORCHELASTIC_USE_AGENT_STORE="True")
     assert Launch.store() == (("10.0.0.1", 29400), False)
@@ -63,7 +63,7 @@ def test_impossible_environment_is_an_error_that_is_printed(environment, monkeyp
         monkeypatch.delenv(wrong.split("=")[0])
     with pytest.raises(UserError, match=rf"^torchrun's variables .*{re.escape(wrong)}[,:].*launch/accelerate.yaml"):
         Launch.from_environment()
-    assert is_rank_zero()
+    assert known_launch().rank == 0
 
 
 @pytest.mark.parametrize(
@@ -130,13 +130,13 @@ def test_separate_processes_of_another_launcher_are_refused_once(environment, na
     launcher = name.split()[0]
     with pytest.raises(UserError, match=f"{launcher} started 2 processes, .*torchrun .*`{launcher} -n 1`"):
         Launch.from_environment().check()
-    assert not is_rank_zero()  # the other one is
+    assert known_launch().rank > 0  # the other one is
     environment(RANK=1, MASTER_ADDR="10.0.0.1")  # half of torchrun's
     with pytest.raises(UserError, match=r"^torchrun's variables are incomplete"):
         Launch.from_environment()
-    assert not is_rank_zero()
+    assert known_launch().rank > 0
     environment(**{variable: 0 for variable in OTHERS[name] if variable.endswith(("RANK", "PROCID"))})
-    assert is_rank_zero()
+    assert known_launch().rank == 0
 
 
 ALONE = {
@@ -159,7 +159,7 @@ def test_single_process_under_another_launcher(environment, name):
 def test_torchrun_under_another_launcher_knows_the_other_hosts(environment):
     environment(**SRUN, **rank_variables(1, 4), TORCHELASTIC_RUN_ID="none", GROUP_WORLD_SIZE=2)
     Launch.from_environment().check()
-    assert not is_rank_zero()
+    assert known_launch().rank > 0
     environment(GROUP_WORLD_SIZE=1)  # each torchrun for itself
     with pytest.raises(UserError, match="srun started 2 processes, which would train separately"):
         Launch.from_environment().check()
