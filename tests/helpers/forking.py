@@ -12,10 +12,7 @@ from tests.helpers.processes import rank_variables
 def fork(work: Callable[[], object], seconds: int = 60) -> int:
     """Return the process ID of a copy that does `work` and exits, with status 0 unless `work` raises.
 
-    Only the calling thread survives in the copy: after training in this process, `work` must not train.
-
-    Args:
-        seconds: after which the copy is killed.
+    After `seconds`, it is killed. Only the calling thread survives in it: after training here, `work` must not train.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks with threads

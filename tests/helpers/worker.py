@@ -14,7 +14,6 @@ from cifar.config import TrainConfig
 from cifar.data import Data, load_data
 from cifar.datasets import synthetic
 from cifar.distributed.ddp import ddp_options
-from cifar.distributed.preemption import StopAgreement, StopRequest
 from cifar.distributed.runtime import Runtime
 from cifar.errors import TrainingDivergedError, UserError
 from cifar.evaluation import evaluate
@@ -37,7 +36,6 @@ def check_two_ranks() -> None:
     check_evaluation_averages_the_buffers(runtime, data)
     check_other_weights_are_found(runtime, data)
     check_host_collectives(runtime)
-    check_stop_after_the_same_step(runtime)
     runtime.print0("two ranks passed")
     runtime.close()
     assert not dist.is_initialized()
@@ -145,23 +143,6 @@ def check_host_collectives(runtime: Runtime) -> None:
 
     with pytest.raises(UserError, match="only rank one noticed"), runtime.fail_together():
         fail_on_rank_one()
-
-
-def check_stop_after_the_same_step(runtime: Runtime) -> None:
-    """A request to one rank stops both, although they run at different speeds."""
-    request = StopRequest(runtime.launch)
-    agreement = StopAgreement(runtime, request)
-    stopped = None
-    for step in range(1, 2000):
-        time.sleep(0.001 * (1 + runtime.rank))
-        if step == 500 and runtime.rank == 1:
-            request.name = "SIGTERM"
-        if agreement.after_step():
-            stopped = step
-            break
-    assert stopped is not None
-    assert stopped > 500
-    assert len(set(runtime.gather(stopped))) == 1
 
 
 def check_missing_rank_is_waited_for_no_longer_than_the_timeout() -> None:
