@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TextIO, TypeVar
 import torch.distributed as dist
 import tyro
 
-from cifar.distributed.environment import Launch, interface_advice, is_local_rank_zero, is_rank_zero
+from cifar.distributed.environment import interface_advice, known_launch
 from cifar.distributed.rendezvous import announce, claim_report, has_joined
 from cifar.errors import (
     LocalError,
@@ -37,22 +37,20 @@ _REPORT_FIRST_SECONDS = 5
 def parse_flags(cls: type[C], argv: Sequence[str] | None, prog: str, defaults: C | None = None) -> C:
     """Return a `cls` from the command line; `--help` and tyro's complaints are printed once on every host.
 
-    A `~` at the beginning of a path is the home directory, also where no shell has seen it: `--run-dir=~/run`.
-
-    Raises:
-        UsageError: tyro has complained.
-        SystemExit: after `--help`.
+    A `~` at the beginning of a path is the home directory, also where no shell has seen it: `--run-dir=~/run`. If tyro
+    has complained, a UsageError has its reason.
     """
     default = tyro.MISSING_NONPROP if defaults is None else defaults
     complaint = io.StringIO()
-    help_ = contextlib.nullcontext() if is_local_rank_zero() else contextlib.redirect_stdout(io.StringIO())
+    is_first = known_launch().local_rank == 0
+    out = sys.stdout if is_first else io.StringIO()
     try:
-        with help_, contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(complaint):
             parsed = tyro.cli(cls, prog=prog, args=argv, default=default)
     except SystemExit as exit_:
-        if not exit_.code:
+        if not exit_.code:  # after --help
             raise
-        if is_local_rank_zero():
+        if is_first:
             print(complaint.getvalue(), end="", file=sys.stderr, flush=True)
         # The first part of the frame that tyro draws, below its title.
         reason = complaint.getvalue().partition("\n")[2].partition("│ ─")[0]
@@ -88,23 +86,20 @@ def exit_on_error(prog: str) -> Iterator[None]:
             if dist.is_initialized():
                 _leave_at_once(error.status)
             raise SystemExit(error.status) from None
-        except RuntimeError as error:
-            if not (is_network_error(error) and Launch.from_environment().world_size > 1):
-                _record_for_torchrun(error)
-                raise
-            _report_network_error(prog, error)
-            _leave_at_once(1)
         except Exception as error:
+            if is_network_error(error) and known_launch().world_size > 1:
+                _report_network_error(prog, error)
+                _leave_at_once(1)
             _record_for_torchrun(error)
             raise
 
 
 def _report_failure(prog: str, error: UserError | TrainingDivergedError) -> None:
-    """Print the line of an expected failure, on the rank whose turn it is."""
     if isinstance(error, LocalError):
-        _print_first(f"{prog}: error: {error}{_place()}")
+        _print_first(f"{prog}: error: {error}")
         return
-    speaks = is_rank_zero() if has_joined() else is_local_rank_zero()
+    launch = known_launch()
+    speaks = (launch.rank if has_joined() else launch.local_rank) == 0
     if speaks and not isinstance(error, UsageError):
         print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
     announce(str(error))
@@ -114,24 +109,24 @@ def _report_failure(prog: str, error: UserError | TrainingDivergedError) -> None
         dist.destroy_process_group()
 
 
-def _report_network_error(prog: str, error: RuntimeError) -> None:
+def _report_network_error(prog: str, error: Exception) -> None:
     """Print the text of an error of NCCL, gloo or the store, or that another process is gone."""
     if (lost := lost_peer(error)) is None:
-        advice = interface_advice(str(error))
-        _record_for_torchrun(error.with_traceback(None) if advice else error)
-        _print_first(f"{prog}: error: {one_line(str(error))}{advice}{_place()}")
+        _record_for_torchrun(error)
+        _print_first(f"{prog}: error: {one_line(str(error))}{interface_advice(str(error))}")
         return
-    _wait_for_the_cause()
-    if is_rank_zero() and claim_report():  # else the process with the cause has said why
+    # The process that knows why has time to say so: until torchrun ends this one, but a few seconds.
+    with contextlib.suppress(KeyboardInterrupt):
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        time.sleep(_REPORT_FIRST_SECONDS)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this process leaves in a moment
+    if known_launch().rank == 0 and claim_report():
         reason = f"another process of this run is gone or does not answer ({lost})"
         print(f"{prog}: error: {reason}; the launcher's report names it", file=sys.stderr, flush=True)
 
 
 def _record_for_torchrun(error: Exception) -> None:
-    """Write the error that is being handled to the file from which torchrun reports it, if torchrun has started this.
-
-    Without a traceback, an expected failure is one line there, too.
-    """
+    """Write `error` to the file from which torchrun reports it: one line if it has no traceback."""
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     if error.__traceback__ is None:
@@ -141,25 +136,13 @@ def _record_for_torchrun(error: Exception) -> None:
 
 
 def _print_first(line: str) -> None:
-    """Print `line`, unless another rank has reported a failure: then give it time."""
+    """Print `line` and where this is, unless another rank has reported a failure: then give it time."""
+    launch = known_launch()
     if claim_report():
-        print(line, file=sys.stderr, flush=True)
+        place = f" [rank {launch.rank} on host {socket.gethostname()}]" if launch.world_size > 1 else ""
+        print(f"{line}{place}", file=sys.stderr, flush=True)
     else:
         time.sleep(_REPORT_FIRST_SECONDS)
-
-
-def _wait_for_the_cause() -> None:
-    """Give the process that knows why this run ends time to say so: until torchrun ends this one, but a few seconds."""
-    with contextlib.suppress(KeyboardInterrupt):
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        time.sleep(_REPORT_FIRST_SECONDS)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this process leaves in a moment
-
-
-def _place() -> str:
-    """Return the rank and the host of this process, for the end of a line; nothing without other ranks."""
-    launch = Launch.from_environment()
-    return f" [rank {launch.rank} on host {socket.gethostname()}]" if launch.world_size > 1 else ""
 
 
 def _leave_at_once(status: int) -> NoReturn:
@@ -170,10 +153,9 @@ def _leave_at_once(status: int) -> NoReturn:
 
 @contextlib.contextmanager
 def safe_output() -> Iterator[None]:
-    """Run a block in which writing to this process's stdout or stderr never raises: what cannot be written is dropped.
+    """Run a block in which what cannot be written to stdout or stderr is dropped: no reader, a full disk, no terminal.
 
-    That is a closed pipe, a full disk or a terminal that is gone. What replaces the streams in a notebook or a test is
-    left alone.
+    What replaces the streams in a notebook or a test is left alone.
     """
     _occupy_standard_descriptors()
     before = sys.stdout, sys.stderr

@@ -43,11 +43,7 @@ class TrainingDivergedError(Exception):
 
 
 class StoppedError(Exception):
-    """The run stopped because it was asked to: one line that says how to continue.
-
-    Attributes:
-        status: the exit status; see `Run.stop`.
-    """
+    """The run stopped because it was asked to: one line that says how to continue, and the exit status."""
 
     def __init__(self, text: str, status: int) -> None:
         super().__init__(text)
@@ -59,22 +55,18 @@ def out_of_memory(error: RuntimeError) -> str | None:
     text = str(error)
     if not isinstance(error, torch.OutOfMemoryError) and _OUT_OF_MEMORY.search(text) is None:
         return None
-    numbers = []
-    if wanted := re.search(r"tried to allocate ([\d.]+ \wiB|\d+ bytes)", text, re.IGNORECASE):
-        size, unit = wanted[1].split()
-        numbers.append(f"{int(size) / 2**30:,.2f} GiB wanted" if unit == "bytes" else f"{wanted[1]} wanted")
-    if free := re.search(r"total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+) is free", text):
-        numbers.append(f"{free[2]} of {free[1]} free")
     place = "this host" if "DefaultCPUAllocator" in text else "the GPU"
-    return f"{place} is out of memory" + (f" ({', '.join(numbers)})" if numbers else "")
+    wanted = re.search(r"tried to allocate ([\d.]+ \w+)", text, re.IGNORECASE)
+    return f"{place} is out of memory" + (f" ({wanted[1]} wanted)" if wanted else "")
 
 
-def is_network_error(error: RuntimeError) -> bool:
+def is_network_error(error: Exception) -> bool:
     """Return whether `error` is NCCL's, gloo's or the store's."""
-    return isinstance(error, dist.DistError) or _GLOO.search(str(error)) is not None
+    is_gloos = isinstance(error, RuntimeError) and _GLOO.search(str(error)) is not None
+    return is_gloos or isinstance(error, dist.DistError)
 
 
-def lost_peer(error: RuntimeError) -> str | None:
+def lost_peer(error: Exception) -> str | None:
     """Return what a network error says of a peer that is gone or does not answer; None if it has another cause."""
     text = str(error)
     if (lost := _PEER_LOST.search(text)) is None:

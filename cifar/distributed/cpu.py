@@ -11,19 +11,16 @@ import torch
 from cifar.distributed.environment import chosen_threads
 
 SMALL_BATCH = 4  # images up to which native convolutions are faster than oneDNN's
-# Parameters x images of such a batch up to which one thread is as fast as two. The operations are so short that two
-# threads mostly wait for each other, and if a core is busy otherwise, for the scheduler: a step of the tutorial's Net
-# takes 3.2 ms with one thread and 3.1 with two, but beside one busy process 3.0 and 178 (two cores, torch 2.14).
+# Parameters x images of such a batch up to which one thread is as fast as two, which mostly wait for each other: a step
+# of the tutorial's Net takes 3.2 ms with one thread and 3.1 with two, but beside one busy process 3.0 and 178 (two
+# cores, torch 2.14).
 _SMALL_WORK = 1_000_000
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from <malloc.h>
 
 
 def available_cores(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return the number of cores that this process may use: affinity, and a container's CPU quota (cgroups 1 and 2).
-
-    Threads beyond a quota take turns, and those that wait for each other waste it.
-    """
+    """Return the number of cores that this process may use: affinity, and a container's CPU quota (cgroups 1 and 2)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError):
         for line in proc.read_text().splitlines():  # "0::/path" is version 2, "4:cpu,cpuacct:/path" version 1
@@ -31,8 +28,8 @@ def available_cores(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/
             base = root / "cpu" if "cpu" in controllers.split(",") else root
             if controllers and base == root:
                 continue
-            own = base / path.lstrip("/")
-            for group in (own, *own.parents):  # a quota binds all groups below it
+            process_group = base / path.lstrip("/")
+            for group in (process_group, *process_group.parents):  # a quota binds all groups below it
                 if group.is_relative_to(base):
                     cores = min(cores, _quota(group))
     return cores
@@ -62,8 +59,8 @@ def is_small_work(batch_size: int, parameters: int) -> bool:
 def keep_freed_memory() -> None:
     """Keep freed memory in this process instead of returning it to the kernel (glibc only; else a no-op).
 
-    By default glibc unmaps every large tensor when it is freed, so the next one faults in each of its pages again: 40 %
-    of the time of a `speed94` step on two CPU cores. Peak memory stays the same.
+    Else each large tensor faults in its pages again: 40 % of the time of a `speed94` step on two CPU cores. Peak memory
+    stays the same.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
@@ -73,10 +70,9 @@ def keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def native_convolutions() -> Iterator[None]:
-    """Run a block with torch's native convolutions instead of oneDNN's.
+    """Run a block with torch's native convolutions instead of oneDNN's, which reorders its inputs first.
 
-    oneDNN reorders its inputs first, which pays off from 8 images on. With the tutorial's 4 images, a step of the Net
-    takes 0.9 ms with native convolutions and 1.1 ms with oneDNN's (two cores, torch 2.14).
+    With the tutorial's 4 images, a step of the Net takes 0.9 ms instead of 1.1 (two cores, torch 2.14).
     """
     # torch.backends.mkldnn.flags does the same, but warns about Intel GPUs.
     enabled = torch._C._get_mkldnn_enabled()

@@ -29,11 +29,7 @@ _COMM_HOOKS = {
 def join(config: TrainConfig, launch: Launch) -> Accelerator:
     """Make the process group; return accelerate's `Accelerator`, with the options of DDP.
 
-    Args:
-        config: with a concrete device and precision; see `device.resolve`.
-
-    Raises:
-        UserError: accelerate would train with another number of processes than the launcher started.
+    A UserError says if accelerate would train with another number of processes than the launcher started.
     """
     prepare_nccl()
     if not dist.is_initialized():  # accelerate keeps the device and precision of the last run in this process
@@ -67,10 +63,7 @@ def settle_buckets(model: nn.Module, images: Tensor) -> None:
     DDP fills them in the order of definition in its first step, and in the order in which the gradients become ready in
     the others. With three ranks or more, the place of a gradient decides at which rank its sum begins, and so its last
     bits: the first step after a resume would differ from the same step of a run that was not stopped. It also connects
-    the ranks, which NCCL does in the first exchange.
-
-    Args:
-        images: the shape of this batch is what the model gets.
+    the ranks, which NCCL does in the first exchange. The model gets zeros in the shape of `images`.
     """
     if unwrap(model) is model:
         return
@@ -92,19 +85,16 @@ class _DDPKwargs(DistributedDataParallelKwargs):
 def ddp_options(comm_hook: str, batched_copies: bool = False) -> DistributedDataParallelKwargs:
     """Return the options of DistributedDataParallel.
 
-    Buffers are averaged before each evaluation, so DDP need not broadcast them in every step. The first bucket holds 1
-    MiB, torch's default, for accelerate drops a `bucket_cap_mb` of 25 as the default that it is; any other value would
-    count for the first bucket, too, and delay the first exchange.
-
-    Args:
-        batched_copies: copy the gradients of a bucket into it in two kernels instead of one for each (torch 2.14).
+    With `batched_copies`, two kernels copy the gradients of a bucket into it, instead of one for each (torch 2.14).
     """
     powersgd = comm_hook == "powersgd"
-    known = "batched_grad_copy" in inspect.signature(DistributedDataParallel).parameters
+    has_batched_copies = "batched_grad_copy" in inspect.signature(DistributedDataParallel).parameters
     return _DDPKwargs(
-        batched_grad_copy=batched_copies and known,
+        batched_grad_copy=batched_copies and has_batched_copies,
         gradient_as_bucket_view=True,
-        broadcast_buffers=False,
+        broadcast_buffers=False,  # they are averaged before each evaluation
+        # The first bucket holds 1 MiB, torch's default, for accelerate drops a cap of 25 as the default that it is; any
+        # other value would count for the first bucket, too, and delay the first exchange.
         # PowerSGD runs several collectives per bucket, from callbacks whose order may differ between ranks, which then
         # deadlock (seen over gloo, torch 2.15): one bucket for all gradients.
         bucket_cap_mb=4096 if powersgd else 25,

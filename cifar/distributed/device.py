@@ -20,8 +20,7 @@ _DRIVER = Path("/proc/driver/nvidia/gpus")  # NVIDIA's driver has a directory th
 def resolve(config: TrainConfig, launch: Launch) -> TrainConfig:
     """Return `config` with the device and the precision that "auto" stands for here.
 
-    Raises:
-        UserError: a flag names what this host does not have.
+    A UserError says which flag names what this host does not have. Rank zero prints why training will be slow.
     """
     device = choose_device(config.device, launch)
     precision = choose_precision(config.precision, device)
@@ -31,14 +30,6 @@ def resolve(config: TrainConfig, launch: Launch) -> TrainConfig:
         raise UserError(f"--precision bf16: {torch.cuda.get_device_name()} does not support it; use fp16 or fp32")
     if config.cuda_graph and (device != "cuda" or launch.world_size > 1):
         raise UserError("--cuda-graph needs a GPU and a single process")
-    if launch.rank == 0:
-        for warning in _warnings(device, precision, launch):
-            print(f"WARNING: {warning}", flush=True)
-    return dataclasses.replace(config, device=device, precision=precision)
-
-
-def _warnings(device: Device, precision: Precision, launch: Launch) -> list[str]:
-    """Return why training will be slow."""
     warnings, cores = [], available_cores()
     if precision == "bf16" and device == "cpu" and not computes_in_bf16():
         warnings.append("this CPU has no bfloat16 instructions: bf16 is emulated, and many times slower than fp32")
@@ -47,15 +38,14 @@ def _warnings(device: Device, precision: Precision, launch: Launch) -> list[str]
             f"{launch.local_world_size} GPUs get their kernels from {cores} CPU core(s) of this host: ask the "
             f"scheduler for more, such as --cpus-per-gpu=4"
         )
-    return warnings
+    if launch.rank == 0:
+        for warning in warnings:
+            print(f"WARNING: {warning}", flush=True)
+    return dataclasses.replace(config, device=device, precision=precision)
 
 
 def choose_device(wanted: Device, launch: Launch) -> Device:
-    """Return the type of device to train on: "cuda", "mps" or "cpu".
-
-    Raises:
-        UserError: the wanted device is not available, or there are fewer GPUs than processes on this host.
-    """
+    """Return "cuda", "mps" or "cpu"; a UserError says if it is not here, or if a host has more processes than GPUs."""
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if wanted == "auto":
         _check_driver(has_cuda)
@@ -77,11 +67,7 @@ def choose_device(wanted: Device, launch: Launch) -> Device:
 
 
 def _check_driver(has_cuda: bool) -> None:
-    """Refuse to train on the CPU because of a driver or a fabric manager that torch cannot work with.
-
-    Raises:
-        UserError: this host has GPUs, and a torch for GPUs cannot use them; the text has torch's reason.
-    """
+    """Refuse to train on the CPU of a host whose GPUs torch cannot use, because of its driver or fabric manager."""
     if has_cuda or torch.version.cuda is None or not any(_DRIVER.glob("*")):
         return
     try:
@@ -115,11 +101,7 @@ def computes_in_bf16() -> bool:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Compile a small function, so that a missing compiler is known before anything is written.
-
-    Raises:
-        UserError: torch.compile does not work here.
-    """
+    """Compile a small function: a UserError says that torch.compile does not work before anything is written."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:  # no compiler, no headers, a cache that cannot be written, ...

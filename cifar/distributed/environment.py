@@ -13,106 +13,83 @@ from cifar.errors import UserError
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Where torchrun expects a worker's error, below a directory that each agent makes for itself (mkdtemp; torch 2.14).
 _ERROR_FILE = re.compile(r"(.+)/attempt_\d+/\d+/error\.json")
-_ADVICE = (
-    "set all of them, as torchrun and `accelerate launch --config_file launch/accelerate.yaml` do, "
-    "or unset them to train in one process"
-)
 
 # Launchers whose processes torchrun's variables do not connect: how many they started, and the index of this one. In a
 # SLURM allocation or batch script SLURM_NTASKS is set, but not SLURM_STEP_NUM_TASKS (SLURM 22.05).
-_OTHERS = (
+_OTHER_LAUNCHERS = (
     ("mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     ("mpirun", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
     ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
     ("mpirun", "PMI_SIZE", "PMI_RANK"),
 )
 
-# What `accelerate launch` can be configured for, and the values besides "no", "0" and "" that this program follows.
-_ACCELERATE = {
-    "ACCELERATE_USE_FSDP": ("false",),
-    "ACCELERATE_USE_DEEPSPEED": ("false",),
-    "ACCELERATE_USE_MEGATRON_LM": ("false",),
-    "ACCELERATE_USE_PARALLELISM_CONFIG": ("false",),
-    "ACCELERATE_DYNAMO_BACKEND": (),
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1",),
-    "ACCELERATE_MIXED_PRECISION": ("bf16", "fp16"),
-}
+# What `accelerate launch` can be configured for, each as ACCELERATE_...; and the values that this program follows.
+_ACCELERATE = (
+    *("USE_FSDP", "USE_DEEPSPEED", "USE_MEGATRON_LM", "USE_PARALLELISM_CONFIG"),
+    *("DYNAMO_BACKEND", "GRADIENT_ACCUMULATION_STEPS", "MIXED_PRECISION"),
+)
+_FOLLOWED = ("", "no", "0", "1", "false", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
 class Launch:
-    """This process's place among those that the launcher started.
+    """This process's place among those that the launcher started."""
 
-    Attributes:
-        rank: index of this process among all processes.
-        local_rank: index among the processes of this host.
-        world_size: number of processes.
-        local_world_size: number of processes on this host.
-        host: index of this host (torchrun's group rank); may change when the run restarts.
-        hosts: number of hosts.
-        elastic: whether torchrun started this process and supervises it.
-        restarts_left: how many more failures torchrun's agent on this host answers with a restart.
-    """
-
-    rank: int = 0
-    local_rank: int = 0
-    world_size: int = 1
-    local_world_size: int = 1
-    host: int = 0
-    hosts: int = 1
-    elastic: bool = False
-    restarts_left: int = 0
+    rank: int = 0  # index of this process among all processes
+    local_rank: int = 0  # index among the processes of this host
+    world_size: int = 1  # number of processes
+    local_world_size: int = 1  # number of processes on this host
+    host: int = 0  # index of this host (torchrun's group rank); may change when the run restarts
+    hosts: int = 1  # number of hosts
+    elastic: bool = False  # whether torchrun started this process and supervises it
+    restarts_left: int = 0  # how many more failures torchrun's agent on this host answers with a restart
 
     @classmethod
     def from_environment(cls) -> "Launch":
-        """Read torchrun's variables; without any of them, describe a single process or that of another launcher.
+        """Return the place that torchrun's variables give; without any of them, a single process or another launcher's.
 
-        Raises:
-            UserError: some are missing, or they make no sense together.
+        A UserError names them if some are missing, or if they contradict each other.
         """
-        if missing := _missing():
-            _, copies, index = _other_launcher()
-            if copies > 1 or len(missing) == len(_TORCHRUN):
-                return cls(rank=index, local_rank=index, world_size=copies, local_world_size=copies)
-            given = ", ".join(name for name in _TORCHRUN if name in os.environ)
-            raise UserError(f"the environment has {given}, but not {', '.join(missing)}: {_ADVICE}")
+        if not any(name in os.environ for name in _TORCHRUN):
+            return _other_launcher()[1]
         try:
             launch = cls(
                 rank=_integer("RANK"),
                 local_rank=_integer("LOCAL_RANK"),
                 world_size=_integer("WORLD_SIZE"),
                 local_world_size=_integer("LOCAL_WORLD_SIZE"),
-                host=_integer("GROUP_RANK"),
+                host=_integer("GROUP_RANK", 0),
                 hosts=_integer("GROUP_WORLD_SIZE", 1),
                 elastic="TORCHELASTIC_RUN_ID" in os.environ,
-                restarts_left=_integer("TORCHELASTIC_MAX_RESTARTS") - _integer("TORCHELASTIC_RESTART_COUNT"),
+                restarts_left=_integer("TORCHELASTIC_MAX_RESTARTS", 0) - _integer("TORCHELASTIC_RESTART_COUNT", 0),
             )
             possible = 0 <= launch.rank < launch.world_size and 0 <= _integer("MASTER_PORT") < 1 << 16
             possible = possible and 0 <= launch.local_rank < launch.local_world_size <= launch.world_size
-        except ValueError:  # not an integer
+            possible = possible and "MASTER_ADDR" in os.environ
+        except (KeyError, ValueError):  # not set, or not an integer
             possible = False
         if not possible:
-            values = ", ".join(f"{name}={os.environ[name]}" for name in _TORCHRUN)
-            raise UserError(f"these variables contradict each other: {values}: {_ADVICE}")
+            values = ", ".join(f"{name}={os.environ.get(name, '(unset)')}" for name in _TORCHRUN)
+            raise UserError(
+                f"torchrun's variables are incomplete or contradict each other: {values}: set all of them, as "
+                f"torchrun and `accelerate launch --config_file launch/accelerate.yaml` do, or unset them to train "
+                f"in one process"
+            )
         return launch
 
     def check(self) -> None:
-        """Refuse what would train otherwise than its launcher was asked to.
-
-        Raises:
-            UserError: several processes would train separately, or accelerate was configured for what is not done here.
-        """
-        launcher, copies, _ = _other_launcher()
+        """Refuse what would train otherwise than its launcher was asked to, by a UserError."""
+        launcher, separate = _other_launcher()
         # A torchrun that may restart can be the first or the last of 1 to N hosts.
-        single_host = self.elastic and self.hosts == 1 and _integer("TORCHELASTIC_MAX_RESTARTS") == 0
-        if copies > 1 and (single_host or _missing()):
+        is_alone = self.elastic and self.hosts == 1 and _integer("TORCHELASTIC_MAX_RESTARTS", 0) == 0
+        if separate.world_size > 1 and (is_alone or "RANK" not in os.environ):
             raise UserError(
-                f"{launcher} started {copies} processes, which would train separately: use `torchrun "
+                f"{launcher} started {separate.world_size} processes, which would train separately: use `torchrun "
                 f"--nproc_per_node=N train_ddp.py` on one host, launch/multi_node.sh on several, "
                 f"`sbatch launch/slurm.sbatch` under SLURM, or `{launcher} -n 1` for one process"
             )
-        values = {name: os.environ[name] for name in _ACCELERATE if name in os.environ}
-        ignored = [f"{k}={v}" for k, v in values.items() if v.lower() not in ("no", "0", "", *_ACCELERATE[k])]
+        values = {f"ACCELERATE_{name}": os.environ.get(f"ACCELERATE_{name}", "") for name in _ACCELERATE}
+        ignored = [f"{name}={value}" for name, value in values.items() if value.lower() not in _FOLLOWED]
         if ignored:
             raise UserError(
                 f"accelerate's configuration sets {', '.join(ignored)}, which would be ignored: use "
@@ -123,9 +100,7 @@ class Launch:
     def identify(number: int) -> str | None:
         """Return an ID for run `number` of this process that no other start of torchrun has, only its restarts.
 
-        It begins with the directory of the agent's logs. Each call of torchrun, elastic_launch or notebook_launcher
-        makes a new one. Without it, the result is None: outside of torchrun, or with `--log-dir /dev/null`. A restart
-        repeats the same program, so its runs have the same numbers.
+        It begins with the directory of logs that each agent makes. None without torchrun or such a directory.
         """
         match = _ERROR_FILE.fullmatch(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))
         return f"{match[1]}#{number}" if match else None
@@ -148,50 +123,35 @@ class Launch:
     def store() -> tuple[tuple[str, int], bool]:
         """Return (host, port) of the rendezvous store, and whether rank zero's process serves it, not the launcher."""
         by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        return (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), not by_agent
+        return (os.environ["MASTER_ADDR"], _integer("MASTER_PORT")), not by_agent
 
 
-def is_rank_zero() -> bool:
-    """Return whether this process is rank zero, the one that prints and writes."""
-    return _place().rank == 0
-
-
-def is_local_rank_zero() -> bool:
-    """Return whether this process is the one of its host that prints before the ranks have met."""
-    return _place().local_rank == 0
-
-
-def _place() -> Launch:
-    """Return the launch; a process whose place is unknown, because of a broken environment, speaks for itself."""
+def known_launch() -> Launch:
+    """Return the launch, as if there were none of torchrun's variables if they contradict each other."""
     try:
         return Launch.from_environment()
     except UserError:
-        return Launch()
+        return _other_launcher()[1]
 
 
 def prepare_nccl() -> None:
-    """Set up NCCL, unless the user has. To be called before the process group is made.
-
-    After a failed collective, its watchdog would wait a minute for debugging dumps, and leave a key in torchrun's store
-    by which the next start's ranks are killed (torch 2.11 to 2.14). With NVLS, the sums of switches, ranks do not start
-    on some rented parts of a host (NCCL 2.29, NVIDIA/nccl#2077), and sums have other bits from call to call
-    (NVIDIA/nccl#1497).
-    """
+    """Set up NCCL before the process group is made, unless the user has."""
+    # With NVLS, the sums of switches, ranks do not start on some rented parts of a host (NCCL 2.29, NVIDIA/nccl#2077),
+    # and sums have other bits from call to call (NVIDIA/nccl#1497).
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    # After a failed collective, its watchdog would wait a minute for debugging dumps, and leave a key in torchrun's
+    # store by which the next start's ranks are killed (torch 2.11 to 2.14).
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
     os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "500")
 
 
 def quiet_profiler() -> None:
-    """Keep torch's profiler from printing its progress, and an error where there is no GPU. To be called before it."""
+    """Keep torch's profiler, which begins later, from printing its progress and an error where there is no GPU."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 def chosen_threads() -> int | None:
-    """Return the number of CPU threads that the user has chosen by OMP_NUM_THREADS, or None.
-
-    A 1 does not count: torchrun sets it when the user did not set any.
-    """
+    """Return the number of CPU threads that the user has chosen by OMP_NUM_THREADS; 1 is torchrun's, and so None."""
     outermost = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list has a number for each level
     return int(outermost) if outermost.isdecimal() and int(outermost) > 1 else None
 
@@ -205,19 +165,16 @@ def interface_advice(text: str) -> str:
     return ""
 
 
-def _missing() -> list[str]:
-    return [name for name in _TORCHRUN if name not in os.environ]
-
-
-def _other_launcher() -> tuple[str, int, int]:
-    """Return the launcher other than torchrun that started several processes, their number, and this one's index."""
-    for name, size, rank in _OTHERS:
-        count = os.environ.get(size, "")
+def _other_launcher() -> tuple[str, Launch]:
+    """Return the launcher other than torchrun that started several processes, and the place of this one among them."""
+    for name, size, rank in _OTHER_LAUNCHERS:
+        copies = os.environ.get(size, "")
         # In the shell of `srun --pty`, the user starts the processes.
-        if count.isdecimal() and int(count) > 1 and "SLURM_PTY_PORT" not in os.environ:
-            return name, int(count), _integer(rank)
-    return "python", 1, 0
+        if copies.isdecimal() and int(copies) > 1 and "SLURM_PTY_PORT" not in os.environ:
+            index = _integer(rank, 0)
+            return name, Launch(index, index, world_size=int(copies), local_world_size=int(copies))
+    return "python", Launch()
 
 
-def _integer(name: str, default: int = 0) -> int:
-    return int(os.environ.get(name, default))
+def _integer(name: str, default: int | None = None) -> int:
+    return int(os.environ[name] if default is None else os.environ.get(name, default))

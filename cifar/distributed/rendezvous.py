@@ -2,14 +2,13 @@
 
 import contextlib
 import hashlib
-import itertools
 import json
 import socket
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 import cifar
 from cifar.config import TrainConfig, flag
-from cifar.distributed.environment import Launch, is_rank_zero
+from cifar.distributed.environment import Launch, known_launch
 from cifar.errors import UserError
 
 _SCHEME = "restartable"
@@ -30,18 +29,11 @@ _STARTUP_TIMEOUT = timedelta(minutes=10)
 _MISTAKE_TIMEOUT = timedelta(minutes=1)  # how long a rank that is about to leave waits to say why
 _READ_TIMEOUT = timedelta(seconds=5)
 _POLL_SECONDS = 0.05
-_NOTICE_SECONDS = (5, 25, 60)  # between two words about who is missing
+_NOTICE_SECONDS = 5.0  # until rank zero names those that are missing; then twice as long, and so on
 _CLAIM_SECONDS = 2.0
 
 _MAY_DIFFER = ("data_dir", "data_url", "run_dir")  # between hosts; only rank zero uses the last
-_REMEDIES = {
-    "the program": "copy the same train_ddp.py and cifar/ to every host",
-    "the torch version": "install the same version on every host",
-    "the device": "use --device cpu on all of them, or start only hosts where PyTorch finds a GPU",
-    "the precision": "use --precision fp32 or bf16",
-}
-
-_store: dist.Store | None = None  # of this start, without the keys of earlier ones
+_store: dist.Store | None = None  # without the keys of earlier starts
 _joined = False
 
 
@@ -90,40 +82,31 @@ def meet(launch: Launch, facts: dict[str, Any], timeout: timedelta) -> dist.Stor
     pytorch/pytorch#135712), where gloo and NCCL then read the addresses of dead processes: they fail or hang.
     TORCHELASTIC_RESTART_COUNT cannot be the prefix, because it differs between hosts: when a rank of one host is
     killed, the other host's agent restarts its workers for a changed membership, without counting (torch 2.14).
-
-    Raises:
-        UserError: some rank differs, or has made a mistake; the same on all ranks.
     """
-    (host, port), by_rank_zero = launch.store()
-    awaited = "the other processes" if by_rank_zero and launch.rank == 0 else "the store of rank zero"
-    with _say_what_is_awaited(lambda: f"{awaited} at {host}:{port}", quiet=launch.local_rank != 0):
-        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     global _store
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
     _store = dist.PrefixStore(agree_on_prefix(store, rank, world_size, timeout), store)
     compare(_store, rank, world_size, facts)
     return _store
 
 
 def compare(store: dist.Store, rank: int, world_size: int, facts: dict[str, Any]) -> None:
-    """Compare what the ranks are about to run.
+    """Compare what the ranks are about to run; a UserError, the same on all of them, names the first difference.
 
     Args:
         store: of this start.
         facts: of this rank: what has to be the same everywhere, in order, or {"mistake": why it does not run}.
-
-    Raises:
-        UserError: the first mistake or difference from rank zero; the same on all ranks.
     """
-    ranks = [f"facts/{other}" for other in range(world_size)]
-    store.set(ranks[rank], json.dumps({"host": socket.gethostname(), **facts}))
+    keys = [f"facts/{other}" for other in range(world_size)]
+    store.set(keys[rank], json.dumps({"host": socket.gethostname(), **facts}))
     if rank == 0:
-        store.set("difference", _difference([json.loads(text) for text in store.multi_get(ranks)]))
+        store.set("difference", _difference([json.loads(text) for text in store.multi_get(keys)]))
     if difference := store.get("difference").decode():
-        # The store may end with rank zero or its launcher.
-        reads = [f"read/{other}" for other in range(world_size)]
-        store.set(reads[rank], "")
+        # Rank zero leaves last, for the store may end with it or its launcher.
+        read_keys = [f"read/{other}" for other in range(world_size)]
+        store.set(read_keys[rank], "")
         with contextlib.suppress(RuntimeError):
-            store.wait(reads if rank == 0 else reads[:1], _READ_TIMEOUT)
+            store.wait(read_keys if rank == 0 else read_keys[:1], _READ_TIMEOUT)
         raise UserError(difference)
 
 
@@ -136,8 +119,8 @@ def _difference(ranks: list[dict[str, Any]]) -> str:
     for name, value in ranks[0].items():
         for place, facts in zip(places, ranks, strict=True):
             if facts.get(name) != value:
-                remedy = _REMEDIES.get(name, "start all of them with the same flags")
-                return f"{name} is {value} for {places[0]}, but {facts.get(name)} for {place}: {remedy}"
+                difference = f"{name} is {value} for {places[0]}, but {facts.get(name)} for {place}"
+                return f"{difference}: start all of them with the same flags, program, torch version and kind of device"
     return ""
 
 
@@ -156,32 +139,29 @@ def agree_on_prefix(store: dist.Store, rank: int, world_size: int, timeout: time
     """Return a prefix that all ranks of this start share and that no earlier start has used.
 
     Rank zero publishes a new prefix and confirms the tokens with which the others answer it. A rank that read an
-    earlier start's prefix does not find its token confirmed there, and reads again.
-
-    Raises:
-        DistStoreError: some rank did not answer within `timeout`.
+    earlier start's prefix does not find its token confirmed there, and reads again. Without an answer of all within
+    `timeout`, it raises DistStoreError.
     """
-    token, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
-    answers = {other: f"{token}/answer/{other}" for other in range(1, world_size)}
-
-    def missing() -> str:
-        ranks = [str(other) for other, answer in answers.items() if not store.check([answer])]
-        noun = "rank" if len(ranks) == 1 else "ranks"
-        return f"{len(ranks)} of {world_size} processes to start: {noun} {', '.join(ranks)}"
-
+    token, began = uuid.uuid4().hex, time.monotonic()
+    answer_keys = [f"{token}/answer/{other}" for other in range(1, world_size)]
+    notice_seconds = _NOTICE_SECONDS
     if rank == 0:
         store.set("prefix", token)
-    with _say_what_is_awaited(missing, quiet=rank != 0):
-        while time.monotonic() < deadline:
-            if rank != 0:
-                prefix = _get(store, "prefix")
-                store.set(f"{prefix}/answer/{rank}", token)
-                if token in _get(store, f"{prefix}/confirmed").split():
-                    return prefix
-            elif not answers or store.check(list(answers.values())):
-                store.set(f"{token}/confirmed", " ".join(_get(store, answer) for answer in answers.values()))
-                return token
-            time.sleep(_POLL_SECONDS)
+    while (seconds := time.monotonic() - began) < timeout.total_seconds():
+        if rank != 0:
+            prefix = _get(store, "prefix")
+            store.set(f"{prefix}/answer/{rank}", token)
+            if token in _get(store, f"{prefix}/confirmed").split():
+                return prefix
+        elif not answer_keys or store.check(answer_keys):
+            store.set(f"{token}/confirmed", " ".join(_get(store, key) for key in answer_keys))
+            return token
+        elif seconds > notice_seconds:
+            ranks = [str(other) for other, key in enumerate(answer_keys, start=1) if not store.check([key])]
+            missing = f"{len(ranks)} of {world_size} processes to start: rank {', '.join(ranks)}"
+            print(f"waiting for {missing} ({seconds:.0f} s)", file=sys.stderr, flush=True)
+            notice_seconds *= 2
+        time.sleep(_POLL_SECONDS)
     raise dist.DistStoreError(f"not all {world_size} processes have started within {timeout}")
 
 
@@ -190,37 +170,18 @@ def claim_report() -> bool:
 
     If the store does not answer, because the process that serves it is gone or frozen, that is rank zero.
     """
+    store = _store
     answers: list[bool] = []
 
-    def ask(store: dist.Store) -> None:
+    def ask() -> None:
         with contextlib.suppress(RuntimeError):
-            answers.append(store.add("reports", 1) == 1)
+            answers.append(store is not None and store.add("reports", 1) == 1)
 
-    if _store is not None:
-        thread = threading.Thread(target=ask, args=(_store,), name="claim-report", daemon=True)
+    if store is not None:
+        thread = threading.Thread(target=ask, name="claim-report", daemon=True)
         thread.start()
         thread.join(_CLAIM_SECONDS)
-    return answers[0] if answers else is_rank_zero()
-
-
-@contextlib.contextmanager
-def _say_what_is_awaited(what: Callable[[], str], quiet: bool) -> Iterator[None]:
-    """Print what a block waits for, after a few seconds and then now and then, unless `quiet`."""
-    done, began = threading.Event(), time.monotonic()
-
-    def speak() -> None:
-        for pause in itertools.chain(_NOTICE_SECONDS, itertools.repeat(_NOTICE_SECONDS[-1])):
-            if done.wait(pause):
-                return
-            seconds = time.monotonic() - began
-            print(f"waiting for {what()} ({seconds:.0f} s)", file=sys.stderr, flush=True)
-
-    if not quiet:
-        threading.Thread(target=speak, name="rendezvous-notice", daemon=True).start()
-    try:
-        yield
-    finally:
-        done.set()
+    return answers[0] if answers else known_launch().rank == 0
 
 
 def _get(store: dist.Store, key: str) -> str:

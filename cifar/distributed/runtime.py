@@ -7,7 +7,6 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -31,40 +30,28 @@ _numbers = itertools.count(1)  # of the runs of this process
 
 
 class Runtime:
-    """One process of the run: its device, its precision and its collectives.
-
-    Attributes:
-        launch: what the launcher started.
-        launch_id: by which a restart by torchrun finds the run of this launch; None without torchrun.
-        accelerator: accelerate's.
-        device: device of the images, the model and the loss.
-        rank, local_rank, world_size: of this process; local ranks count the processes of one host.
-        precision: "fp32", "bf16" or "fp16"; the same on all ranks.
-        scaler: loss scaler for fp16; disabled for other precisions.
-        memory_format: of images and filters.
-    """
+    """One process of the run: its place, its device, its precision and its collectives."""
 
     def __init__(self, config: TrainConfig) -> None:
-        """Join the other processes.
+        """Join the other processes; a UserError, the same on all of them, names what they would not run the same.
 
-        Args:
-            config: with a concrete device and precision; see `device.resolve`.
-
-        Raises:
-            UserError: the ranks would not run the same.
+        `config` has a concrete device and precision; see `device.resolve`.
         """
         self.launch = launch = Launch.from_environment()
+        # A restart by torchrun finds the run of this launch by it; None without torchrun.
         self.launch_id = launch.identify(next(_numbers))
-        self.precision = config.precision
+        self.precision = config.precision  # "fp32", "bf16" or "fp16"; the same on all ranks
         self.accelerator = join(config, launch)
-        self.device: torch.device = self.accelerator.device
+        self.device: torch.device = self.accelerator.device  # of the images, the model and the loss
         self.rank, self.local_rank, self.world_size = launch.rank, launch.local_rank, launch.world_size
+        # Scales the loss under fp16.
         self.scaler = self.accelerator.scaler or torch.amp.GradScaler(self.device.type, enabled=False)
         # oneDNN, and cuDNN with tensor cores, are faster with channels-last; torch's kernels for tiny batches are not.
         small = config.local_batch_size <= cpu.SMALL_BATCH and self.precision == "fp32"
         self._native_convolutions = self.device.type == "cpu" and small
         self.memory_format = torch.contiguous_format if self._native_convolutions else torch.channels_last
-        self._small_batch = config.local_batch_size if self._native_convolutions and config.evaluate is None else None
+        self._trains_small_batches = self._native_convolutions and config.evaluate is None
+        self._local_batch_size = config.local_batch_size
         self._threads_before: int | None = None
         if self.device.type == "cpu":
             torch.set_num_threads(cpu.threads_per_process(launch.local_world_size))
@@ -104,14 +91,12 @@ class Runtime:
     def prepare(self, model: nn.Module, compile: bool = False) -> nn.Module:
         """Return the model on this device, under autocast for bf16 and fp16, wrapped in DDP if there are several ranks.
 
-        The bare module, `unwrap(...)`, is moved in place and keeps its parameters.
-
-        Raises:
-            UserError: torch.compile does not work on some host.
+        The bare module, `unwrap(...)`, is moved in place and keeps its parameters. If torch.compile does not work on
+        some host, a UserError on all of them says why.
         """
         model.to(self.device).to(memory_format=self.memory_format)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        if self._small_batch is not None and cpu.is_small_work(self._small_batch, parameters):
+        if self._trains_small_batches and cpu.is_small_work(self._local_batch_size, parameters):
             self._threads_before = torch.get_num_threads()
             torch.set_num_threads(1)
         if compile:
@@ -192,11 +177,7 @@ class Runtime:
 
     @contextlib.contextmanager
     def fail_together(self) -> Iterator[None]:
-        """Run a block on every rank; if one rank fails with a UserError, raise it on all of them.
-
-        Raises:
-            UserError: some rank raised it in the block; the text is that of the lowest such rank.
-        """
+        """Run a block on every rank; if some raise a UserError in it, raise that of the lowest such rank on all."""
         mistake = None
         try:
             yield
@@ -209,9 +190,7 @@ class Runtime:
     def __enter__(self) -> "Runtime":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # A rank that fails alone leaves by the end of its process, which the others notice. The destructors of gloo and
         # NCCL would wait for them.
         common = (UserError, TrainingDivergedError, StoppedError, type(None))

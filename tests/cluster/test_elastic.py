@@ -1,11 +1,11 @@
 """Hosts that leave a run and return, as two torchruns on this host."""
 
 import signal
-import socket
 
 import pytest
 
 from tests.helpers.disturb import FLAGS, Watched, send
+from tests.helpers.forking import free_port
 from tests.helpers.processes import records, result, train
 
 pytestmark = pytest.mark.cluster
@@ -17,10 +17,7 @@ MODEST = ["--lr", "0.0002", "--lr-scaling", "none"]
 def hosts(folder):
     """Run two torchruns as two hosts; the second leaves and returns."""
     run_dir = folder / "run"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ["--nnodes=1:2", "--nproc_per_node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}",
+    launcher = ["--nnodes=1:2", "--nproc_per_node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}",
                 "--max-restarts=3", "--rdzv-conf", "last_call_timeout=1,keep_alive_interval=1"]  # fmt: skip
     flags = [*FLAGS, *MODEST, "--local-batch-size", "4", "--global-batch-size", "8", "--max-steps", "4000",
              "--timeout", "30", "--run-dir", str(run_dir)]  # fmt: skip

@@ -16,7 +16,7 @@ import pytest
 from cifar.datasets.cifar10 import CIFAR10
 from tests.helpers.disturb import FLAGS
 from tests.helpers.hosts import ADDRESSES, Hosts, why_not
-from tests.helpers.processes import ROOT, clean_environment, records, result, torchrun
+from tests.helpers.processes import ROOT, clean_environment, kill_tree, records, result, torchrun
 
 pytestmark = pytest.mark.cluster
 
@@ -36,15 +36,12 @@ def hosts():
 class Started:
     """`launch/multi_node.sh` on one host, with its output in a file."""
 
-    def __init__(
-        self, hosts: Hosts, host: int, nodes: str, *flags: object, cwd: Path, root: Path = ROOT, **environment: str
-    ) -> None:
+    def __init__(self, hosts: Hosts, host: int, nodes: str, *flags: object, cwd: Path, root: Path = ROOT, **env: str):
         self.log = cwd / f"host-{host}.txt"
         with self.log.open("w") as output:
             self.process = subprocess.Popen(
                 hosts.on(host, root / "launch" / "multi_node.sh", ADDRESSES[0], nodes, *flags),
-                cwd=cwd, env=clean_environment(PATH=PATH, CUDA_VISIBLE_DEVICES="", **environment),
-                stdin=subprocess.DEVNULL,
+                cwd=cwd, env=clean_environment(PATH=PATH, CUDA_VISIBLE_DEVICES="", **env), stdin=subprocess.DEVNULL,
                 stdout=output, stderr=subprocess.STDOUT,
             )  # fmt: skip
 
@@ -61,20 +58,18 @@ class Started:
 
     def kill(self) -> None:
         if self.process.poll() is None:
-            for process in psutil.Process(self.process.pid).children(recursive=True):
-                process.kill()
-        self.process.kill()
+            kill_tree(psutil.Process(self.process.pid))
         self.process.wait()
 
 
 @contextmanager
-def on_both(hosts, nodes, *flags, cwd, root=ROOT, data_dirs=(None, None), restarts=3):
-    """Run the same command on both hosts, with a data directory each."""
+def on_both(hosts, nodes, *flags, cwd, roots=(ROOT, ROOT), own_flags=((), ()), restarts=3):
+    """Run the same command on both hosts, with a copy of the program and flags of its own on each."""
     started = []
     try:
-        for host, data_dir in enumerate(data_dirs):
-            own = ["--data-dir", data_dir] if data_dir is not None else []
-            started.append(Started(hosts, host, nodes, *flags, *own, cwd=cwd, root=root, MAX_RESTARTS=str(restarts)))
+        for host, (root, own) in enumerate(zip(roots, own_flags, strict=True)):
+            variables = {"MAX_RESTARTS": str(restarts), "PYTHONPATH": f"{root}{os.pathsep}{ROOT}"}
+            started.append(Started(hosts, host, nodes, *flags, *own, cwd=cwd, root=root, **variables))
         yield started
     finally:
         for one in started:
@@ -126,18 +121,11 @@ def test_hosts_that_would_not_run_the_same_both_say_so(hosts, tmp_path, other, f
             (shutil.copytree if (ROOT / part).is_dir() else shutil.copy)(ROOT / part, roots[1] / part)
         with (roots[1] / "cifar" / "loop.py").open("a") as file:
             file.write("# another one\n")
-    own = [[], other.split() if other.startswith("--") else []]
-    started = []
-    try:
-        for host in (0, 1):
-            environment = {"MAX_RESTARTS": "0", "PYTHONPATH": str(roots[host])}
-            flags = [*FLAGS, "--run-dir", tmp_path / "run", *own[host]]
-            started.append(Started(hosts, host, "2", *flags, cwd=tmp_path, root=roots[host], **environment))
-        assert [one.process.wait(120) for one in started] == [1, 1]
-    finally:
-        for one in started:
-            one.kill()
-    for one, line in zip(started, (first, second), strict=True):
+    own_flags = ([], other.split() if other.startswith("--") else [])
+    flags = [*FLAGS, "--run-dir", tmp_path / "run"]
+    with on_both(hosts, "2", *flags, cwd=tmp_path, roots=roots, own_flags=own_flags, restarts=0) as both:
+        assert [one.process.wait(120) for one in both] == [1, 1]
+    for one, line in zip(both, (first, second), strict=True):
         assert one.text().count(line) == 1
         report = one.text().partition("Root Cause")[2]
         assert "traceback : cifar.errors.U" in report, "torchrun knows the reason, too"
@@ -178,30 +166,13 @@ def test_one_download_per_data_directory(hosts, real_data, tmp_path, shared):
     with log.open("w") as output:
         command = hosts.on(0, sys.executable, "-um", "http.server", "--bind", ADDRESSES[0], "8000")
         server = subprocess.Popen(command, cwd=served, stdout=output, stderr=subprocess.STDOUT)
-    data_dirs = [tmp_path / "data", tmp_path / ("data" if shared else "data of host 1")]
+    data_dirs = [("--data-dir", tmp_path / name) for name in ("data", "data" if shared else "data of host 1")]
     flags = ["--device", "cpu", "--wandb", "disabled", "--dataset", "cifar10", "--max-steps", "2", "--run-dir", "run"]
     try:
-        with on_both(hosts, "2", *flags, cwd=tmp_path, root=root, data_dirs=data_dirs) as both:
+        with on_both(hosts, "2", *flags, cwd=tmp_path, roots=(root, root), own_flags=data_dirs) as both:
             assert [one.process.wait(120) for one in both] == [0, 0], both[0].text()
             assert "50,000 training, 10,000 test" in both[0].text()
     finally:
         server.kill()
         server.wait()
     assert log.read_text().count("GET /packed.tar.gz") == (1 if shared else 2)
-
-
-def test_slow_link_benchmark(monkeypatch, capsys):
-    """Its rates are real: 62,006 gradients of 32 bits take 0.2 s at 10 Mbit/s."""
-    from tests.benchmarks import slow_link
-
-    if (missing := why_not()) is not None:
-        pytest.skip(missing)
-    monkeypatch.setattr(slow_link, "HOOKS", ("none",))
-    monkeypatch.setattr(slow_link, "WARM_UP", 4)
-    flags = ["--rates", "10", "--model", "net", "--batch", "4", "--steps", "8"]
-    monkeypatch.setattr(sys, "argv", ["slow_link", *flags])
-    slow_link.main()
-    lines = capsys.readouterr().out.splitlines()[-2:]
-    unlimited, slow = (float(line.split("|")[2].split()[0].replace(",", "")) for line in lines)
-    bound = 2 * 4 / (62_006 * 32 / 10e6)  # images/s if only the link took time
-    assert slow < 1.2 * bound < unlimited

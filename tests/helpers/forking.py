@@ -12,10 +12,7 @@ from tests.helpers.processes import rank_variables
 def fork(work: Callable[[], object], seconds: int = 60) -> int:
     """Return the process ID of a copy that does `work` and exits, with status 0 unless `work` raises.
 
-    Only the calling thread survives in the copy: after training in this process, `work` must not train.
-
-    Args:
-        seconds: after which the copy is killed.
+    After `seconds`, it is killed. Only the calling thread survives in it: after training here, `work` must not train.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks with threads
@@ -40,19 +37,20 @@ def wait(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def fork_ranks(world_size: int, work: Callable[[], object]) -> None:
-    """Do `work` in `world_size` ranks, copies of this process with a launcher's variables; one rank has none.
+def free_port() -> int:
+    """Return a port of this host that no process listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
-    Raises:
-        RuntimeError: a rank failed.
-    """
+
+def fork_ranks(world_size: int, work: Callable[[], object]) -> None:
+    """Do `work` in `world_size` ranks, copies of this process with a launcher's variables; raise if one fails."""
     # Loaded once for all: every rank would take 3 seconds for what DDP and the optimizers import when they are made.
     import torch._dynamo
     import torch.distributed.tensor  # noqa: F401
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
 
     def start(rank: int) -> None:
         if world_size > 1:

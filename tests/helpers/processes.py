@@ -23,9 +23,11 @@ def clean_environment(**extra: str) -> dict[str, str]:
     return kept | {"NETRC": os.devnull, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | extra
 
 
-def rank_variables(rank: int, world_size: int, port: int = 29500) -> dict[str, str]:
-    """Return the variables with which a launcher starts rank `rank` of `world_size` on one host."""
+def rank_variables(rank: int, world_size: int, port: int = 29500, alone: bool = False) -> dict[str, str]:
+    """Return the variables with which a launcher starts rank `rank` of `world_size`, on one host or `alone` on one."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    if alone:
+        place |= {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     return {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 

@@ -22,11 +22,8 @@ KINDS = ("kill", "damage", "stop rank", "stop torchrun", "freeze", "kill torchru
 def soak(folder: Path, disturbances: int, seed: int, seconds: float, ranks: int) -> dict[str, Any]:
     """Disturb a run of `ranks` processes `disturbances` times, or for `seconds`, and compare what it ends with.
 
-    Returns:
-        "disturbances": kind, steps lost and seconds until the first step after it, of each; "steps"; "seconds".
-
-    Raises:
-        AssertionError: the weights, the optimizer or the metrics differ, or a process did not exit in time.
+    Return "disturbances" (kind, steps lost and seconds until the first step after it, of each), "steps" and "seconds".
+    An AssertionError says if the weights, the optimizer or the metrics differ, or if a process did not exit in time.
     """
     chance = random.Random(seed)
     launcher = ["--standalone", f"--nproc_per_node={ranks}", "--max-restarts=1000"]
@@ -91,12 +88,10 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=3600)
-    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--folder", type=lambda text: Path(text).resolve(), required=True)
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True)
-    report = soak(
-        arguments.folder.resolve(), arguments.disturbances, arguments.seed, arguments.seconds, arguments.ranks
-    )
+    report = soak(**vars(arguments))
     lost = sorted(lost for _, lost, _ in report["disturbances"])
     waited = sorted(waited for *_, waited in report["disturbances"])
     print(f"the same weights, optimizer and metrics after {report['steps']:,} steps and {len(lost)} disturbances")

@@ -19,20 +19,12 @@ def shell(redirection, code, **variables):
     return subprocess.run(["bash", "-c", command], env=environment, capture_output=True, timeout=60)
 
 
-@pytest.mark.parametrize(
-    "redirection",
-    ["{} | true", "{} 2>&1 | true", "{} >/dev/full 2>/dev/full", "{} >&- 2>&- <&-", "{} 2>&-"],
-    ids=["closed pipe", "two closed pipes", "full disk", "no streams", "no stderr"],
-)
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_what_cannot_be_written_is_dropped(redirection, unbuffered, tmp_path):
+@pytest.mark.parametrize("redirection", ["{} 2>&1 | true", "{} >&- 2>&- <&-"], ids=["closed pipes", "no streams"])
+def test_what_cannot_be_written_is_dropped(redirection, tmp_path):
     """Python's own flush at exit does not fail, and no file becomes stdout."""
-    code = (
-        PRINT
-        + f"    fd = os.open({str(tmp_path / 'file')!r}, os.O_CREAT | os.O_WRONLY)\n    sys.exit(7 if fd > 2 else 8)"
-    )
-    done = shell(redirection, code, PYTHONUNBUFFERED=unbuffered)
-    assert (done.returncode, done.stderr) == (7, b"" if "2>" in redirection else b"x\n")
+    code = PRINT + f"    fd = os.open({str(tmp_path / 'file')!r}, os.O_CREAT | os.O_WRONLY)\n"
+    done = shell(redirection, code + "    sys.exit(7 if fd > 2 else 8)")
+    assert (done.returncode, done.stderr) == (7, b"")
 
 
 def test_output_returns_once_a_full_disk_has_room():

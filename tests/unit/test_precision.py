@@ -29,31 +29,24 @@ def _other_precision():
 
 
 @pytest.mark.usefixtures("_other_precision")
-def test_bf16_keeps_the_weights_in_fp32(synthetic):
-    config = TrainConfig(device="cpu", precision="bf16", local_batch_size=8, lr=0.05)
-    runtime, net = Runtime(config), build_model("net", 10)
-    model, dtypes = runtime.prepare(net), set()
-    net.conv1.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
-    images, labels = synthetic.train.dataset[torch.arange(8)]
-    loss = train_step(model, [(images, labels)], 8, build_optimizer(net, config), runtime)
-    assert dtypes == {torch.bfloat16}
-    assert loss.dtype == model(images).dtype == torch.float32, "losses are computed in fp32"
-    assert {parameter.dtype for parameter in net.parameters()} == {torch.float32}
-
-
-@pytest.mark.usefixtures("_other_precision")
 def test_runs_of_one_process_have_their_own_precision(synthetic):
-    """As in a notebook, where main() is called again and again."""
-    images, _ = synthetic.train.dataset[torch.arange(8)]
+    """As in a notebook, where main() is called again and again; weights and losses are in fp32."""
+    images, labels = synthetic.train.dataset[torch.arange(8)]
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        runtime, net = Runtime(TrainConfig(device="cpu", precision=precision)), build_model("net", 10)
+        config = TrainConfig(device="cpu", precision=precision, local_batch_size=8)
+        runtime, net = Runtime(config), build_model("net", 10)
         dtypes = set()
         net.conv1.register_forward_hook(lambda module, inputs, output, seen=dtypes: seen.add(output.dtype))
-        runtime.prepare(net)(images)
+        model = runtime.prepare(net)
+        loss = train_step(model, [(images, labels)], 8, build_optimizer(net, config), runtime)
         assert dtypes == {dtype}
+        assert loss.dtype == model(images).dtype == torch.float32
+        assert {parameter.dtype for parameter in net.parameters()} == {torch.float32}
 
 
-def test_gpu_without_bf16_is_named(monkeypatch):
+def test_precision_that_the_device_lacks_is_named(monkeypatch):
+    with pytest.raises(UserError, match=r"fp16.*bf16"):
+        resolve(TrainConfig(device="cpu", precision="fp16"), Launch())
     facts = {"is_available": True, "device_count": 1, "is_bf16_supported": False, "get_device_name": "Tesla K80"}
     for name, answer in facts.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
@@ -63,10 +56,9 @@ def test_gpu_without_bf16_is_named(monkeypatch):
 
 def test_emulated_bf16_is_a_warning(monkeypatch, capsys):
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    resolve(TrainConfig(device="cpu", precision="bf16"), Launch())
-    assert "WARNING: this CPU has no bfloat16 instructions" in capsys.readouterr().out
-    assert resolve(TrainConfig(device="cpu", precision="auto"), Launch()).precision == "fp32"
-    assert "WARNING" not in capsys.readouterr().out
+    for precision in ("bf16", "auto"):
+        resolve(TrainConfig(device="cpu", precision=precision), Launch())
+    assert capsys.readouterr().out.count("WARNING: this CPU has no bfloat16 instructions") == 1
 
 
 @pytest.mark.usefixtures("_other_precision")
@@ -89,8 +81,3 @@ def test_a_checkpoint_is_evaluated_as_its_run_was(monkeypatch, tmp_path, capsys)
     text = capsys.readouterr().out
     assert "in fp32" in text
     assert "test-time augmentation" not in text
-
-
-def test_fp16_needs_a_gpu():
-    with pytest.raises(UserError, match=r"fp16.*bf16"):
-        resolve(TrainConfig(device="cpu", precision="fp16"), Launch())

@@ -31,7 +31,6 @@ def test_first_signal_and_its_echo_are_only_noted(number):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup themselves
     handlers = [signal.getsignal(stop) for stop in STOP_SIGNALS]
     with StopRequest(Launch()) as request:
-        assert request.name is None
         os.kill(os.getpid(), number)
         wait_until(lambda: request.name is not None)
         assert request.name == number.name
@@ -94,22 +93,15 @@ def test_second_signal_quits_at_once_even_in_c(monkeypatch, capfd):
     assert capfd.readouterr().err == "SIGINT after SIGTERM: quitting at once, without a checkpoint\n"
 
 
-def test_a_step_that_takes_long_to_end_is_announced_once(monkeypatch, capfd):
+def test_endless_step_is_announced_and_left_before_torchrun_kills_it(monkeypatch, capfd):
     monkeypatch.setattr(preemption, "_NOTICE_SECONDS", 0.1)
-    pid = hang(Launch())
-    os.kill(pid, signal.SIGTERM)
-    time.sleep(2)
-    os.kill(pid, signal.SIGKILL)
-    wait(pid)
-    assert capfd.readouterr().err == "SIGTERM: stopping once this step or test has ended\n"
-
-
-def test_endless_step_is_left_before_torchrun_kills_it(monkeypatch, capfd):
-    monkeypatch.setattr(preemption, "_GRACE_SECONDS", 0.3)
+    monkeypatch.setattr(preemption, "_GRACE_SECONDS", 1.2)
     pid = hang(Launch(elastic=True))
     os.kill(pid, signal.SIGTERM)
     assert wait(pid) == 1
-    assert capfd.readouterr().err == "SIGTERM, but the step did not end within 0.3 s: quitting\n"
+    first, last = capfd.readouterr().err.splitlines()
+    assert first == "SIGTERM: stopping once this step or test has ended"
+    assert last == "SIGTERM, but the step did not end within 1.2 s: quitting"
 
 
 def test_death_of_torchrun_is_a_stop_request():
@@ -132,21 +124,21 @@ def test_death_of_torchrun_is_a_stop_request():
         assert file.read() == ".the end of torchrun"
 
 
-@pytest.mark.parametrize(("started", "status"), [("by torchrun", -signal.SIGTERM), ("in a notebook", 0)])
-def test_torchrun_is_asked_to_stop_but_no_notebook_is(started, status):
+@pytest.mark.parametrize("in_notebook", [False, True])
+def test_torchrun_is_asked_to_stop_but_no_notebook_is(in_notebook):
     def rank():
         os.environ["TORCHELASTIC_ERROR_FILE"] = "error.json"
         StopRequest(Launch(elastic=True)).pass_on()
 
     def agent():
-        if started == "by torchrun":
-            wait(fork(rank))
-        else:
+        if in_notebook:
             process = multiprocessing.get_context("fork").Process(target=rank)
             process.start()
             process.join()
+        else:
+            wait(fork(rank))
 
-    assert wait(fork(agent)) == status
+    assert wait(fork(agent)) == (0 if in_notebook else -signal.SIGTERM)
 
 
 class Ranks:
@@ -182,7 +174,7 @@ class Ranks:
         return StopAgreement(Runtime(), ranks.requests[rank])
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_all_ranks_stop_after_the_same_step(seed):
     chance, ranks = random.Random(seed), Ranks(3)
     asked, at = chance.randrange(3), chance.randint(1, 300)
@@ -203,7 +195,7 @@ def test_all_ranks_stop_after_the_same_step(seed):
     assert at < stopped <= at + 2 * preemption._VOTE_STEPS + 2
 
 
-@pytest.mark.parametrize(("seconds", "interval"), [(0.0001, 100), (0.01, 25), (0.1, 2), (1.0, 1)])
+@pytest.mark.parametrize(("seconds", "interval"), [(0.0001, 100), (0.01, 25), (1.0, 1)])
 def test_vote_every_quarter_second_or_hundred_steps(monkeypatch, seconds, interval):
     now = [0.0]
     monkeypatch.setattr(preemption.time, "perf_counter", lambda: now[0])
