@@ -93,7 +93,8 @@ class Heartbeat:
             try:
                 silent_ranks = self._exchange_beats(beat)
                 if silent_ranks and not self._stop.is_set():
-                    self._store.set("silent", json.dumps(silent_ranks))
+                    with contextlib.suppress(RuntimeError):
+                        self._store.set("silent", json.dumps(silent_ranks))
                     self._end(silent_ranks)
             except RuntimeError:
                 return  # the store is gone, and with it the launcher or rank zero: nothing left to watch
