@@ -53,6 +53,15 @@ class BatchPlan:
         parts = min(self.accumulation, share)
         return [len(range(part, share, parts)) for part in range(parts)]
 
+    def advise_on_memory(self) -> str:
+        """Return the local batch that memory does not suffice for, and what to do."""
+        local = self.micro_batch_sizes(rank=0)[0]
+        remedy = "use a smaller model"
+        if local > 1:
+            flags = f"--local-batch-size {local // 2} --global-batch-size {self.global_batch_size}"
+            remedy = f"use {flags}, which accumulates gradients over the same global batch"
+        return f"a local batch of {local}: {remedy}, or end the other programs that use it"
+
     def total_steps(self, config: TrainConfig) -> int:
         """Return the optimizer steps of the whole run, regardless of `--max-steps`."""
         return config.epochs * self.steps_per_epoch

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from cifar.augment import derive_seed
-from cifar.batch_plan import BatchPlan
 from cifar.data import TrainLoader
 from cifar.errors import LocalError, TrainingDivergedError, out_of_memory
 from cifar.optim import learning_rate, set_learning_rate
@@ -94,16 +93,6 @@ def _train_on(
     except RuntimeError as error:
         if (lack := out_of_memory(error)) is None:
             raise
-        raise LocalError(f"{lack} at {_advice(plan)}") from error
+        raise LocalError(f"{lack} at {plan.advise_on_memory()}") from error
     state.running_steps += 1
     state.step += 1
-
-
-def _advice(plan: BatchPlan) -> str:
-    """Return the local batch that memory does not suffice for, and what to do."""
-    local = plan.micro_batch_sizes(rank=0)[0]
-    remedy = "use a smaller model"
-    if local > 1:
-        flags = f"--local-batch-size {local // 2} --global-batch-size {plan.global_batch_size}"
-        remedy = f"use {flags}, which accumulates gradients over the same global batch"
-    return f"a local batch of {local}: {remedy}, or end the other programs that use it"

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cifar.batch_plan import BatchPlan
 from cifar.checkpoint import DamagedCheckpointError, TrainState, checkpoints, load_checkpoint, load_weights
 from cifar.config import MAY_CHANGE, TrainConfig, differences, flag, read_config
 from cifar.data import Data
@@ -110,7 +109,7 @@ def _find(config: TrainConfig, data: Data, is_own: bool) -> Resumed:
             f"--resume {run_dir}: that run has finished, with step {recorded_steps:,} of {last:,}"
             + ("; raise --epochs or --max-steps to continue it" if path else ", and its checkpoints are gone")
         )
-    return Resumed(path, tuple(_changes(config, before, facts, plan)), content, tuple(corrupt), finished)
+    return Resumed(path, tuple(_changes(config, before, facts, plan.world_size)), content, tuple(corrupt), finished)
 
 
 def newest_checkpoint(run_dir: Path) -> tuple[tuple[Path, dict[str, Any]] | None, list[str]]:
@@ -168,11 +167,11 @@ def _check_checkpoint(run_dir: Path, path: Path, content: dict[str, Any], before
         raise UserError(f"--resume {run_dir}: the class names of {path.name} are not those of the dataset here")
 
 
-def _changes(config: TrainConfig, before: TrainConfig, facts: dict[str, Any], plan: BatchPlan) -> list[str]:
+def _changes(config: TrainConfig, before: TrainConfig, facts: dict[str, Any], world_size: int) -> list[str]:
     """Return the differences from the run's last start, in words."""
     changes = [f"{flag(name)} {old} -> {new}" for name, new, old in differences(config, before)]
-    if facts["world_size"] != plan.world_size:
-        changes.append(f"world size {facts['world_size']} -> {plan.world_size}")
+    if facts["world_size"] != world_size:
+        changes.append(f"world size {facts['world_size']} -> {world_size}")
     return changes
 
 
