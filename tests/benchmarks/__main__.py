@@ -39,9 +39,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="runs of each program (default: 3 or 5)")
     parser.add_argument("--quick", action="store_true", help="one round of little work: checks that it runs")
     args = parser.parse_args(argv)
-    for name in args.names:
-        if name not in BENCHMARKS:
-            parser.error(f"unknown benchmark {name!r}: choose from {', '.join(BENCHMARKS)}")
+    if unknown := set(args.names) - set(BENCHMARKS):
+        parser.error(f"unknown benchmarks {unknown}: choose from {', '.join(BENCHMARKS)}")
     if not (args.data_dir / "cifar-10-batches-py").is_dir():
         parser.error(f"no cifar-10-batches-py in {args.data_dir}: set --data-dir or $CIFAR_DATA_DIR")
     return args

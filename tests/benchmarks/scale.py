@@ -5,16 +5,9 @@
     python -m tests.benchmarks.scale --launches 0 --host-ms 0.18                    # captured as a CUDA graph
     python -m tests.benchmarks.scale --model resnet18 --launches 404 --step-ms 5.38 --batch 128
 
-Every number for more than one GPU is a prediction. The kernels of a step take `device` seconds on one GPU. The host
-takes `host` seconds to launch them, one after the other, however few images they are for. The longer of the two counts.
-Then the gradients are summed: a ring all-reduce of n bytes among p processes sends 2 (p - 1) messages of n / p bytes,
-one after the other (Patarasu & Yuan 2009; Thakur, Rabenseifner & Gropp 2005). With `alpha` seconds per message and a
-link of `bandwidth` bytes per second,
-
-    step(p) = max(device(p), host) + 2 (p - 1) (alpha + n / (p * bandwidth))
-
-Weak scaling keeps the batch of each GPU, and device(p) = device. Strong scaling keeps the global batch, and device(p) =
-device / p. README.md says what the model leaves out.
+README.md has the model: a ring all-reduce (Patarasu & Yuan 2009; Thakur, Rabenseifner & Gropp 2005) follows the kernels
+of a step, or the host's launches if those take longer. Weak scaling keeps the batch of each GPU, strong scaling the
+global batch.
 """
 
 import argparse
@@ -31,11 +24,11 @@ COUNTS = tuple(2**k for k in range(11))
 
 
 class Link(NamedTuple):
-    """A link between neighbors in the ring: seconds per message, and bytes per second."""
+    """A link between neighbors in the ring."""
 
     name: str
-    alpha: float
-    bandwidth: float
+    alpha: float  # seconds per message
+    bandwidth: float  # bytes per second
 
 
 # Bandwidths are nominal, per direction (NVLink 4: 18 links of 25 GB/s). Latencies are assumptions, of the usual order

@@ -163,9 +163,6 @@ def _pretend(mode: FakeCuda) -> None:
         def wait_stream(self, other: "Stream") -> None:
             pass  # the device would wait, not the host
 
-        def synchronize(self) -> None:
-            mode.wait("Stream.synchronize")
-
     class Graph:
         def replay(self) -> None:
             mode.replays += 1

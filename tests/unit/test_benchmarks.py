@@ -91,14 +91,6 @@ def test_longer_of_device_and_host_counts(host, strong, step, efficiency):
     assert got == pytest.approx((step * 50_000 / (100 if strong else 400), efficiency))
 
 
-def test_one_gpu_is_as_measured():
-    """Within the error that the README states; speed94 and speed96 are not among those that were fitted."""
-    per_step, per_launch = scale.launch_cost()
-    for recipe in scale.H100.values():
-        predicted = max(recipe.busy_ms, per_step + per_launch * recipe.kernels)
-        assert predicted == pytest.approx(recipe.step_ms, rel=0.13)
-
-
 def test_fit_recovers_the_link():
     link = scale.Link("gloo", 2e-4, 1e9)
     measured = [(p, size, scale.all_reduce_seconds(p, size, link)) for p in (2, 4) for size in scale_check.SIZES]
@@ -123,9 +115,11 @@ def test_predictions_of_the_readme(capsys):
 
 
 def test_launch_costs_of_the_readme():
+    """Predictions for one GPU are within 13 % of what was measured; speed94 and speed96 were not fitted."""
     per_step, per_launch = scale.launch_cost()
     costs = f"{per_step:.2f} ms for a step and {1000 * per_launch:.1f} us for each kernel"
     assert costs in " ".join(README.split())
     for name, recipe in scale.H100.items():
-        predicted = per_step + per_launch * recipe.kernels
-        assert re.search(rf"^\| `{name}`[^|]*\| {predicted:.2f} ms \| {recipe.step_ms:.3f} ms \|", README, re.M), name
+        host = per_step + per_launch * recipe.kernels
+        assert re.search(rf"^\| `{name}`[^|]*\| {host:.2f} ms \| {recipe.step_ms:.3f} ms \|", README, re.M), name
+        assert max(recipe.busy_ms, host) == pytest.approx(recipe.step_ms, rel=0.13)
