@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.measure import Numbers, summarize, table
+from tests.benchmarks.measure import Numbers, table
 from tests.benchmarks.runner import BenchmarkError, Runner
 from tests.benchmarks.suite import BENCHMARKS
 from tests.helpers.measuring import machine
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(name: str, runner: Runner, rounds: int | None) -> list[dict[str, Any]]:
-    """Run one benchmark and print its tables; return the measurements of every run and the rows of every table."""
+    """Run one benchmark and print its tables; return the measurements of every run."""
     results = []
     for comparison in BENCHMARKS[name](runner):
         count = rounds or (1 if runner.quick else comparison.rounds)
@@ -77,11 +77,10 @@ def measure(name: str, runner: Runner, rounds: int | None) -> list[dict[str, Any
             for program, work in comparison.programs.items():
                 print(f"  round {number + 1}: {program}", file=sys.stderr)
                 runs[program].append(work(number))
-        rows = list(summarize(comparison, runs))
         seconds = time.perf_counter() - began
         print(f"\n{name}: {comparison.title} ({count} round{'s' if count > 1 else ''}, {seconds:.0f} s)")
-        print("\n".join(table(comparison, rows)), flush=True)
-        results.append({"title": comparison.title, "rounds": count, "runs": runs, "rows": rows})
+        print("\n".join(table(comparison, runs)), flush=True)
+        results.append({"title": comparison.title, "rounds": count, "runs": runs})
     return results
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from tests.helpers.measuring import spread
 
@@ -50,31 +50,19 @@ class Comparison:
     rounds: int = 3
 
 
-def summarize(comparison: Comparison, runs: Mapping[str, Sequence[Numbers]]) -> Iterator[dict[str, Any]]:
-    """Yield a row for each metric and program: median and range of its numbers, and of how ours compares with them.
+def table(comparison: Comparison, runs: Mapping[str, Sequence[Numbers]]) -> Iterator[str]:
+    """Yield a line for each metric and program: median and range of its numbers, and of how ours compares with them.
 
     Compares round by round and takes the median of that, because the runs of a round met the same load.
     """
     for metric in comparison.metrics:
+        yield f"{metric.name}, {metric.unit}: median (range over the rounds)"
         ours = [numbers[metric.name] for numbers in runs[OURS]]
         for name in comparison.programs:
             values = [numbers[metric.name] for numbers in runs[name]]
-            row: dict[str, Any] = {"metric": metric.name, "program": name, "median_min_max": spread(values)}
+            median, low, high = (f"{value:,.{metric.digits}f}" for value in spread(values))
+            compared = ""
             if name != OURS and metric.compare != "none":
-                row["ours_is"] = spread([metric.against(a, b) for a, b in zip(ours, values, strict=True)])
-            yield row
-
-
-def table(comparison: Comparison, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Yield the lines of a comparison's table."""
-    metrics = {metric.name: metric for metric in comparison.metrics}
-    yield f"{'':56}{'median':>11}{'min':>11}{'max':>11}   ours is (min to max over the rounds)"
-    for row in rows:
-        metric = metrics[row["metric"]]
-        label = f"{metric.name}, {metric.unit}" if row["program"] == OURS else ""
-        values = "".join(f"{value:11,.{metric.digits}f}" for value in row["median_min_max"])
-        compared = ""
-        if "ours_is" in row:
-            median, low, high = map(metric.show, row["ours_is"])
-            compared = f"   {median} ({low} to {high})"
-        yield f"{label:32}{row['program']:24}{values}{compared}"
+                ratios = [metric.against(a, b) for a, b in zip(ours, values, strict=True)]
+                compared = ";  ours is {} ({} to {})".format(*map(metric.show, spread(ratios)))
+            yield f"  {name:24}{median} ({low} to {high}){compared}"

@@ -34,7 +34,7 @@ def right(c: Campaign) -> None:
     ]
     if GPU:
         gpus = torch.cuda.device_count()
-        one_rank = [*TORCHRUN, "--nproc_per_node=1", "-m", "tests.gpu.checks", "--only", "nccl"]
+        one_rank = [*TORCHRUN, "--nproc_per_node=1", "-m", "tests.gpu.checks", "nccl"]
         too_many = [*TORCHRUN, f"--nproc_per_node={gpus + 1}", "train_ddp.py", *QUICK]
         jobs += [
             partial(c.expect, "nccl hooks", one_rank, pattern="PASS  ddp .*: tutorial"),
