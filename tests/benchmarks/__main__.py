@@ -4,12 +4,11 @@
     python -m tests.benchmarks ddp start --rounds 7
     python -m tests.benchmarks --quick                         # minutes: checks that they run
 
-Ours and the baselines run in turn (A B A B ...), each in a new process. The tables give the median, mean and range of
+Ours and the baselines run in turn (A B A B ...), each in a new process. The tables give the median and the range of
 each, and the ratio of ours to each baseline, round by round. Leave the machine idle meanwhile.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -19,9 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.measure import alternate, machine, summarize, table
-from tests.benchmarks.runner import BenchmarkError
-from tests.benchmarks.suite import BENCHMARKS, Settings
+from tests.benchmarks.measure import Numbers, table
+from tests.benchmarks.runner import BenchmarkError, Runner
+from tests.benchmarks.suite import BENCHMARKS
+from tests.helpers.measuring import machine
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -39,15 +39,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="runs of each program (default: 3 or 5)")
     parser.add_argument("--quick", action="store_true", help="one round of little work: checks that it runs")
     args = parser.parse_args(argv)
-    for name in args.names:
-        if name not in BENCHMARKS:
-            parser.error(f"unknown benchmark {name!r}: choose from {', '.join(BENCHMARKS)}")
-    if args.rounds is not None and args.rounds < 1:
-        parser.error(f"--rounds is {args.rounds}: it must be at least 1")
+    if unknown := set(args.names) - set(BENCHMARKS):
+        parser.error(f"unknown benchmarks {unknown}: choose from {', '.join(BENCHMARKS)}")
     if not (args.data_dir / "cifar-10-batches-py").is_dir():
         parser.error(f"no cifar-10-batches-py in {args.data_dir}: set --data-dir or $CIFAR_DATA_DIR")
-    if args.json is not None and not args.json.resolve().parent.is_dir():
-        parser.error(f"--json {args.json}: its directory does not exist")
     return args
 
 
@@ -58,10 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(", ".join(f"{key} {value}" for key, value in record["machine"].items()), flush=True)
     failed = False
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as directory:
-        settings = Settings(args.data_dir.resolve(), Path(directory), args.quick)
+        runner = Runner(args.data_dir.resolve(), Path(directory), args.quick)
         for name in args.names or BENCHMARKS:
             try:
-                record["benchmarks"][name] = measure(name, settings, args.rounds)
+                record["benchmarks"][name] = measure(name, runner, args.rounds)
             except BenchmarkError as error:
                 failed = True
                 record["benchmarks"][name] = {"error": str(error)}
@@ -71,19 +66,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(failed)
 
 
-def measure(name: str, settings: Settings, rounds: int | None) -> list[dict[str, Any]]:
-    """Run one benchmark and print its tables; return the measurements of every run and the rows of every table."""
+def measure(name: str, runner: Runner, rounds: int | None) -> list[dict[str, Any]]:
+    """Run one benchmark and print its tables; return the measurements of every run."""
     results = []
-    for comparison in BENCHMARKS[name](settings):
-        count = rounds or (1 if settings.quick else comparison.rounds)
+    for comparison in BENCHMARKS[name](runner):
+        count = rounds or (1 if runner.quick else comparison.rounds)
         began = time.perf_counter()
-        runs = alternate(comparison, count, lambda program, i: print(f"  round {i + 1}: {program}", file=sys.stderr))
-        rows = summarize(comparison, runs)
+        runs: dict[str, list[Numbers]] = {program: [] for program in comparison.programs}
+        for number in range(count):  # in turn, so that other load on the machine affects all programs alike
+            for program, work in comparison.programs.items():
+                print(f"  round {number + 1}: {program}", file=sys.stderr)
+                runs[program].append(work(number))
         seconds = time.perf_counter() - began
         print(f"\n{name}: {comparison.title} ({count} round{'s' if count > 1 else ''}, {seconds:.0f} s)")
-        print("\n".join(table(comparison, rows)), flush=True)
-        rows_json = [dataclasses.asdict(row) for row in rows]
-        results.append({"title": comparison.title, "rounds": count, "runs": runs, "rows": rows_json})
+        print("\n".join(table(comparison, runs)), flush=True)
+        results.append({"title": comparison.title, "rounds": count, "runs": runs})
     return results
 
 

@@ -13,14 +13,14 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MAX_EPOCHS = 20  # after which `tutorial --target` gives up
+MAX_EPOCHS = 20  # after which `tutorial` gives up
 
 
 def make_net() -> nn.Sequential:
@@ -36,7 +36,7 @@ def make_net() -> nn.Sequential:
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """Return the device `name`; "auto" is a GPU if there is one. (Not run on a GPU yet.)"""
+    """Return the device `name`; "auto" is a GPU if there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
@@ -50,30 +50,6 @@ def cifar10_loader(data_dir: str, train: bool, crop_flip: bool = False, **option
     scaling = [transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.5,) * 3)]
     dataset = datasets.CIFAR10(data_dir, train=train, transform=transforms.Compose(augmentation + scaling))
     return torch.utils.data.DataLoader(dataset, **options)
-
-
-def train(
-    net: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
-    optimizer: torch.optim.Optimizer,
-    device: torch.device,
-    steps: int,
-    on_loss: Callable[[int, float], None],
-) -> int:
-    """Train for an epoch, or `steps` steps if that is less, reading each loss; return the number of steps."""
-    net.train()
-    step = 0
-    for images, labels in loader:
-        images, labels = images.to(device), labels.to(device)
-        optimizer.zero_grad()
-        loss = F.cross_entropy(net(images), labels)
-        loss.backward()
-        optimizer.step()
-        step += 1
-        on_loss(step, loss.item())
-        if step == steps:
-            break
-    return step
 
 
 @torch.no_grad()
@@ -95,51 +71,50 @@ def tutorial(args: argparse.Namespace) -> dict[str, float]:
     test_loader = cifar10_loader(args.data_dir, train=False, batch_size=4, shuffle=False, num_workers=2)
     net = make_net().to(device)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.001, momentum=0.9)
-
-    running, epoch, steps, seconds, accuracy = 0.0, 0, 0, 0.0, 0.0
-    every = args.log_steps
-
-    def on_loss(step: int, loss: float) -> None:
-        nonlocal running
-        running += loss
-        if step % every == 0 or (epoch, step) == (1, 1):
-            print(f"[{epoch}, {step:5d}] loss: {running / (step % every or every):.3f}", flush=True)
-        if step % every == 0:
-            running = 0.0
-
-    while True:
-        epoch += 1
+    steps, seconds = 0, 0.0
+    for epoch in range(1, MAX_EPOCHS + 1):
         began = time.perf_counter()
-        steps += train(net, train_loader, optimizer, device, args.steps - steps, on_loss)
+        steps += train(net, train_loader, optimizer, device, args.steps - steps, epoch)
         seconds += time.perf_counter() - began  # no need to synchronize: loss.item() did
-        if args.target is not None or steps >= args.steps:
-            accuracy = test(net, test_loader, device)
+        accuracy = test(net, test_loader, device) if steps >= args.steps or args.target is not None else 0.0
         if steps >= args.steps or (args.target is not None and accuracy >= args.target):
+            return {"seconds": seconds, "steps": steps, "epochs": epoch, "accuracy": accuracy}
+    raise SystemExit(f"baselines: error: {MAX_EPOCHS} epochs do not suffice; last accuracy: {accuracy:.4f}")
+
+
+def train(
+    net: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    steps: int,
+    epoch: int,
+) -> int:
+    """Train for an epoch, or `steps` steps if that is less, and print the loss; return the number of steps."""
+    net.train()
+    running, step = 0.0, 0
+    for images, labels in loader:
+        images, labels = images.to(device), labels.to(device)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(images), labels)
+        loss.backward()
+        optimizer.step()
+        step += 1
+        running += loss.item()
+        if step % 2000 == 0 or (epoch, step) == (1, 1):
+            print(f"[{epoch}, {step:5d}] loss: {running / (step % 2000 or 2000):.3f}", flush=True)
+        if step % 2000 == 0:
+            running = 0.0
+        if step == steps:
             break
-        if epoch == MAX_EPOCHS:
-            raise SystemExit(f"baselines: error: --target not reached in {epoch} epochs; last accuracy: {accuracy:.4f}")
-    return {"seconds": seconds, "steps": steps, "epochs": epoch, "accuracy": accuracy}
+    return step
 
 
-class Stopwatch:
-    """A timer that starts after `skip` steps; until then, caches and memory are cold."""
-
-    def __init__(self, skip: int, device: torch.device) -> None:
-        self._skip, self._device, self._began = skip, device, 0.0
-
-    def after_step(self, step: int) -> None:
-        """Start the timer if `step` is the last to skip."""
-        if step == self._skip:
-            self._began = self._now()
-
-    def seconds(self) -> float:
-        """Return the seconds since the timer started."""
-        return self._now() - self._began
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+def now(device: torch.device) -> float:
+    """Return the seconds of a clock, once the device has done everything."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def pipeline(args: argparse.Namespace) -> dict[str, float]:
@@ -153,7 +128,7 @@ def pipeline(args: argparse.Namespace) -> dict[str, float]:
     )  # fmt: skip
     net = make_net().to(device)
     optimizer = torch.optim.SGD(net.parameters(), 0.05, 0.9, nesterov=True, weight_decay=5e-4, fused=True)
-    watch, step = Stopwatch(args.skip, device), 0
+    step, began = 0, now(device)
     while step < args.steps:
         for images, labels in loader:
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
@@ -161,10 +136,11 @@ def pipeline(args: argparse.Namespace) -> dict[str, float]:
             F.cross_entropy(net(images), labels).backward()
             optimizer.step()
             step += 1
-            watch.after_step(step)
+            if step == args.skip:  # until then, caches and memory are cold
+                began = now(device)
             if step == args.steps:
                 break
-    return {"images_per_second": (step - args.skip) * size / watch.seconds()}
+    return {"images_per_second": (step - args.skip) * size / (now(device) - began)}
 
 
 def bare(args: argparse.Namespace) -> dict[str, float]:
@@ -184,14 +160,15 @@ def bare(args: argparse.Namespace) -> dict[str, float]:
     images = (torch.rand(8192, 3, 32, 32, device=device) * 2 - 1).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(10, (8192,), device=device)
     ready = list(zip(images.split(args.local_batch_size), labels.split(args.local_batch_size), strict=True))
-    watch = Stopwatch(args.skip, device)
+    began = now(device)
     for step in range(1, args.steps + 1):
         inputs, targets = ready[step % len(ready)]
         optimizer.zero_grad()
         F.cross_entropy(model(inputs), targets).backward()
         optimizer.step()
-        watch.after_step(step)
-    seconds = watch.seconds()
+        if step == args.skip:
+            began = now(device)
+    seconds = now(device) - began
     torch.distributed.destroy_process_group()
     return {"ms_per_step": 1000 * seconds / (args.steps - args.skip)} if rank == 0 else {}
 
@@ -205,7 +182,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=10**9)
     parser.add_argument("--skip", type=int, default=0, help="steps before the measurement begins")
-    parser.add_argument("--log-steps", type=int, default=2000)
     parser.add_argument("--target", type=float, help="test accuracy at which `tutorial` ends")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--local-batch-size", type=int, default=512)

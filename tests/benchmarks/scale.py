@@ -5,24 +5,14 @@
     python -m tests.benchmarks.scale --launches 0 --host-ms 0.18                    # captured as a CUDA graph
     python -m tests.benchmarks.scale --model resnet18 --launches 404 --step-ms 5.38 --batch 128
 
-Every number for more than one GPU is a prediction. The kernels of a step take `device` seconds on one GPU. The host
-takes `host` seconds to launch them, one after the other, however few images they are for. The longer of the two counts.
-Then the gradients are summed: a ring all-reduce of n bytes among p processes sends 2 (p - 1) messages of n / p bytes,
-one after the other (Patarasu & Yuan 2009; Thakur, Rabenseifner & Gropp 2005). With `alpha` seconds per message and a
-link of `bandwidth` bytes per second,
-
-    step(p) = max(device(p), host) + 2 (p - 1) (alpha + n / (p * bandwidth))
-
-Weak scaling keeps the batch of each GPU, and device(p) = device. Strong scaling keeps the global batch, and device(p) =
-device / p. This is too slow where DDP hides all but the last bucket behind the backward pass; here nothing overlaps. It
-is too fast where GPUs are less efficient with few images, in the optimizer's kernels, which every GPU runs in full, and
-in DDP's own launches, which are left out.
+README.md has the model: a ring all-reduce (Patarasu & Yuan 2009; Thakur, Rabenseifner & Gropp 2005) follows the kernels
+of a step, or the host's launches if those take longer. Weak scaling keeps the batch of each GPU, strong scaling the
+global batch.
 """
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -33,13 +23,12 @@ IMAGES = 50_000
 COUNTS = tuple(2**k for k in range(11))
 
 
-@dataclass(frozen=True)
-class Link:
-    """A link between neighbors in the ring: seconds per message, and bytes per second."""
+class Link(NamedTuple):
+    """A link between neighbors in the ring."""
 
     name: str
-    alpha: float
-    bandwidth: float
+    alpha: float  # seconds per message
+    bandwidth: float  # bytes per second
 
 
 # Bandwidths are nominal, per direction (NVLink 4: 18 links of 25 GB/s). Latencies are assumptions, of the usual order
@@ -52,8 +41,7 @@ def all_reduce_seconds(processes: int, size: float, link: Link) -> float:
     return 2 * (processes - 1) * (link.alpha + size / (processes * link.bandwidth))
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     """A step on one H100, without capture or compilation: kernels, their milliseconds, and those of the whole step."""
 
     kernels: int
@@ -90,8 +78,7 @@ def launch_cost() -> tuple[float, float]:
     return fit([(1, recipe.kernels) for recipe in bound], [recipe.step_ms for recipe in bound])
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One GPU's step: seconds of its kernels, seconds in which the host launches them, and images."""
 
     device: float
@@ -99,17 +86,8 @@ class Step:
     batch: int
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """The speed of several GPUs; with an efficiency of 1, p of them are p times as fast as one."""
-
-    step_seconds: float
-    epoch_seconds: float
-    efficiency: float
-
-
-def predict(one: Step, size: float, link: Link, processes: int, strong: bool) -> Prediction:
-    """Apply the model above.
+def predict(one: Step, size: float, link: Link, processes: int, strong: bool) -> tuple[float, float]:
+    """Return seconds per epoch and efficiency: with an efficiency of 1, p processes are p times as fast as one.
 
     Args:
         size: bytes of the gradients.
@@ -119,7 +97,7 @@ def predict(one: Step, size: float, link: Link, processes: int, strong: bool) ->
     step = max(device, one.host) + all_reduce_seconds(processes, size, link)
     global_batch = one.batch if strong else one.batch * processes
     speedup = max(one.device, one.host) / one.batch / (step / global_batch)
-    return Prediction(step, step * IMAGES / global_batch, speedup / processes)
+    return step * IMAGES / global_batch, speedup / processes
 
 
 def gradient_bytes(model: str) -> int:
@@ -127,45 +105,19 @@ def gradient_bytes(model: str) -> int:
     return 4 * sum(parameter.numel() for parameter in build_model(model, 10).parameters() if parameter.requires_grad)
 
 
-def table(one: Step, size: float) -> list[str]:
-    """Return the predictions as two Markdown tables of seconds per epoch and efficiency."""
-    lines = []
-    for strong in (False, True):
-        kind = (
-            f"strong scaling: {one.batch:,} images together" if strong else f"weak scaling: {one.batch:,} images a GPU"
-        )
-        lines += ["", f"| GPUs, {kind} | " + " | ".join(link.name for link in LINKS) + " |", "| --- |" + " --- |" * 3]
-        for count in COUNTS:
-            points = [predict(one, size, link, count, strong) for link in LINKS]
-            cells = [f"{point.epoch_seconds:.3g} s, {100 * point.efficiency:.0f} %" for point in points]
-            lines.append(f"| {count:,} | " + " | ".join(cells) + " |")
-    return lines[1:]
-
-
-def draw(path: Path, one: Step, size: float, title: str) -> None:
-    """Plot efficiency over the number of GPUs, weak scaling on the left, strong scaling on the right."""
-    from cifar.records.plotting import Figure
-
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, strong in zip(panels, (False, True), strict=True):
-        for link, color in zip(LINKS, ("#1a7f5a", "#1f6fb4", "#d9541e"), strict=True):
-            efficiency = [100 * predict(one, size, link, n, strong).efficiency for n in COUNTS]
-            axes.plot(COUNTS, efficiency, "o-", color=color, label=link.name, markersize=4)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(COUNTS, [f"{n:,}" for n in COUNTS])
-        axes.set(xlabel="GPUs", ylim=(0, 103))
-        axes.set_title(f"{one.batch:,} images " + ("together" if strong else "a GPU"), loc="left", fontweight="bold")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("efficiency, %")
-    panels[1].legend(frameon=False)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    figure.savefig(path, dpi=110)
+def table(one: Step, size: float, strong: bool) -> Iterator[str]:
+    """Yield the lines of a Markdown table: seconds per epoch and efficiency, by the number of GPUs."""
+    heads = [f"{link.name}: epoch | efficiency" for link in LINKS]
+    yield f"| GPUs | {' | '.join(heads)} |"
+    yield "| --- |" + " --- | --- |" * len(LINKS)
+    for count in COUNTS:
+        points = [predict(one, size, link, count, strong) for link in LINKS]
+        cells = [f"{seconds:.3g} s | {100 * efficiency:.0f} %" for seconds, efficiency in points]
+        yield f"| {count:,} | {' | '.join(cells)} |"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the tables, and draw them if asked to."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(
         prog="tests.benchmarks.scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -175,26 +127,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--batch", type=int, default=2000, help="images of that step (default: %(default)s)")
     add("--launches", type=int, default=default.kernels, help="kernels of a step (default: %(default)s)")
     add("--launch-us", type=float, default=1000 * launch_ms, help="the host's time for each (default: %(default).3g)")
-    add(
-        "--host-ms", type=float, default=host_ms, help="the host's time for the rest of a step (default: %(default).2g)"
-    )
+    add("--host-ms", type=float, default=host_ms, help="the host's time for the rest (default: %(default).2g)")
     add("--model", choices=MODELS, default="speed", help="default: %(default)s, the model of speed94")
-    add("--plot", type=Path, metavar="FILE.png", help="draw efficiency over the number of GPUs")
     args = parser.parse_args(argv)
-    if not args.step_ms > 0 or args.batch < 1:
-        parser.error(f"--step-ms {args.step_ms:g} and --batch {args.batch} must be above 0")
-    if not min(args.launches, args.launch_us, args.host_ms) >= 0:
-        parser.error("--launches, --launch-us and --host-ms must be at least 0")
     host = args.host_ms + args.launches * args.launch_us / 1000
     one, size = Step(args.step_ms / 1000, host / 1000, args.batch), gradient_bytes(args.model)
-    title = (
+    print(
         f"{args.model}, {args.batch:,} images: {args.step_ms:.4g} ms of kernels; on the host {args.host_ms:.2f} ms + "
         f"{args.launches} launches x {args.launch_us:.1f} us = {host:.2f} ms; {size / 1e6:.2f} MB of gradients"
     )
-    print(title + "\n")
-    print("\n".join(table(one, size)))
-    if args.plot is not None:
-        draw(args.plot, one, size, title)
+    print(f"\nweak scaling: {one.batch:,} images a GPU\n")
+    print("\n".join(table(one, size, strong=False)))
+    print(f"\nstrong scaling: {one.batch:,} images together\n")
+    print("\n".join(table(one, size, strong=True)))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 Reads CIFAR-10 from $CIFAR_DATA_DIR, or data/. Under torchrun, time the all-reduce alone and print JSON.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -17,8 +16,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tests.benchmarks.runner import images_per_second, python, train
+from tests.benchmarks.runner import Runner, last_json
 from tests.benchmarks.scale import Link, all_reduce_seconds, fit, gradient_bytes
+from tests.helpers.measuring import images_per_second
 
 SIZES = tuple(4**k * 1024 for k in range(8))  # 1 KiB to 16 MiB
 PROCESSES = (1, 2, 4)
@@ -55,36 +55,37 @@ def time_all_reduce() -> list[tuple[int, int, float]]:
 
 def main() -> None:
     """Measure, predict, train, and print the errors."""
-    parser = argparse.ArgumentParser(prog="tests.benchmarks.scale_check", description=__doc__.splitlines()[0])
-    parser.parse_args()
     data_dir = Path(os.environ.get("CIFAR_DATA_DIR") or "data").resolve()
-    if not (data_dir / "cifar-10-batches-py").is_dir():
-        parser.error(f"no cifar-10-batches-py in {data_dir}: set $CIFAR_DATA_DIR")
-    cores = os.cpu_count() or 1
+    all_reduces: list[tuple[int, int, float]] = []
     steps: dict[tuple[str, int], list[float]] = {(model, p): [] for model in LOCAL_BATCHES for p in PROCESSES}
-    measured: list[tuple[int, int, float]] = []
-    with tempfile.TemporaryDirectory(prefix="scale-") as name:
-        directory = Path(name)
+    with tempfile.TemporaryDirectory(prefix="scale-") as directory:
+        runner = Runner(data_dir, Path(directory))
         for _ in range(ROUNDS):  # alternating, so that other load on the machine affects all of them alike
             for p in PROCESSES[1:]:
-                process = python("-m", "tests.benchmarks.scale_check", cwd=directory, processes=p, threads=1)
-                measured += [(p, size, seconds) for p, size, seconds in process.last_json()["measured"]]
-            for model, p in steps:
-                batch = LOCAL_BATCHES[model]
-                flags = ("--recipe", "wide", "--model", model, "--local-batch-size", batch, "--lr-scaling", "none")
-                work = ("--max-steps", 120, "--log-steps", 40, "--device", "cpu")
-                _, run_dir = train(directory, data_dir, *flags, *work, processes=p, threads=1)
-                steps[model, p].append(batch * p / images_per_second(run_dir))
-    link = fit_link(measured)
-    print(f"gloo here: alpha {1e6 * link.alpha:.0f} us, {link.bandwidth / 1e9:.2f} GB/s, from {len(measured)} medians")
+                process = runner.python("-m", "tests.benchmarks.scale_check", processes=p, threads=1)
+                all_reduces += last_json(process)["measured"]
+            for (model, p), seconds in steps.items():
+                seconds.append(seconds_of_a_step(runner, model, p))
+    link = fit_link(all_reduces)
+    print(f"gloo here: alpha {1e6 * link.alpha:.0f} us, {link.bandwidth / 1e9:.2f} GB/s")
     print(f"{'model':10}{'processes':>10}{'predicted ms':>14}{'measured ms':>14}{'error':>8}")
-    for (model, p), times in steps.items():
-        alone, real = statistics.median(steps[model, 1]), statistics.median(times)
+    cores = os.cpu_count() or 1
+    for (model, p), seconds in steps.items():
+        alone, real = statistics.median(steps[model, 1]), statistics.median(seconds)
         # A CPU launches its kernels by calling them: one process's step holds both. If there are more processes than
         # cores, they take turns.
         predicted = alone * max(1, p / cores) + all_reduce_seconds(p, gradient_bytes(model), link)
         error = 100 * (predicted / real - 1)
         print(f"{model:10}{p:>10}{1000 * predicted:>14.1f}{1000 * real:>14.1f}{error:>+7.0f} %")
+
+
+def seconds_of_a_step(runner: Runner, model: str, processes: int) -> float:
+    """Train a model, and return the seconds of a step."""
+    batch = LOCAL_BATCHES[model]
+    flags = ("--recipe", "wide", "--model", model, "--local-batch-size", batch, "--lr-scaling", "none")
+    work = ("--max-steps", 120, "--log-steps", 40, "--device", "cpu")
+    _, run_dir = runner.train(*flags, *work, processes=processes, threads=1)
+    return batch * processes / images_per_second(run_dir)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.benchmarks.measure import machine
-from tests.benchmarks.runner import images_per_second
 from tests.helpers.hosts import ADDRESSES, Hosts, why_not
+from tests.helpers.measuring import images_per_second, machine
 from tests.helpers.processes import ROOT, clean_environment
 
 HOOKS = ("none", "bf16", "powersgd")
@@ -49,7 +48,7 @@ def measure(hosts: Hosts, run_dir: Path, hook: str, args: argparse.Namespace) ->
 def main() -> None:
     """Measure each hook at each rate, and print the table."""
     parser = argparse.ArgumentParser(prog="tests.benchmarks.slow_link", description=__doc__.splitlines()[0])
-    parser.add_argument("--rates", type=float, nargs="+", default=[100, 10], metavar="MBIT", help="Mbit/s")
+    parser.add_argument("--rates", type=float, nargs="+", default=[100, 10], metavar="MBIT")
     parser.add_argument("--model", default="net-wide", help="default: net-wide, 3.9 MB of gradients")
     parser.add_argument("--batch", type=int, default=64, help="images of a host in a step (default: 64)")
     parser.add_argument("--steps", type=int, default=48, help="measured steps (default: 48)")

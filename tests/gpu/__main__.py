@@ -25,7 +25,6 @@ from tests.gpu.right import right
 from tests.gpu.several import several
 
 PARTS = {"right": right, "fast": fast, "learns": learns, "several": several, "peers": peers}
-SECONDS = {"peers": 900}
 
 
 def main() -> int:
@@ -35,11 +34,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("gpu-results"))
     parser.add_argument("--seconds", type=float, help="what the part may take (default: 540, peers 900)")
     parser.add_argument("--peers", type=Path, help="directory with airbench94_muon.py, cifar10_speedrun.py, or both")
-    parser.add_argument(
-        "--only", nargs="*", default=[], help="of several, only the checks whose names hold one of these words"
-    )
+    parser.add_argument("--only", nargs="*", default=[], help="words of the names of the checks to run, in some parts")
     args = parser.parse_args()
-    seconds = args.seconds or SECONDS.get(args.part, 540)
+    seconds = args.seconds or (900 if args.part == "peers" else 540)
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # nothing outside this machine
     count = torch.cuda.device_count()
@@ -51,9 +48,8 @@ def main() -> int:
         for file in Path(work).glob("*.txt"):
             (c.out / f"{args.part}-{file.name.replace(' ', '-')}").write_text(file.read_text(errors="replace"))
     failed = [name for name, verdict in c.results.items() if verdict.startswith("FAIL")]
-    (c.out / f"{args.part}.json").write_text(
-        json.dumps({"device": name, "torch": torch.__version__, **c.results}, indent=1)
-    )
+    found = {"device": name, "torch": torch.__version__, **c.results}
+    (c.out / f"{args.part}.json").write_text(json.dumps(found, indent=1))
     verdict = "PASS" if c.results and not failed else "FAIL"
     print(f"{args.part}: {verdict}, {len(failed)} of {len(c.results)} failed: {failed}", flush=True)
     return int(verdict == "FAIL")

@@ -1,19 +1,17 @@
-"""What the parts of the campaign share: commands with a limit, lines that are printed when known, the verdict."""
+"""A campaign: commands with a limit, results that are printed when known, the verdict."""
 
-import json
 import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
-
 from cifar.distributed.cpu import available_cores
-from tests.helpers.processes import ROOT, kill_tree
+from tests.helpers.measuring import Finished, execute
+from tests.helpers.processes import ROOT
 
 QUICK = ["--dataset", "synthetic", "--wandb", "disabled", "--log-steps", "50"]
 LAUNCHER = ["--standalone", "--local-addr=127.0.0.1"]
@@ -27,7 +25,7 @@ MODULE = [sys.executable, "-m"]
 
 @dataclass
 class Campaign:
-    """What one part has found; every line is printed when it is known.
+    """The results of one part.
 
     Attributes:
         out: directory of what stays.
@@ -36,6 +34,7 @@ class Campaign:
         peers: directory of other people's scripts.
         only: words of which one must be in the name of a check that `attempt` runs; empty for all.
         at_once: number of commands that the part runs at once.
+        results: by the name of the check; one that has failed begins with FAIL.
     """
 
     out: Path
@@ -48,14 +47,18 @@ class Campaign:
     results: dict[str, str] = field(default_factory=dict)
 
     def say(self, name: str, verdict: str) -> None:
-        """Print and keep a result: it has failed if it begins with FAIL."""
+        """Print and keep a result, with the end of the output of the command `name` if it has failed."""
         self.results[name] = verdict
         print(f"[{time.perf_counter() - self.began:3.0f} s] {name:24} {verdict}", flush=True)
+        file = self.work / f"{name}.txt"
+        if "FAIL" in verdict and file.exists():
+            lines = file.read_text(errors="replace").splitlines()[-12:]
+            print("".join(f"      | {line[:300]}\n" for line in lines), end="", flush=True)
 
     def attempt(self, name: str, check: Callable[[], str], must_pass: bool = True) -> None:
-        """Run a check that returns its result; one that raises has failed, and the others go on.
+        """Run a check that returns its result; one that raises has failed.
 
-        What a check finds that need not pass is information.
+        The result of a check that need not pass is information.
         """
         if self.only and not any(word in name for word in self.only):
             return
@@ -66,14 +69,15 @@ class Campaign:
         except Exception as error:
             verdict = f"FAIL {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         self.say(name, verdict if must_pass else f"information: {verdict}")
-        if verdict.startswith("FAIL"):
-            self.show(name)
 
-    def show(self, name: str, count: int = 12) -> None:
-        """Print the end of the output of the command `name`."""
-        file = self.work / f"{name}.txt"
-        lines = file.read_text().splitlines()[-count:] if file.exists() else []
-        print("".join(f"      | {line[:300]}\n" for line in lines), end="", flush=True)
+    def beside(self, number: int, jobs: Sequence[Callable[[], object]]) -> None:
+        """Run jobs, `number` of them at once; one that raises has failed, and the others go on."""
+        self.at_once = number
+        with ThreadPoolExecutor(number) as pool:
+            for future in [pool.submit(job) for job in jobs]:
+                if (error := future.exception()) is not None:
+                    self.say(type(error).__name__, f"FAIL {error}")
+        self.at_once = 1
 
     def left(self, at_most: float) -> float:
         """Return the seconds that a command may take."""
@@ -89,22 +93,10 @@ class Campaign:
 
     def run(
         self, name: str, command: Sequence[object], at_most: float = 150, processes: int = 1, cwd: Path = ROOT
-    ) -> tuple[int, str]:
-        """Return status and output of a command, which has a file of its own in `out`; -1 if it took too long."""
-        file = self.work / f"{name}.txt"
-        with file.open("w") as output:
-            process = subprocess.Popen(
-                [str(word) for word in command], cwd=cwd, stdin=subprocess.DEVNULL, stdout=output,
-                stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"} | self.threads(processes),
-            )  # fmt: skip
-            try:
-                status = process.wait(self.left(at_most))
-            except subprocess.TimeoutExpired:
-                # With its ranks, which have sessions of their own: they would hold the GPU.
-                kill_tree(psutil.Process(process.pid))
-                process.wait()
-                status = -1
-        return status, file.read_text(errors="replace")
+    ) -> Finished:
+        """Run a command, whose output stays in `out`, for `at_most` seconds."""
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"} | self.threads(processes)
+        return execute(command, self.work / f"{name}.txt", environment, cwd, self.left(at_most))
 
     def expect(
         self,
@@ -114,25 +106,15 @@ class Campaign:
         pattern: str = "Finished Training",
         at_most: float = 150,
         processes: int = 1,
-    ) -> str:
+    ) -> Finished:
         """Run a command that must end with `status` and print `pattern`, without a complaint of torch's."""
-        got, output = self.run(name, command, at_most, processes)
+        finished = self.run(name, command, at_most, processes)
         verdict = "PASS"
-        if got != status:
-            verdict = f"FAIL status {got}, expected {status}" if got != -1 else "FAIL took too long"
-        elif re.search(pattern, output) is None:
+        if finished.status != status:
+            verdict = f"FAIL status {finished.status}, expected {status} (-1: took too long)"
+        elif re.search(pattern, finished.output) is None:
             verdict = f"FAIL no {pattern!r}"
-        elif complaint := re.search("destroy_process_group|Guessing device|strides do not match", output):
+        elif complaint := re.search("destroy_process_group|Guessing device|strides do not match", finished.output):
             verdict = f"FAIL torch complains: {complaint[0]}"
         self.say(name, verdict)
-        if verdict != "PASS":
-            self.show(name)
-        return output
-
-    def records(self, run: str) -> list[dict[str, float]]:
-        """Return the records of a run in `work`."""
-        return [json.loads(line) for line in (self.work / run / "metrics.jsonl").read_text().splitlines()]
-
-    def last_loss(self, run: str) -> float:
-        """Return the last training loss of a run in `work`."""
-        return [row["train/loss"] for row in self.records(run) if "train/loss" in row][-1]
+        return finished

@@ -1,34 +1,31 @@
-"""Check on a GPU that the numbers are right: python -m tests.gpu.checks [--only WORD ...]; one line per check."""
+"""Check on a GPU that the numbers are right: python -m tests.gpu.checks [WORD ...]; one line per check."""
 
-import argparse
 import contextlib
 import copy
+import functools
+import itertools
 import os
+import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from cifar.augment import CropFlip
-from cifar.checkpoint import copy_to_host
 from cifar.data import DeviceImages, EvalLoader
+from cifar.distributed.ddp import ddp_options, unwrap
 from cifar.evaluation import evaluate
 from cifar.models import MODELS, build_model
 from cifar.optim import orthogonalize, orthogonalize_filters
-from tests.gpu.parts import CLASSES, RECIPES, Parts, random_images, relative
+from tests.helpers.parts import CLASSES, DEVICE, GPU, RECIPES, Parts, random_images, relative
 
 CHECKS: list[Callable[[], str]] = []
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-GPU = DEVICE == "cuda"
-# Without a GPU these are smoke tests: few steps, small batches, and two recipes for all.
-SIZES = {} if GPU else {"local_batch_size": 8, "global_batch_size": 8}
-SOME = RECIPES if GPU else ("tutorial", "net-fast")
 
 
 def check(function: Callable[[], str]) -> Callable[[], str]:
@@ -37,19 +34,24 @@ def check(function: Callable[[], str]) -> Callable[[], str]:
     return function
 
 
+def gpu_check(function: Callable[[], str]) -> Callable[[], str]:
+    """Register a check that is skipped without a GPU."""
+
+    @functools.wraps(function)
+    def run() -> str:
+        return function() if GPU else "skipped: no GPU"
+
+    return check(run)
+
+
 @contextlib.contextmanager
 def without_tf32() -> Iterator[None]:
-    """Run a block with float32 products in full precision, to be compared with the CPU's."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    """Run a block with float32 convolutions in full precision, to be compared with the CPU's."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def _sample() -> torch.Tensor:
-    return torch.randn(500, 3, 32, 32, generator=torch.Generator().manual_seed(2)).clamp(-1, 1)
+        torch.backends.cudnn.allow_tf32 = before
 
 
 @check
@@ -71,28 +73,21 @@ def batches_are_those_of_the_cpu() -> str:
     return "4 augmentations"
 
 
-@check
+@gpu_check
 def no_step_waits_for_the_device() -> str:
     """Run loader and step of every recipe under torch's own alarm, eager and captured."""
-    if not GPU:
-        return "skipped: no GPU"
-    cases = 0
-    for recipe in RECIPES:
-        for precision in ("fp32", "bf16", "fp16"):
-            for graph in (False, True):
-                if precision == "fp16" and graph:  # the loss scaler's decision cannot be captured
-                    continue
-                parts = Parts(recipe, DEVICE, precision, graph=graph, count=20_000).steps(6)
-                torch.cuda.synchronize()
-                torch.cuda.set_sync_debug_mode("error")
-                try:
-                    parts.steps(3)
-                except RuntimeError as error:
-                    raise AssertionError(f"{recipe} {precision} graph={graph}: {error}") from error
-                finally:
-                    torch.cuda.set_sync_debug_mode("default")
-                cases += 1
-    return f"{cases} cases"
+    cases = [("fp32", False), ("fp32", True), ("bf16", False), ("bf16", True), ("fp16", False)]
+    for recipe, (precision, graph) in itertools.product(RECIPES, cases):
+        parts = Parts(recipe, DEVICE, precision, graph=graph, count=20_000).steps(6)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            parts.steps(3)
+        except RuntimeError as error:
+            raise AssertionError(f"{recipe} {precision} graph={graph}: {error}") from error
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return f"{len(RECIPES) * len(cases)} cases"
 
 
 @check
@@ -102,13 +97,11 @@ def gradients_agree_with_float64_on_the_cpu() -> str:
     with without_tf32():
         for name in MODELS:
             torch.manual_seed(0)
-            model = build_model(name, 10, _sample)
+            model = build_model(name, 10, lambda: torch.randn(500, 3, 32, 32).clamp(-1, 1))
             batch, labels = torch.randn(16, 3, 32, 32), torch.randint(0, 10, (16,))
             gradients = []
             for device, dtype in (("cpu", torch.float64), (DEVICE, torch.float32)):
-                own = copy.deepcopy(model).to(device, dtype)
-                if device == "cuda":
-                    own.to(memory_format=torch.channels_last)
+                own = copy.deepcopy(model).to(device, dtype, memory_format=torch.channels_last)
                 F.cross_entropy(own(batch.to(device, dtype)), labels.to(device)).backward()
                 gradients.append(torch.cat([p.grad.flatten() for p in own.parameters() if p.grad is not None]))
             worst[name] = relative(gradients[1], gradients[0])
@@ -131,11 +124,9 @@ def muon_has_the_directions_of_the_cpu() -> str:
     return f"cosine {min(cosines):.4f} at least"
 
 
-@check
+@gpu_check
 def an_overflow_in_fp16s_first_step_leaves_no_trace() -> str:
     """Momentum must not be what happened to lie in memory."""
-    if not GPU:
-        return "skipped: no GPU"
     for recipe in ("tutorial", "wide", "resnet18", "speed94"):
         junk = [torch.full((1 << 20,), float("nan"), device=DEVICE) for _ in range(64)]
         del junk
@@ -147,54 +138,38 @@ def an_overflow_in_fp16s_first_step_leaves_no_trace() -> str:
     return "4 recipes"
 
 
-@check
+@gpu_check
 def a_captured_step_is_the_eager_one() -> str:
     """Compare weights after 4, 8 and 16 steps from the same seed: equal bits, or how far apart."""
-    if not GPU:
-        return "skipped: no GPU"
     said = []
-    for recipe in RECIPES:
-        for precision in ("fp32", "bf16"):
-            plain, graphed = (Parts(recipe, DEVICE, precision, graph=graph, count=20_000) for graph in (False, True))
-            apart = []
-            for count in (4, 4, 8):
-                plain.steps(count), graphed.steps(count)
-                apart.append(relative(graphed.weights(), plain.weights()))
-            said.append(f"{recipe} {precision} " + ("bits" if apart[2] == 0 else f"{apart[0]:.0e}..{apart[2]:.0e}"))
-            assert apart[0] < 1e-3, said
-            assert apart[2] < 5e-2, said
-            assert abs(float(plain.state.running_loss) - float(graphed.state.running_loss)) < 0.05, said
+    for recipe, precision in itertools.product(RECIPES, ("fp32", "bf16")):
+        plain = Parts(recipe, DEVICE, precision, count=20_000)
+        graphed = Parts(recipe, DEVICE, precision, graph=True, count=20_000)
+        apart = []
+        for count in (4, 4, 8):
+            apart.append(relative(graphed.steps(count).weights(), plain.steps(count).weights()))
+        said.append(f"{recipe} {precision} " + ("bits" if apart[2] == 0 else f"{apart[0]:.0e}..{apart[2]:.0e}"))
+        assert apart[0] < 1e-3, said
+        assert apart[2] < 5e-2, said
+        assert abs(float(plain.state.running_loss) - float(graphed.state.running_loss)) < 0.05, said
     return "; ".join(said)
-
-
-@check
-def two_runs_have_the_same_bits() -> str:
-    """Report whether exact resuming is possible with the kernels that the libraries choose."""
-    precision, steps = ("bf16", 12) if GPU else ("fp32", 2)
-    said = []
-    for recipe in RECIPES:
-        one, two = (Parts(recipe, DEVICE, precision, count=20_000, **SIZES).steps(steps) for _ in range(2))
-        said.append(f"{recipe} {'yes' if torch.equal(one.weights(), two.weights()) else 'NO'}")
-    return ", ".join(said)
 
 
 @check
 def a_resumed_run_continues_where_it_was() -> str:
     """Go through the content of a checkpoint: equal bits where two runs have them."""
     said = []
-    for recipe in SOME:
-        for graph in (False, True) if GPU else (False,):
-            whole = Parts(recipe, DEVICE, graph=graph, count=20_000).steps(8)
-            with tempfile.TemporaryDirectory() as directory:
-                path = Path(directory) / "state.pt"
-                torch.save(copy_to_host(whole.state.state_dict([whole.state.rank_state()])), path)
-                saved = torch.load(path, map_location="cpu", weights_only=True)
-            other = Parts(recipe, DEVICE, graph=graph, count=20_000)
-            other.state.load_state_dict(saved, rank=0, world_size=1)
-            whole.steps(8), other.steps(8)
-            apart = relative(other.weights(), whole.weights())
-            assert apart < 1e-2, (recipe, graph, apart)
-            said.append(f"{recipe}{' graph' if graph else ''} {'bits' if apart == 0 else f'{apart:.0e}'}")
+    cases = itertools.product(RECIPES, (False, True)) if GPU else [("tutorial", False), ("net-fast", False)]
+    for recipe, graph in cases:
+        whole = Parts(recipe, DEVICE, graph=graph, count=20_000).steps(8)
+        with tempfile.TemporaryFile() as file:
+            torch.save(whole.save(), file)
+            file.seek(0)
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+        other = Parts(recipe, DEVICE, graph=graph, count=20_000).load(saved)
+        apart = relative(other.steps(8).weights(), whole.steps(8).weights())
+        assert apart < 1e-2, (recipe, graph, apart)
+        said.append(f"{recipe}{' graph' if graph else ''} {'bits' if apart == 0 else f'{apart:.0e}'}")
     return ", ".join(said)
 
 
@@ -203,110 +178,61 @@ def a_run_moves_between_cpu_and_gpu() -> str:
     """Resume on the other device, whose filters and momentum have another memory layout."""
     for here, there in (("cpu", DEVICE), (DEVICE, "cpu")):
         first = Parts("tutorial", here, count=4_000).steps(5)
-        saved = copy_to_host(first.state.state_dict([first.state.rank_state()]))
-        before = first.weights()
+        saved, before = first.save(), first.weights()
         with without_tf32():
             stayed = first.steps(5)
-            moved = Parts("tutorial", there, count=4_000)
-            moved.state.load_state_dict(saved, rank=0, world_size=1)
-            moved.steps(5)
+            moved = Parts("tutorial", there, count=4_000).load(saved).steps(5)
         apart = relative(moved.weights() - before, stayed.weights() - before)
         assert apart < 0.02, (here, there, apart)
     return "both ways"
 
 
 @check
-def every_test_image_counts_once_and_as_on_the_cpu() -> str:
-    """Evaluate in three uneven shards, with and without views, and compare the predictions."""
+def an_evaluation_agrees_with_that_on_the_cpu() -> str:
+    """Compare the predictions with views, and the losses."""
+    found = []
+    saved = Parts("speed94", "cpu", count=2_000).save()
     images, labels = random_images(2_500 if GPU else 400)
-    results = {}
-    torch.manual_seed(0)
-    model = build_model("speed", 10, _sample)
     with without_tf32():
         for device in ("cpu", DEVICE):
-            own = copy.deepcopy(model).to(device)
-            data = DeviceImages(images, labels, CLASSES, torch.device(device))
-            for tta in ("none", "crop"):
-                rows: list[torch.Tensor] = []
-
-                def all_reduce(own_rows: torch.Tensor, rows: list[torch.Tensor] = rows) -> torch.Tensor:
-                    rows.append(own_rows)
-                    return torch.stack(rows).sum(0)
-
-                for rank in range(3):
-                    runtime: Any = SimpleNamespace(
-                        device=torch.device(device), rank=rank, world_size=3, sum=all_reduce, broadcast_buffers=id
-                    )
-                    arguments = own, EvalLoader(data, rank, 3), runtime, tta, results.get((device, "none"))
-                    with contextlib.suppress(RuntimeError):  # the first two have not seen all images
-                        results[device, tta] = evaluate(*arguments)
-    for tta in ("none", "crop"):
-        here, there = results["cpu", tta], results[DEVICE, tta]
-        same = float((here.predicted == there.predicted).double().mean())
-        assert same > 0.995, (tta, same)
-        assert abs(here.loss - there.loss) < 1e-3
-    return "without and with views"
+            parts = Parts("speed94", device, count=2_000).load(saved)
+            test = EvalLoader(DeviceImages(images, labels, CLASSES, parts.runtime.device), 0, 1)
+            found.append(evaluate(parts.model, test, parts.runtime, "crop"))
+    same = float((found[0].predicted == found[1].predicted).double().mean())
+    assert same > 0.995, same
+    assert abs(found[0].loss - found[1].loss) < 1e-3
+    return f"{100 * same:.1f} % of the predictions"
 
 
-@check
-def a_compiled_model_has_few_graphs_and_no_breaks() -> str:
-    """Count the graphs of training, testing and views, and compare the loss with the eager model's."""
-    import torch._dynamo
-    from torch._dynamo.utils import counters
-
-    torch._dynamo.reset()
-    counters.clear()
-    precision = "bf16" if GPU else "fp32"
-    began = time.perf_counter()
-    compiled = Parts("speed94", DEVICE, precision, compile=True, count=20_000, **SIZES).steps(1)
-    first = time.perf_counter() - began
-    plain = Parts("speed94", DEVICE, precision, count=20_000, **SIZES).steps(1)
-    compiled.steps(3), plain.steps(3)
-    loss = float(compiled.state.running_loss), float(plain.state.running_loss)
-    test = EvalLoader(DeviceImages(*random_images(2_500), CLASSES, compiled.runtime.device), 0, 1)
-    for tta in ("none", "crop"):
-        evaluate(compiled.model, test, compiled.runtime, tta)
-    compiled.steps(2)
-    evaluate(compiled.model, test, compiled.runtime)
-    graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
-    assert breaks == 0, dict(counters["graph_break"])
-    assert graphs <= 4, graphs  # 4 with torch 2.11, 3 with 2.14
-    assert abs(loss[0] - loss[1]) / loss[1] < 0.02, loss
-    return f"{graphs} graphs, first step {first:.0f} s, loss {loss[0]:.4f} and {loss[1]:.4f}"
-
-
-@check
-def memory_does_not_grow() -> str:
-    """Compare what is allocated after the second epoch and after the fourth."""
-    if not GPU:
-        return "skipped: no GPU"
+@gpu_check
+def ddp_over_nccl_takes_the_plain_step() -> str:
+    """Compare DDP's steps, with each hook, with those of the bare model; with one rank, NCCL makes every call, too."""
+    if "RANK" not in os.environ:
+        return "skipped: not under torchrun"
     said = []
-    for recipe, graph in (("speed94", False), ("speed94", True), ("resnet18", False)):
-        parts = Parts(recipe, DEVICE, "bf16", graph=graph, count=10_000)
-        sizes = []
-        for _ in range(2):
-            parts.steps(2 * parts.plan.steps_per_epoch)
-            torch.cuda.synchronize()
-            sizes.append(torch.cuda.memory_allocated())
-        assert sizes[1] <= sizes[0] * 1.02, sizes
-        said.append(f"{recipe}{' graph' if graph else ''} {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-        del parts
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    for recipe, hook in itertools.product(("tutorial", "resnet18", "speed94"), ("none", "fp16", "bf16", "powersgd")):
+        plain, other = Parts(recipe, "cuda", count=10_000), Parts(recipe, "cuda", count=10_000)
+        assert dist.get_backend() == "nccl", dist.get_backend()
+        plain.model = unwrap(plain.model)
+        options = ddp_options(hook)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            bare = unwrap(other.model)
+            other.model = DistributedDataParallel(bare, device_ids=[0], output_device=0, **options.to_kwargs())
+            options.register_comm_hook(other.model)
+            apart = relative(other.steps(30).weights(), plain.steps(30).weights())
+        assert not any("stride" in str(warning.message) for warning in caught), [str(each.message) for each in caught]
+        assert hook != "none" or apart < 1e-2, (recipe, apart)
+        said.append(f"{recipe} {hook} {apart:.0e}")
+    plain.runtime.close()
     return ", ".join(said)
 
 
 def main() -> None:
     """Run the checks; exit with status 1 if one fails."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--only", nargs="*", default=[""], help="words of the names of the checks to run")
-    args = parser.parse_args()
-    if GPU:
-        print(torch.cuda.get_device_name(), "torch", torch.__version__, "cuDNN", torch.backends.cudnn.version())
     failed = 0
-    for function in CHECKS:
-        if not any(word in function.__name__ for word in args.only):
-            continue
+    words = sys.argv[1:] or [""]
+    for function in [each for each in CHECKS if any(word in each.__name__ for word in words)]:
         began = time.perf_counter()
         try:
             said, verdict = function(), "PASS"

@@ -5,20 +5,15 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from cifar.checkpoint import checkpoint_path, checkpoints, load_checkpoint
 from tests.gpu.campaign import LAUNCHER, QUICK, TORCHRUN, Campaign
 from tests.helpers.comparing import same
 from tests.helpers.disturb import Watched, send
-from tests.helpers.processes import left_of
+from tests.helpers.processes import left_of, records
 
-_TOLERANCE = 0.002  # of losses; sums of another order
-_HOOK_TOLERANCE = 0.02  # of losses with compressed gradients; powersgd's were 0.002 apart on a CPU
-_FROZEN_TIMEOUT = 12
-_ASLEEP_TIMEOUT = 15
 _GONE_SECONDS = 10  # until all ranks have left a killed one; those that only torchrun can end take 20
 _RESUMES = "resumes   after step "
 
@@ -29,7 +24,7 @@ class Ranks:
 
     Attributes:
         c: the part that they belong to.
-        script: what torchrun starts.
+        script: the arguments of torchrun that name the program.
         flags: of every run.
         global_batch, steps: of the runs whose losses are compared.
         local_batch: of the long runs that are disturbed; a checkpoint follows every `between` steps.
@@ -45,49 +40,64 @@ class Ranks:
     between: int = 100
     bits_flags: Sequence[str] = ("--recipe", "speed94")
 
-    def torchrun(self, processes: int, variable: str = "") -> list[object]:
-        """Return the command up to the flags, in an environment with `variable`."""
-        return ["env", *filter(None, [variable]), *TORCHRUN, f"--nproc_per_node={processes}", *self.script]
-
-    def train(self, name: str, processes: int, *flags: object) -> None:
-        """Train to the end, and print whether it worked."""
-        command = [*self.torchrun(processes), *QUICK, *self.flags, "--run-dir", self.c.work / name, *flags]
-        self.c.expect(name, command, processes=processes)
-
-    def _wide(self, micro_batches: int) -> list[object]:
-        local = self.global_batch // micro_batches
-        # With the recipe's warm-up the loss would hardly move in 60 steps; at its rate, sums of another order are 0.03
-        # apart after them. At 0.02 they are 4e-5 apart, and a doubled gradient shows as 0.4 (2 ranks on a CPU).
-        return ["--recipe", "wide", "--lr", 0.02, "--lr-scaling", "none", "--warmup-epochs", 0, "--local-batch-size",
-                local, "--global-batch-size", self.global_batch, "--max-steps", self.steps,
-                "--log-steps", self.steps // 3]  # fmt: skip
+    def torchrun(self, processes: int, *variables: str) -> list[object]:
+        """Return the command up to the flags, in an environment with `variables`."""
+        return ["env", *variables, *TORCHRUN, f"--nproc_per_node={processes}", *self.script]
 
     def same_losses(self, counts: Sequence[int]) -> str:
-        """Compare the last losses of the same training with each number of processes."""
-        for n in counts:
-            self.train(f"ranks {n}", n, *self._wide(counts[-1]))
-        losses = [self.c.last_loss(f"ranks {n}") for n in counts]
-        close = max(losses) - min(losses) < _TOLERANCE
-        return f"{'PASS' if close else 'FAIL'} {losses} with {', '.join(map(str, counts))} processes"
+        """Compare the last losses of the same training with each number of processes; sums have another order."""
+        return self._compare({f"ranks {n}": (n, "none") for n in counts}, counts[-1], 0.002)
 
     def hooks(self, n: int) -> str:
-        """Train with each communication hook; compare the losses with that of no hook."""
+        """Compare the last losses with each communication hook; powersgd's were 0.002 apart on a CPU."""
+        return self._compare({f"hook {hook}": (n, hook) for hook in ("none", "fp16", "bf16", "powersgd")}, n, 0.02)
+
+    def _compare(self, runs: Mapping[str, tuple[int, str]], micro_batches: int, tolerance: float) -> str:
+        # With the recipe's warm-up the loss would hardly move in 60 steps; at its rate, sums of another order are 0.03
+        # apart after them. At 0.02 they are 4e-5 apart, and a doubled gradient shows as 0.4 (2 ranks on a CPU).
+        flags = ["--recipe", "wide", "--lr", 0.02, "--lr-scaling", "none", "--warmup-epochs", 0, "--local-batch-size",
+                 self.global_batch // micro_batches, "--global-batch-size", self.global_batch,
+                 "--max-steps", self.steps, "--log-steps", self.steps // 3]  # fmt: skip
         losses = {}
-        for hook in ("none", "fp16", "bf16", "powersgd"):
-            self.train(f"hook {hook}", n, *self._wide(n), "--comm-hook", hook)
-            losses[hook] = self.c.last_loss(f"hook {hook}")
-        close = all(abs(loss - losses["none"]) < _HOOK_TOLERANCE for loss in losses.values())
+        for name, (processes, hook) in runs.items():
+            command = [*self.torchrun(processes), *QUICK, *self.flags, "--run-dir", self.c.work / name, *flags]
+            self.c.expect(name, [*command, "--comm-hook", hook], processes=processes)
+            losses[name] = records(self.c.work / name, "train/loss")[-1][1]
+        reference = next(iter(losses.values()))
+        close = all(abs(loss - reference) < tolerance for loss in losses.values())
         return f"{'PASS' if close else 'FAIL'} losses {losses}"
+
+    def bits(self, n: int, nvls: int) -> str:
+        """Compare the states of a run, of another one, and of one that resumed the first halfway."""
+        half, end = self.steps // 3, self.steps // 3 * 2
+        new = [*QUICK, *self.flags, *self.bits_flags, "--max-steps", end, "--checkpoint-steps", half, "--run-dir"]
+        one, other, resumed = (self.c.work / f"bits {nvls} {which}" for which in ("one", "other", "resumed"))
+        states = []
+        for run_dir, flags in ((one, [*new, one]), (other, [*new, other]), (resumed, ["--resume", resumed])):
+            if run_dir is resumed:
+                shutil.copytree(one, resumed)
+                checkpoint_path(resumed, end).unlink()
+                (resumed / "result.json").unlink()
+            command = [*self.torchrun(n, f"NCCL_NVLS_ENABLE={nvls}"), *flags]
+            if status := self.c.run(run_dir.name, command, processes=n).status:
+                return f"FAIL status {status} of {run_dir.name} (-1: took too long)"
+            states.append(load_checkpoint(checkpoint_path(run_dir, end))["state"])
+        differing = [
+            [name for name in states[0] if not same({name: states[0][name]}, {name: state[name]})]
+            for state in states[1:]
+        ]
+        verdict = "PASS" if differing == [[], []] else "FAIL"
+        return f"{verdict} step {end}, parts with other bits: in another run {differing[0]}, resumed {differing[1]}"
 
     @contextlib.contextmanager
     def started(self, name: str, processes: int, *flags: object, restarts: int = 0) -> Iterator[Watched]:
         """Start a run without end, wait for its first checkpoint, and kill what is left of it after the block."""
-        long = ["--recipe", "wide", "--local-batch-size", self.local_batch, "--epochs", 100_000, "--log-steps", 10,
-                "--checkpoint-steps", self.between]  # fmt: skip
         run_dir = self.c.work / name
+        long = ["--recipe", "wide", "--local-batch-size", self.local_batch, "--epochs", 100_000, "--log-steps", 10,
+                "--checkpoint-steps", self.between, "--run-dir", run_dir]  # fmt: skip
         run = Watched(
             run_dir,
-            [str(word) for word in (*QUICK[:4], *self.flags, *long, "--run-dir", run_dir, *flags)],
+            [str(word) for word in (*QUICK[:4], *self.flags, *long, *flags)],
             [*LAUNCHER, f"--nproc_per_node={processes}", f"--max-restarts={restarts}"],
             f"{name}.txt",
             script=self.script,
@@ -95,8 +105,7 @@ class Ranks:
         )
         try:
             run.until(lambda: bool(checkpoints(run_dir)) or run.process.poll() is not None, "step", self.c.left(90))
-            if run.process.poll() is not None:
-                raise AssertionError(f"ended with status {run.process.returncode} before it was disturbed")
+            assert run.process.poll() is None, f"ended with status {run.process.returncode} before it was disturbed"
             yield run
         finally:
             run.kill()
@@ -116,67 +125,38 @@ class Ranks:
                 found.append(f"rank {victim}: all gone after {gone:.1f} s, next step after {seconds:.1f} s")
         return f"{'PASS' if passed else 'FAIL'} {'; '.join(found)} (limits {_GONE_SECONDS} and {limit:g})"
 
+    def frozen(self, n: int) -> str:
+        """Freeze a rank: all processes must end within the timeout, and the message names it."""
+        timeout = 12
+        with self.started("frozen", n, "--timeout", timeout) as run:
+            ranks, began = run.ranks(), time.monotonic()
+            send(ranks[-1], signal.SIGSTOP)
+            late = left_of(ranks, timeout + 3)
+            seconds = time.monotonic() - began
+            run.end(self.c.left(40))
+            named = f"rank {n - 1} (process {ranks[-1].pid}" in run.output() and "sent no heartbeat" in run.output()
+        return f"{'PASS' if named and not late else 'FAIL'} {len(late)} left after {seconds:.1f} s, named: {named}"
+
     def asleep(self, n: int, seconds: float) -> str:
         """Let a rank sleep in Python; the others end, say where it is, and nothing may end what is started then."""
+        timeout = 15
         awake = replace(self, script=["-m", "tests.gpu.asleep"])
-        with awake.started("asleep", n, "--timeout", _ASLEEP_TIMEOUT, restarts=1) as run:
+        with awake.started("asleep", n, "--timeout", timeout, restarts=1) as run:
             ranks = run.ranks()
             run.until_line("falls asleep")
             began = time.monotonic()
-            late = left_of(ranks, _ASLEEP_TIMEOUT + 10)
+            late = left_of(ranks, timeout + 10)
             ended = time.monotonic() - began
             frames = run.output().count("frame #")
             place = re.search(rf"rank {n - 1} is at \S*asleep.py:\d+", run.output())
             _until_training(run, 1)
-            for _ in range(2):  # it must train in each half
-                at = run.step()
-                time.sleep(seconds / 2)
-                if run.process.poll() is not None or run.step() <= at or run.output().count(_RESUMES) > 1:
-                    return f"FAIL started again, it did not train on for {seconds:g} s after step {at}"
+            step = run.step()
+            time.sleep(seconds)
+            alive = run.process.poll() is None and run.output().count(_RESUMES) == 1
+            trains_on = alive and run.step() > step
         said = f"said: {place[0] if place else 'not where it is'}, and {frames} frames of C++"
-        return f"{'PASS' if place and not late else 'FAIL'} {len(late)} left after {ended:.1f} s, {said}; trains on"
-
-    def network_error(self, n: int) -> str:
-        """Name an interface that does not exist; one line must have the library's own error and the variable."""
-        variable = f"{'NCCL' if 'cuda' in self.flags else 'GLOO'}_SOCKET_IFNAME=nonsense"
-        command, began = [*self.torchrun(n, variable), *QUICK, *self.flags], time.monotonic()
-        status, output = self.c.run("network error", [*command, "--run-dir", self.c.work / "error"], 60, n)
-        lines = re.findall(r"^train_ddp.py: error: .*", output, re.MULTILINE)
-        passed = status == 1 and len(lines) == 1 and f"({variable} in the environment" in lines[0]
-        return f"{'PASS' if passed else 'FAIL'} status {status} after {time.monotonic() - began:.0f} s: {lines}"
-
-    def bits(self, n: int, nvls: int) -> str:
-        """Compare the states of a run, of another one, and of one that resumed the first halfway."""
-        half, end, states = self.steps // 3, self.steps // 3 * 2, []
-        new = [*QUICK, *self.flags, *self.bits_flags, "--max-steps", end, "--checkpoint-steps", half, "--run-dir"]
-        for which in ("one", "other", "resumed"):
-            name = f"bits {nvls} {which}"
-            run_dir = self.c.work / name
-            if which == "resumed":
-                shutil.copytree(self.c.work / f"bits {nvls} one", run_dir)
-                checkpoint_path(run_dir, end).unlink()
-                (run_dir / "result.json").unlink()
-            flags = ["--resume", run_dir] if which == "resumed" else [*new, run_dir]
-            status, _ = self.c.run(name, [*self.torchrun(n, f"NCCL_NVLS_ENABLE={nvls}"), *flags], processes=n)
-            if status:
-                self.c.show(name)
-                return f"FAIL status {status} of {name} (-1: took too long)"
-            states.append(load_checkpoint(checkpoint_path(run_dir, end))["state"])
-        differing = [_differing(states[0], state) or "none" for state in states[1:]]
-        verdict = "PASS" if differing == ["none", "none"] else "FAIL"
-        return f"{verdict} step {end}, parts with other bits: in another run {differing[0]}, resumed {differing[1]}"
-
-    def frozen(self, n: int) -> str:
-        """Freeze a rank: all processes must end within the timeout, and the message names it."""
-        with self.started("frozen", n, "--timeout", _FROZEN_TIMEOUT) as run:
-            ranks, began = run.ranks(), time.monotonic()
-            send(ranks[-1], signal.SIGSTOP)
-            late = left_of(ranks, _FROZEN_TIMEOUT + 3)
-            seconds = time.monotonic() - began
-            run.end(self.c.left(40))
-            named = f"rank {n - 1} (process {ranks[-1].pid}" in run.output() and "sent no heartbeat" in run.output()
-            passed = named and not late
-            return f"{'PASS' if passed else 'FAIL'} {len(late)} left after {seconds:.1f} s, named: {named}"
+        passed = place and not late and trains_on
+        return f"{'PASS' if passed else 'FAIL'} {len(late)} left after {ended:.1f} s, {said}; trains on: {trains_on}"
 
     def stopped(self, n: int, torchrun: bool) -> str:
         """Send SIGTERM to torchrun, or to a rank: all stop after the same step, which is saved."""
@@ -187,7 +167,16 @@ class Ranks:
             said = re.search(r"Stopped by SIGTERM after step ([\d,]+)", run.output())
             step = int(said[1].replace(",", "")) if said else -1
             newest = next(iter(checkpoints(run.run_dir)), None)
-            return f"{'PASS' if newest == step else 'FAIL'} step {step} saved after {time.monotonic() - began:.1f} s"
+        return f"{'PASS' if newest == step else 'FAIL'} step {step} saved after {time.monotonic() - began:.1f} s"
+
+    def network_error(self, n: int) -> str:
+        """Name an interface that does not exist; one line must have the library's own error and the variable."""
+        variable = f"{'NCCL' if 'cuda' in self.flags else 'GLOO'}_SOCKET_IFNAME=nonsense"
+        command = [*self.torchrun(n, variable), *QUICK, *self.flags, "--run-dir", self.c.work / "error"]
+        finished = self.c.run("network error", command, 60, n)
+        lines = re.findall(r"^train_ddp.py: error: .*", finished.output, re.MULTILINE)
+        passed = finished.status == 1 and len(lines) == 1 and f"({variable} in the environment" in lines[0]
+        return f"{'PASS' if passed else 'FAIL'} status {finished.status} after {finished.seconds:.0f} s: {lines}"
 
 
 def _until_training(run: Watched, starts: int) -> None:
@@ -195,8 +184,3 @@ def _until_training(run: Watched, starts: int) -> None:
     run.until_line(_RESUMES, starts)
     begins = int(run.output().rpartition(_RESUMES)[2].partition(" of ")[0].replace(",", ""))
     run.until(lambda: run.step() > begins, "a step after it")
-
-
-def _differing(one: dict[str, Any], other: dict[str, Any]) -> str:
-    """Return the names of the parts of two states that have not the same bits."""
-    return ", ".join(name for name in one if not same({name: one[name]}, {name: other[name]}))

@@ -2,8 +2,8 @@
 
     python -m tests.gpu.repeat --runs 5 --out results.jsonl --recipe speed94 --precision bf16 --cuda-graph
 
-The k-th run has --seed k. One line per run: accuracy; seconds of training; by the rules of the CIFAR-10 speed records,
-which add the whitening and the test with views and leave out a first run; of the whole call of main().
+The k-th run has --seed k. One line per run, printed and appended to `--out`: its result.json, and its seconds by the
+rules of the CIFAR-10 speed records, which add the whitening and the test with views to those of training.
 """
 
 import argparse
@@ -11,17 +11,15 @@ import contextlib
 import io
 import json
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import cifar.run
 import train_ddp
+from tests.helpers.measuring import now
+from tests.helpers.processes import result
 from tests.helpers.small import shrink
-from train_ddp import main
 
 
 class Stopwatch:
@@ -31,23 +29,18 @@ class Stopwatch:
         self._function, self.seconds = function, 0.0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        began = self._now()
+        began = now()
         try:
             return self._function(*args, **kwargs)
         finally:
-            self.seconds = self._now() - began
-
-    def _now(self) -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
+            self.seconds = now() - began
 
 
 def repeat() -> None:
     """Train, print and record each run."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--small", action="store_true", help="with a small synthetic dataset, for a smoke test")
     args, flags = parser.parse_known_args()
     if args.small:
@@ -60,24 +53,20 @@ def repeat() -> None:
     for seed in range(args.runs):
         with tempfile.TemporaryDirectory() as directory:
             run_dir = Path(directory) / "run"
-            began = time.perf_counter()
+            began = now()
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                main([*flags, "--wandb", "disabled", "--seed", str(seed), "--run-dir", str(run_dir)])
-            seconds = time.perf_counter() - began
-            result = json.loads((run_dir / "result.json").read_text())
-        views = result["test_accuracy_tta"]
-        record = result["train_seconds"] + build.seconds + test.seconds + views_test.seconds
-        print(
-            f"{' '.join(flags)} --seed {seed}: {100 * result['test_accuracy']:.2f} %"
-            + (f", {100 * views:.2f} % with views" if views else "")
-            + f", {result['train_seconds']:.2f} s of training, {record:.2f} s by the records' rules"
-            + f", {seconds:.1f} s in main()",
-            flush=True,
-        )
-        if args.out:
-            with args.out.open("a") as file:
-                row = {"flags": flags, "seed": seed, "main_seconds": seconds, "record_seconds": record, **result}
-                file.write(json.dumps(row) + "\n")
+                train_ddp.main([*flags, "--wandb", "disabled", "--seed", str(seed), "--run-dir", str(run_dir)])
+            row = {"flags": flags, "seed": seed, "main_seconds": now() - began, **result(run_dir)}
+        row["record_seconds"] = row["train_seconds"] + build.seconds + test.seconds + views_test.seconds
+        shown = ("test_accuracy", "test_accuracy_tta", "train_seconds", "record_seconds", "main_seconds")
+        print(f"seed {seed}", *(f"{name} {row[name]}" for name in shown), sep=", ", flush=True)
+        with args.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_rows(out: Path) -> list[dict[str, Any]]:
+    """Return the recorded runs."""
+    return [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
 
 
 if __name__ == "__main__":

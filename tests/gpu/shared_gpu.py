@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-import cifar.distributed.runtime as runtime
 from cifar.command import exit_on_error
+from cifar.distributed import ddp, device
 from train_ddp import main
 
 
@@ -24,8 +24,8 @@ class SharedGpuDDP(torch.nn.parallel.DistributedDataParallel):
 
 if torch.cuda.is_available():
     torch.nn.parallel.DistributedDataParallel = SharedGpuDDP  # type: ignore[misc]
-    runtime.choose_device = lambda wanted, launch: "cuda"
-    runtime.InitProcessGroupKwargs = functools.partial(runtime.InitProcessGroupKwargs, backend="gloo")  # type: ignore[misc, assignment]
+    device.choose_device = lambda wanted, launch: "cuda"
+    ddp.InitProcessGroupKwargs = functools.partial(ddp.InitProcessGroupKwargs, backend="gloo")  # type: ignore[misc, assignment]
 
 if __name__ == "__main__":
     with exit_on_error("train_ddp.py"):

@@ -13,9 +13,9 @@ from tests.helpers.processes import ROOT, run
 pytestmark = pytest.mark.slow
 
 
-def test_checks_run_on_the_cpu(tmp_path):
+def test_checks_run_on_the_cpu():
     names = ["batches", "muon", "resumed", "moves", "captured"]
-    output = run([sys.executable, "-m", "tests.gpu.checks", "--only", *names], ROOT)
+    output = run([sys.executable, "-m", "tests.gpu.checks", *names], ROOT)
     assert output.returncode == 0, output.stdout + output.stderr
     assert output.stdout.count("PASS  ") == len(names)
     assert output.stdout.count("skipped: no GPU") == 1
@@ -44,22 +44,21 @@ def test_check_that_fails_ends_no_other(tmp_path, capsys):
 
 # A stand-in for both scripts: cells are left empty as in airbench94_muon.py, text ends in \r as in cifar10_speedrun.py.
 STAND_IN = r"""
-import pathlib
-if not pathlib.Path("read").exists():
-    import torch
-    train, test = (torch.load(f"cifar10/{split}.pt", weights_only=True) for split in ("train", "test"))
-    assert train["images"].shape[1:] == test["images"].shape[1:] == (32, 32, 3), train["images"].shape
-    assert train["images"].dtype == torch.uint8 and train["labels"].dtype == torch.int64 and len(train["classes"]) == 10
-    pathlib.Path("read").touch()
+import torch
+for split in ("train", "test"):
+    data = torch.load(f"cifar10/{split}.pt", weights_only=True)
+    assert data["images"].shape[1:] == (32, 32, 3) and data["images"].dtype == torch.uint8, data["images"].shape
+    assert data["labels"].dtype == torch.int64 and len(data["classes"]) == 10
 print("|  run     |  epoch  |  train_acc  |  val_acc  |  tta_val_acc  |  time_seconds  |\n" + "-" * 70)
 def main(run):
+    tta, seconds = (0.95, 2.0) if run == 1 else (0.94, 2.5)
     print(f"|  {run:>6}  |      0  |     0.5000  |   0.5000  |               |        0.5000  |")
-    print(f"|          |   eval  |     0.9000  |   0.9300  |       {0.94 + 0.01 * (run == 1):.4f}  |        {2.5 - 0.5 * (run == 1):.4f}  |")
+    print(f"|          |   eval  |     0.9000  |   0.9300  |       {tta:.4f}  |        {seconds:.4f}  |")
     print("Mean accuracy after this run: 0.940000 | Mean time: 2.5s", end="\r", flush=True)
 main("warmup")
 for run in range(200):
     main(run)
-"""  # noqa: E501
+"""
 
 
 def test_peers_take_turns_with_speed94(tmp_path):
@@ -79,8 +78,7 @@ def test_peers_take_turns_with_speed94(tmp_path):
 
 def test_table_of_the_peers_is_read_without_the_warm_up_and_what_was_cut_off(tmp_path):
     script = tmp_path / "airbench94_muon.py"
-    script.write_text(STAND_IN)
-    (tmp_path / "read").touch()
+    script.write_text(STAND_IN[STAND_IN.index("print") :])
     output = run([sys.executable, "-c", with_runs(script, 3)], tmp_path).stdout
     assert rows(output) == [(2.5, 0.94), (2.0, 0.95), (2.5, 0.94)]
     assert rows(output[: output.rindex("eval")]) == [(2.5, 0.94), (2.0, 0.95)]

@@ -1,6 +1,7 @@
 """The benchmarks without their programs: statistics, arithmetic and tables."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -11,7 +12,10 @@ from cifar.models import build_model
 from tests.benchmarks import __main__ as command
 from tests.benchmarks import baselines, scale, scale_check
 from tests.benchmarks.measure import OURS, Comparison, Metric
-from tests.benchmarks.runner import BenchmarkError, first_reaching, images_per_second
+from tests.benchmarks.runner import BenchmarkError, Runner, first_reaching
+from tests.helpers.measuring import execute, images_per_second
+
+README = Path(scale.__file__).with_name("README.md").read_text()
 
 
 def test_programs_alternate_and_ratios_are_per_round(tmp_path, monkeypatch, capsys):
@@ -22,7 +26,7 @@ def test_programs_alternate_and_ratios_are_per_round(tmp_path, monkeypatch, caps
         return lambda number: order.append((number, name)) or {"training": times[name][number]}
 
     comparison = Comparison("a loop", {name: program(name) for name in times}, [Metric("training", "s")])
-    monkeypatch.setattr(command, "BENCHMARKS", {"a": lambda settings: [comparison]})
+    monkeypatch.setattr(command, "BENCHMARKS", {"a": lambda runner: [comparison]})
     file = tmp_path / "numbers.json"
     assert command.main(["a", "--rounds", "3", "--data-dir", str(tmp_path), "--json", str(file)]) == 0
     assert order == [(number, name) for number in range(3) for name in times]
@@ -30,9 +34,19 @@ def test_programs_alternate_and_ratios_are_per_round(tmp_path, monkeypatch, caps
     assert json.loads(file.read_text())["benchmarks"]["a"][0]["runs"]["loop"][2] == {"training": 8.0}
 
 
-@pytest.mark.parametrize(("compare", "expected"), [("less", 2.0), ("more", 0.5), ("cost", -50.0), ("none", None)])
+@pytest.mark.parametrize(("compare", "expected"), [("less", 2.0), ("more", 0.5), ("cost", -50.0)])
 def test_direction_of_comparison(compare, expected):
     assert Metric("x", "s", compare).against(1.0, 2.0) == expected
+
+
+def test_command_has_a_limit_and_its_error_is_one_line(tmp_path):
+    finished = execute(
+        ["sh", "-c", "echo begun; sleep 60"], tmp_path / "log", dict(os.environ), limit=0.3, mark="begun"
+    )
+    assert (finished.status, finished.output) == (-1, "begun\n")
+    assert finished.mark_seconds < 0.3 <= finished.seconds < 10
+    with pytest.raises(BenchmarkError, match="ValueError: no luck"):
+        Runner(tmp_path, tmp_path).python("-c", "raise ValueError('no luck')")
 
 
 def test_throughput_and_time_to_accuracy_from_metrics(tmp_path):
@@ -42,6 +56,7 @@ def test_throughput_and_time_to_accuracy_from_metrics(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (tmp_path / "result.json").write_text('{"global_batch_size": 10}')
     assert images_per_second(tmp_path) == pytest.approx(200 / 2.5)  # without the first 100 images
+    assert images_per_second(tmp_path, after=15) == pytest.approx(200.0)
     assert first_reaching(tmp_path, 0.6) == (300, pytest.approx(3.5), 0.61)
     with pytest.raises(BenchmarkError, match=r"70 % was not reached: the best was 61\.00 %"):
         first_reaching(tmp_path, 0.7)
@@ -58,13 +73,8 @@ def test_baseline_trains_the_same_net():
     assert torch.allclose(ours(images), theirs(images), atol=1e-6)
 
 
-def test_ring_all_reduce_by_hand():
-    """4 processes send 6 messages of 1 ms and 0.5 MB each, at 1 MB/s."""
-    assert scale.all_reduce_seconds(4, 2e6, scale.Link("", 1e-3, 1e6)) == pytest.approx(6 * (0.001 + 0.5))
-
-
 LINK = scale.Link("", 1e-3, 1e6)
-MESSAGES = 6 * (0.001 + 0.5)  # of 4 processes, for 2 MB
+MESSAGES = 6 * (0.001 + 0.5)  # 4 processes send 6 messages of 1 ms and 0.5 MB each, at 1 MB/s
 
 
 @pytest.mark.parametrize(
@@ -72,55 +82,44 @@ MESSAGES = 6 * (0.001 + 0.5)  # of 4 processes, for 2 MB
     [
         (0.0, False, 8 + MESSAGES, 8 / (8 + MESSAGES)),
         (0.0, True, 2 + MESSAGES, 2 / (2 + MESSAGES)),
-        (5.0, False, 8 + MESSAGES, 8 / (8 + MESSAGES)),
         (5.0, True, 5 + MESSAGES, 2 / (5 + MESSAGES)),  # with 2 s of work, each GPU waits for its host
         (9.0, True, 9 + MESSAGES, 9 / 4 / (9 + MESSAGES)),  # and so does one GPU alone
     ],
 )
 def test_longer_of_device_and_host_counts(host, strong, step, efficiency):
     got = scale.predict(scale.Step(device=8.0, host=host, batch=100), 2e6, LINK, 4, strong)
-    assert (got.step_seconds, got.efficiency) == (pytest.approx(step), pytest.approx(efficiency))
-    assert got.epoch_seconds == pytest.approx(step * 50_000 / (100 if strong else 400))
-
-
-def test_one_gpu_is_as_measured():
-    """Within the error that the README states; speed94 and speed96 are not among those that were fitted."""
-    per_step, per_launch = scale.launch_cost()
-    for recipe in scale.H100.values():
-        predicted = max(recipe.busy_ms, per_step + per_launch * recipe.kernels)
-        assert predicted == pytest.approx(recipe.step_ms, rel=0.13)
+    assert got == pytest.approx((step * 50_000 / (100 if strong else 400), efficiency))
 
 
 def test_fit_recovers_the_link():
     link = scale.Link("gloo", 2e-4, 1e9)
     measured = [(p, size, scale.all_reduce_seconds(p, size, link)) for p in (2, 4) for size in scale_check.SIZES]
-    fitted = scale_check.fit_link(measured)
-    assert (fitted.alpha, fitted.bandwidth) == (pytest.approx(2e-4), pytest.approx(1e9))
+    assert scale_check.fit_link(measured)[1:] == pytest.approx((2e-4, 1e9))
 
 
-def test_scale_tables_of_the_readme(capsys):
+def test_predictions_of_the_readme(capsys):
     def printed(flags):
         scale.main(flags.split())
-        text = capsys.readouterr().out
-        return [dict(re.findall(r"^\| ([\d,]+) (\|.*)\|$", part, re.M)) for part in text.split("strong scaling")]
+        return capsys.readouterr().out
 
-    readme = (Path(scale.__file__).parent / "README.md").read_text()
-    weak, strong = printed("")
     for count in ("1", "8", "64", "1,024"):
-        assert f"| {count} {weak[count]}{strong[count]}|\n" in readme
+        for line in re.findall(rf"^\| {count} .*$", printed(""), re.M):
+            assert line in README
     # The flags are those that --help explains.
-    variants = [printed(flags)[1] for flags in re.findall(r"scale (--launches [^#]+?) +#", scale.__doc__)]
-    assert len(variants) == 2
+    variants = ["", *re.findall(r"scale (--launches [^#]+?) +#", scale.__doc__)]
+    assert len(variants) == 3
+    strong = [printed(flags).split("strong scaling")[1] for flags in variants]
     for count in ("1", "8", "64"):
-        cells = [table[count].split("|")[1] for table in (strong, *variants)]
-        assert f"| {count} |{'|'.join(cells)}|\n" in readme
+        cells = [re.search(rf"^\| {count} \| ([^|]+\|[^|]+)", table, re.M)[1] for table in strong]
+        assert f"| {count} | {'| '.join(cells)}|\n" in README
 
 
 def test_launch_costs_of_the_readme():
-    readme = " ".join((Path(scale.__file__).parent / "README.md").read_text().split())
+    """Predictions for one GPU are within 13 % of what was measured; speed94 and speed96 were not fitted."""
     per_step, per_launch = scale.launch_cost()
-    assert f"The host takes {per_step:.2f} ms for a step and {1000 * per_launch:.1f} us for each kernel" in readme
+    costs = f"{per_step:.2f} ms for a step and {1000 * per_launch:.1f} us for each kernel"
+    assert costs in " ".join(README.split())
     for name, recipe in scale.H100.items():
-        predicted = per_step + per_launch * recipe.kernels
-        precision = " in bf16" if name == "resnet18" else ""
-        assert f"`{name}`{precision} {predicted:.2f} ({recipe.step_ms:.3f})" in readme
+        host = per_step + per_launch * recipe.kernels
+        assert re.search(rf"^\| `{name}`[^|]*\| {host:.2f} ms \| {recipe.step_ms:.3f} ms \|", README, re.M), name
+        assert max(recipe.busy_ms, host) == pytest.approx(recipe.step_ms, rel=0.13)

@@ -1,4 +1,4 @@
-"""The parts of a training program on one device, in this process, for the checks and the timings."""
+"""The parts of a training program on one device, in this process: for a GPU's checks and timings, and the fake GPU."""
 
 import dataclasses
 import warnings
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cifar.augment import CropFlip
 from cifar.batch_plan import BatchPlan
-from cifar.checkpoint import TrainState
+from cifar.checkpoint import TrainState, copy_to_host
 from cifar.cuda_graph import CudaGraph
 from cifar.data import Data, DeviceImages, EvalLoader, TrainLoader
 from cifar.distributed.ddp import unwrap
@@ -22,6 +22,8 @@ from train_ddp import train_step
 
 warnings.filterwarnings("ignore", ".*TensorFloat32")
 
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
 RECIPES = ("tutorial", "wide", "net-fast", "resnet18", "speed94", "speed96")
 CLASSES = tuple("0123456789")
 
@@ -51,10 +53,8 @@ class Parts:
         self.runtime = Runtime(config)
         self.train = DeviceImages(*random_images(count), CLASSES, self.runtime.device, self.runtime.memory_format)
         if config.augment != "none":
-            alternate = config.augment == "crop-altflip"
-            self.train.augment = CropFlip(
-                count, config.seed, self.runtime.device, config.crop_padding, alternate, config.cutout
-            )
+            how = config.crop_padding, config.augment == "crop-altflip", config.cutout
+            self.train.augment = CropFlip(count, config.seed, self.runtime.device, *how)
         self.plan = BatchPlan.make(config, 1, count)
         self.loader = TrainLoader(self.train, self.plan, 0, config.seed)
         data = Data("random", CLASSES, self.plan, self.loader, EvalLoader(self.train, 0, 1))
@@ -80,6 +80,15 @@ class Parts:
             loss = self.train_step(self.model, next(self.batches), size, self.optimizer, self.runtime, smoothing)
             self.state.running_loss += loss
             self.state.step += 1
+        return self
+
+    def save(self) -> dict[str, Any]:
+        """Return the state as a checkpoint holds it."""
+        return copy_to_host(self.state.state_dict([self.state.rank_state()]))
+
+    def load(self, saved: dict[str, Any]) -> "Parts":
+        """Continue from a saved state."""
+        self.state.load_state_dict(saved, rank=0, world_size=1)
         return self
 
     def weights(self) -> Tensor:
