@@ -49,7 +49,7 @@ def train_step(
         # Every image counts the same, in whichever micro-batch: DDP's average divides by the ranks only.
         divisor = global_batch_size / (len(images) * runtime.world_size)
         runtime.backward(loss / divisor)  # loss.backward(), with the loss scaled under fp16
-        total.add_(loss.detach(), alpha=len(batches) / divisor)
+        total.add_(loss.detach(), alpha=len(batches) / divisor)  # times the parts, so that one division rounds once
     runtime.step(optimizer)  # optimizer.step(), skipped under fp16 if a gradient overflowed
     return total / len(batches)
 

@@ -1,10 +1,17 @@
-"""Augmentation of whole batches on the device, as a function of (seed, epoch, image)."""
+"""Augmentation of whole batches on the device, as a function of (seed, epoch, image).
+
+To add one, add a class with the methods of `Augmentation` here and a line to `AUGMENTATIONS`.
+"""
 
 import hashlib
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from cifar.config import TrainConfig
 
 
 def derive_seed(seed: int, *purpose: str | int) -> int:
@@ -19,6 +26,16 @@ def derive_seed(seed: int, *purpose: str | int) -> int:
 def generator(seed: int, *purpose: str | int) -> torch.Generator:
     """Return a CPU generator seeded for this purpose; its numbers are the same on every machine and rank."""
     return torch.Generator().manual_seed(derive_seed(seed, *purpose))
+
+
+class Augmentation(Protocol):
+    """What `data.DeviceImages` applies to each training batch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Prepare the draws of `epoch`, a function of (seed, epoch)."""
+
+    def __call__(self, images: Tensor, indices: Tensor) -> Tensor:
+        """Return augmented `images`, uint8 [batch, 3, 32, 32], whose indices in the training set are int64 [batch]."""
 
 
 class CropFlip:
@@ -84,3 +101,16 @@ class CropFlip:
         rows, columns = (place >= first) & (place < first + self._cutout)
         gray = images.new_full((), 128)  # about zero after normalization
         return torch.where((rows[:, None, :, None] & columns[:, None, None, :]), gray, images)
+
+
+def _crop_flip(config: TrainConfig, size: int, device: torch.device) -> Augmentation:
+    alternate = config.augment == "crop-altflip"
+    return CropFlip(size, config.seed, device, config.crop_padding, alternate, config.cutout)
+
+
+# For each --augment, a function from the configuration, the number of training images and the device.
+AUGMENTATIONS: dict[str, Callable[[TrainConfig, int, torch.device], Augmentation | None]] = {
+    "none": lambda *_: None,
+    "crop-flip": _crop_flip,
+    "crop-altflip": _crop_flip,
+}

@@ -62,6 +62,12 @@ class BatchPlan:
             remedy = f"use {flags}, which accumulates gradients over the same global batch"
         return f"a local batch of {local}: {remedy}, or end the other programs that use it"
 
+    def base_learning_rate(self, config: TrainConfig) -> float:
+        """Return the learning rate for this global batch, scaled linearly (Goyal et al. 2017, arXiv 1706.02677)."""
+        if config.lr_scaling == "none":
+            return config.lr
+        return config.lr * self.global_batch_size / config.lr_batch_size
+
     def total_steps(self, config: TrainConfig) -> int:
         """Return the optimizer steps of the whole run, regardless of `--max-steps`."""
         return config.epochs * self.steps_per_epoch

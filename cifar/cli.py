@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
+from cifar.augment import AUGMENTATIONS
 from cifar.checkpoint import load_checkpoint
 from cifar.command import expand_home, parse_flags
 from cifar.config import MAY_CHANGE, Recipe, TrainConfig, differences, flag, read_config
@@ -134,7 +135,12 @@ def _from_environment(base: TrainConfig, named: argparse.Namespace) -> dict[str,
 
 
 def _choices() -> dict[str, tuple[str, ...]]:
-    return {"recipe": tuple(RECIPES), "model": tuple(MODELS), "dataset": ("auto", *DATASETS)}
+    return {
+        "recipe": tuple(RECIPES),
+        "model": tuple(MODELS),
+        "augment": tuple(AUGMENTATIONS),
+        "dataset": ("auto", *DATASETS),
+    }
 
 
 def _flags_class() -> type[TrainConfig]:

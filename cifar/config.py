@@ -53,7 +53,7 @@ class Recipe:
     """Epochs of linear warm-up; the schedule is multiplied by it."""
     label_smoothing: Annotated[float, _FRACTION] = 0.0
     """Share of the target probability spread evenly over all classes (Szegedy et al. 2016)."""
-    augment: Literal["none", "crop-flip", "crop-altflip"] = "none"
+    augment: str = "none"
     """none; a random crop and a random horizontal flip; or a random crop and a flip in every other epoch."""
     crop_padding: Annotated[int, (lambda x: 0 <= x <= 31, "from 0 to 31")] = 4
     """Pixels by which a random crop may shift an image."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from cifar.augment import CropFlip, derive_seed
+from cifar.augment import AUGMENTATIONS, Augmentation, derive_seed
 from cifar.batch_plan import BatchPlan
 from cifar.config import TrainConfig
 from cifar.datasets.base import Split
@@ -43,7 +43,7 @@ class DeviceImages(Dataset[tuple[Tensor, Tensor]]):
         self.images = images.to(device, memory_format=torch.channels_last)
         self.labels = labels.to(device)
         self.classes = classes
-        self.augment: CropFlip | None = None
+        self.augment: Augmentation | None = None
         self._memory_format = memory_format
 
     def __len__(self) -> int:
@@ -190,9 +190,7 @@ def load_data(config: TrainConfig, runtime: Runtime) -> Data:
         return DeviceImages(*split, dataset.classes, runtime.device, runtime.memory_format)
 
     train, test = to_device(dataset.train), to_device(dataset.test)
-    if config.augment != "none":
-        alternate = config.augment == "crop-altflip"
-        train.augment = CropFlip(len(train), config.seed, runtime.device, config.crop_padding, alternate, config.cutout)
+    train.augment = AUGMENTATIONS[config.augment](config, len(train), runtime.device)
     plan = BatchPlan.make(config, runtime.world_size, len(train))
     train_loader = TrainLoader(train, plan, runtime.rank, config.seed)
     test_loader = EvalLoader(test, runtime.rank, runtime.world_size)

@@ -70,20 +70,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["lr"] = scaled_lr
 
 
-def base_learning_rate(config: TrainConfig, plan: BatchPlan) -> float:
-    """Return the learning rate for the plan's global batch, scaled linearly (Goyal et al. 2017, arXiv 1706.02677)."""
-    if config.lr_scaling == "none":
-        return config.lr
-    return config.lr * plan.global_batch_size / config.lr_batch_size
-
-
 def learning_rate(config: TrainConfig, plan: BatchPlan, step: int) -> float:
     """Return the learning rate of optimizer step `step`, counted from 0: a function, with no state to save.
 
     "cosine" is Loshchilov & Hutter 2017 (arXiv 1608.03983) without restarts, "linear" a straight line to zero. The
-    linear warm-up of Goyal et al. multiplies the schedule, so with both the base rate is never quite reached.
+    linear warm-up of Goyal et al. multiplies the schedule: when it ends, a falling schedule is below the base rate.
     """
-    lr = base_learning_rate(config, plan)
+    lr = plan.base_learning_rate(config)
     if config.warmup_epochs:
         lr *= min(1.0, (step + 1) / (config.warmup_epochs * plan.steps_per_epoch))
     if config.schedule == "cosine":

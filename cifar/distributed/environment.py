@@ -98,7 +98,7 @@ class Launch:
 
     @staticmethod
     def identify(number: int) -> str | None:
-        """Return an ID for run `number` of this process that no other start of torchrun has, only its restarts.
+        """Return an ID for run `number` of this process. Restarts by torchrun have the same ID, another torchrun never.
 
         It begins with the directory of logs that each agent makes. None without torchrun or such a directory.
         """

@@ -34,7 +34,7 @@ class StopRequest:
     """A context manager that notices stop signals and the death of torchrun.
 
     Stop signals are SIGTERM, SIGINT, SIGUSR1 and, unless nohup had it ignored, SIGHUP of a terminal that closes.
-    The first signal is remembered. Within a second of it, another one counts as its echo; after that, it quits at once.
+    The first signal is remembered. A second one within a second counts as its echo; a later one quits at once.
 
     Python runs signal handlers in the main thread, between two bytecodes; but that thread may wait in C for a rank that
     is gone. So a thread reads the signal numbers from a pipe (`signal.set_wakeup_fd`), into which Python's C handler

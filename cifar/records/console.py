@@ -11,7 +11,6 @@ from cifar.batch_plan import BatchPlan
 from cifar.config import TrainConfig
 from cifar.errors import count
 from cifar.evaluation import MANY_CLASSES, Evaluation
-from cifar.optim import base_learning_rate
 from cifar.records.metrics import LogPoint
 
 # Parameters x images below which an H100 computes faster than the host launches kernels. `wide` has 1.2e8.
@@ -53,7 +52,7 @@ class Console:
         }
         for name, text in (lines | resumed).items():
             self._print(f"{name:<9} {text}")
-        if (times := base_learning_rate(config, plan) / config.lr) >= _MANY_TIMES:
+        if (times := plan.base_learning_rate(config) / config.lr) >= _MANY_TIMES:
             self._print(
                 f"WARNING: lr is {times:g} times the recipe's. At 8 times, wide stopped learning in its second epoch: "
                 f"watch the loss, or use a lower --lr or --global-batch-size"
@@ -156,7 +155,7 @@ def describe_batches(config: TrainConfig, plan: BatchPlan) -> str:
 
 def describe_rate(config: TrainConfig, plan: BatchPlan) -> str:
     """Return the arithmetic of the learning rate."""
-    base = base_learning_rate(config, plan)
+    base = plan.base_learning_rate(config)
     if config.lr_scaling == "none":
         rate = f"{config.lr:g}, stated for {config.lr_batch_size:,} images, not scaled"
     elif plan.global_batch_size == config.lr_batch_size:

@@ -5,8 +5,11 @@ import pytest
 from cifar.batch_plan import BatchPlan
 from cifar.cli import parse_args
 from cifar.errors import UserError
-from cifar.optim import base_learning_rate
 from cifar.records.console import describe_batches, describe_rate
+
+
+def base_learning_rate(config, plan):
+    return plan.base_learning_rate(config)
 
 
 def plan_of(flags, world_size=1):
