@@ -24,7 +24,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """The records of a run.
 
     Attributes:
@@ -47,7 +47,7 @@ def run_dirs(path: Path) -> list[Path]:
     return [path] if not inside or (path / "config.json").exists() else inside
 
 
-def read_run(run_dir: Path) -> Run:
+def read_run(run_dir: Path) -> RecordedRun:
     """Read the run in `run_dir`; a UserError tells that there is none, or that its records are damaged."""
     try:
         facts, records = read_json(run_dir / "config.json"), read_metrics(run_dir)
@@ -60,7 +60,7 @@ def read_run(run_dir: Path) -> Run:
         raise UserError(f"the records in {run_dir} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _summarize(name: str, facts: dict[str, Any], records: list[dict[str, Any]], result: dict[str, Any]) -> Run:
+def _summarize(name: str, facts: dict[str, Any], records: list[dict[str, Any]], result: dict[str, Any]) -> RecordedRun:
     """Return the run of these records: config.json, the lines of metrics.jsonl, and result.json."""
     config = facts["config"]
     batch, lr = int(config["global_batch_size"]), float(config["lr"])
@@ -91,7 +91,7 @@ def _summarize(name: str, facts: dict[str, Any], records: list[dict[str, Any]], 
     }
     by_seconds = [(clock[step], value) for step, value in tests if step in clock]
     by_images = [(step * batch, value) for step, value in tests]
-    return Run(name, cells["dataset"], cells, accuracy, by_seconds, by_images)
+    return RecordedRun(name, cells["dataset"], cells, accuracy, by_seconds, by_images)
 
 
 def seconds_of_training(records: list[dict[str, Any]], global_batch_size: int) -> Series:
@@ -108,7 +108,7 @@ def _shown(form: str, value: float | None, factor: float = 1) -> str:
     return "-" if value is None else form.format(factor * float(value))
 
 
-def table(runs: Sequence[Run]) -> list[str]:
+def table(runs: Sequence[RecordedRun]) -> list[str]:
     """Return the lines of the table, the most accurate run first."""
     best_first = sorted(runs, key=lambda run: -1.0 if run.accuracy is None else run.accuracy, reverse=True)
     rows = [[*runs[0].cells], *([*run.cells.values()] for run in best_first)]
@@ -116,7 +116,7 @@ def table(runs: Sequence[Run]) -> list[str]:
     return ["  ".join([*map(str.rjust, row[:-1], widths), row[-1]]) for row in rows]
 
 
-def draw(runs: Sequence[Run], path: Path) -> None:
+def draw(runs: Sequence[RecordedRun], path: Path) -> None:
     """Draw test accuracy over seconds of training and over images seen into the PNG file `path`."""
     from cifar.records.plotting import EngFormatter, Figure, default_style  # matplotlib takes a second to import
 
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = parse_flags(Comparison, argv, prog="python -m cifar.compare")
     if not asked.run_dirs:
         raise UserError("no run is named: python -m cifar.compare RUN_DIR [RUN_DIR ...]")
-    runs: list[Run] = []
+    runs: list[RecordedRun] = []
     problems: list[str] = []
     for run_dir in (run_dir for path in asked.run_dirs for run_dir in run_dirs(path)):
         try:
