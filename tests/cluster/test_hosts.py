@@ -63,7 +63,7 @@ def test_two_hosts_train_as_one_host_with_two_processes(hosts, tmp_path):
 
 
 def test_host_that_is_cut_off_and_returns(hosts, tmp_path):
-    flags = [*FLAGS, *MODEST, "--max-steps", "3000", "--timeout", "8", "--run-dir", tmp_path / "run"]
+    flags = [*FLAGS, *MODEST, "--max-steps", "6000", "--timeout", "8", "--run-dir", tmp_path / "run"]
     with on_both(hosts, "1:2", *flags, cwd=tmp_path) as both:
         both[0].until_line("2 processes on CPU")
         both[0].until_line("   100] loss:")
@@ -74,8 +74,8 @@ def test_host_that_is_cut_off_and_returns(hosts, tmp_path):
         both[0].until_line("world size 1 -> 2")
         assert statuses(both) == [0, 0], both[0].output()
     steps = [step for step, _ in records(tmp_path / "run", "train/loss")]
-    assert steps == list(range(20, 3001, 20)), "a step is missing or recorded twice"
-    assert result(tmp_path / "run")["steps"] == 3000
+    assert steps == list(range(20, 6001, 20)), "a step is missing or recorded twice"
+    assert result(tmp_path / "run")["steps"] == 6000
 
 
 @pytest.mark.parametrize(

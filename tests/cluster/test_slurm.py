@@ -55,7 +55,7 @@ def test_two_nodes(cluster, project):
 
 def test_time_limit_and_requeue_lose_nothing(cluster, project):
     """Stop a job with the signal that SLURM sends before its time limit, then requeue it while it trains."""
-    job = Job(cluster, project, SCRIPT, *FLAGS, "--checkpoint-steps", "5000", "--max-steps", "4000")
+    job = Job(cluster, project, SCRIPT, *FLAGS, "--checkpoint-steps", "5000", "--max-steps", "6000")
     job.until_line("100] loss:")
     cluster.run("scancel", "--signal=USR1", "--batch", job.number)
     job.until_line("slurm.sbatch: requeued")
@@ -66,8 +66,8 @@ def test_time_limit_and_requeue_lose_nothing(cluster, project):
     cluster.run("scontrol", "requeue", job.number)
     job.until_state("COMPLETED")
     assert job.output().count("processes 1 process on") == 3
-    assert [step for step, _ in records(job.run_dir, "train/loss")] == list(range(20, 4001, 20))
-    assert result(job.run_dir)["steps"] == 4000
+    assert [step for step, _ in records(job.run_dir, "train/loss")] == list(range(20, 6001, 20))
+    assert result(job.run_dir)["steps"] == 6000
 
 
 def test_mistake_is_not_requeued(cluster, project):

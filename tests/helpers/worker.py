@@ -180,6 +180,7 @@ def check_separate_copies_are_found() -> None:
     ):
         main([*FLAGS, "--max-steps", "1", "--run-dir", "separate"])
     assert not Path("separate").exists()
+    time.sleep(3)  # the other rank may still be connecting
 
 
 def check_slow_start_of_wandb_does_not_end_the_run() -> None:
