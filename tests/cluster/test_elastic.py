@@ -1,6 +1,7 @@
 """Hosts that leave a run and return, as two torchruns on this host."""
 
 import signal
+from contextlib import ExitStack
 
 import pytest
 
@@ -23,25 +24,26 @@ def hosts(folder):
              "--timeout", "30", "--run-dir", str(run_dir)]  # fmt: skip
     # torch 2.14: with the shared store, which is the default, a host that joins a run waits forever.
     both: dict[str, str] = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    first = Watched(run_dir, flags, launcher, "first.txt", **both)
-    second = None
-    try:
+    with ExitStack() as started:
+
+        def start(name):
+            host = Watched(run_dir, flags, launcher, name, **both)
+            started.callback(host.kill)
+            return host
+
+        first = start("first.txt")
         first.until_line("loss:")
-        second = Watched(run_dir, flags, launcher, "second.txt", **both)
+        second = start("second.txt")
         first.until_line("2 processes on CPU")
         first.until_step(first.step() + 40)
         send(second.agent, signal.SIGTERM)
         second.end(20)
         first.until_line("changed   world size 2 -> 1")
         first.until_step(first.step() + 40)
-        second = Watched(run_dir, flags, launcher, "second.txt", **both)
+        second = start("second.txt")
         first.until_line("2 processes on CPU", 2)
         statuses = first.end(120), second.end(60)
         return run_dir, first.output(), statuses
-    finally:
-        first.kill()
-        if second is not None:
-            second.kill()
 
 
 def test_run_continues_while_a_host_leaves_and_returns(tmp_path):

@@ -3,20 +3,17 @@
 import hashlib
 import os
 import shutil
-import subprocess
 import sys
 import tarfile
-import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 
 from cifar.datasets.cifar10 import CIFAR10
-from tests.helpers.disturb import FLAGS
+from tests.helpers.disturb import FLAGS, Started
 from tests.helpers.hosts import ADDRESSES, Hosts, why_not
-from tests.helpers.processes import ROOT, clean_environment, kill_tree, records, result, torchrun
+from tests.helpers.processes import ROOT, records, result, torchrun
 
 pytestmark = pytest.mark.cluster
 
@@ -33,55 +30,31 @@ def hosts():
         yield two
 
 
-class Started:
-    """`launch/multi_node.sh` on one host, with its output in a file."""
-
-    def __init__(self, hosts: Hosts, host: int, nodes: str, *flags: object, cwd: Path, root: Path = ROOT, **env: str):
-        self.log = cwd / f"host-{host}.txt"
-        with self.log.open("w") as output:
-            self.process = subprocess.Popen(
-                hosts.on(host, root / "launch" / "multi_node.sh", ADDRESSES[0], nodes, *flags),
-                cwd=cwd, env=clean_environment(PATH=PATH, CUDA_VISIBLE_DEVICES="", **env), stdin=subprocess.DEVNULL,
-                stdout=output, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-
-    def text(self) -> str:
-        return self.log.read_text()
-
-    def until(self, line: str, timeout: float = 90) -> None:
-        """Wait until `line` has been printed."""
-        deadline = time.monotonic() + timeout
-        while line not in self.text():
-            assert time.monotonic() < deadline, f"no {line!r} within {timeout} s:\n{self.text()[-3000:]}"
-            assert self.process.poll() is None, f"exited without {line!r}:\n{self.text()[-3000:]}"
-            time.sleep(0.1)
-
-    def kill(self) -> None:
-        if self.process.poll() is None:
-            kill_tree(psutil.Process(self.process.pid))
-        self.process.wait()
-
-
 @contextmanager
 def on_both(hosts, nodes, *flags, cwd, roots=(ROOT, ROOT), own_flags=((), ()), restarts=3):
     """Run the same command on both hosts, with a copy of the program and flags of its own on each."""
-    started = []
-    try:
+    with ExitStack() as started:
+        both = []
         for host, (root, own) in enumerate(zip(roots, own_flags, strict=True)):
-            variables = {"MAX_RESTARTS": str(restarts), "PYTHONPATH": f"{root}{os.pathsep}{ROOT}"}
-            started.append(Started(hosts, host, nodes, *flags, *own, cwd=cwd, root=root, **variables))
-        yield started
-    finally:
-        for one in started:
-            one.kill()
+            command = hosts.on(host, root / "launch" / "multi_node.sh", ADDRESSES[0], nodes, *flags, *own)
+            variables = {"PATH": PATH, "CUDA_VISIBLE_DEVICES": "", "MAX_RESTARTS": str(restarts)}
+            path = f"{root}{os.pathsep}{ROOT}"
+            both.append(Started(command, cwd / f"host-{host}.txt", PYTHONPATH=path, **variables))
+            started.callback(both[-1].kill)
+        yield both
+
+
+def statuses(both, timeout=120):
+    """Wait for both hosts, and return their exit statuses."""
+    return [host.process.wait(timeout) for host in both]
 
 
 def test_two_hosts_train_as_one_host_with_two_processes(hosts, tmp_path):
     flags = [*FLAGS, *MODEST, "--max-steps", "100"]
     with on_both(hosts, "2", *flags, "--run-dir", tmp_path / "two", cwd=tmp_path) as both:
-        assert [one.process.wait(120) for one in both] == [0, 0], both[0].text()
-        assert "2 processes on CPU (gloo), 1 thread each, on 2 hosts" in both[0].text()
-        assert "loss:" not in both[1].text()
+        assert statuses(both) == [0, 0], both[0].output()
+        assert "2 processes on CPU (gloo), 1 thread each, on 2 hosts" in both[0].output()
+        assert "loss:" not in both[1].output()
     output = torchrun(2, *flags, "--run-dir", tmp_path / "one", cwd=tmp_path)
     assert output.returncode == 0, output.stderr
     two, one = (dict(records(tmp_path / name, "train/loss")) for name in ("two", "one"))
@@ -92,14 +65,14 @@ def test_two_hosts_train_as_one_host_with_two_processes(hosts, tmp_path):
 def test_host_that_is_cut_off_and_returns(hosts, tmp_path):
     flags = [*FLAGS, *MODEST, "--max-steps", "6000", "--timeout", "8", "--run-dir", tmp_path / "run"]
     with on_both(hosts, "1:2", *flags, cwd=tmp_path) as both:
-        both[0].until("2 processes on CPU")
-        both[0].until("   100] loss:")
+        both[0].until_line("2 processes on CPU")
+        both[0].until_line("   100] loss:")
         hosts.cut()
-        both[0].until("world size 2 -> 1")
-        assert "4 local x 1 process x 2 accumulated = 8 global" in both[0].text()
+        both[0].until_line("world size 2 -> 1")
+        assert "4 local x 1 process x 2 accumulated = 8 global" in both[0].output()
         hosts.mend()
-        both[0].until("world size 1 -> 2")
-        assert [one.process.wait(120) for one in both] == [0, 0], both[0].text()
+        both[0].until_line("world size 1 -> 2")
+        assert statuses(both) == [0, 0], both[0].output()
     steps = [step for step, _ in records(tmp_path / "run", "train/loss")]
     assert steps == list(range(20, 6001, 20)), "a step is missing or recorded twice"
     assert result(tmp_path / "run")["steps"] == 6000
@@ -124,10 +97,10 @@ def test_hosts_that_would_not_run_the_same_both_say_so(hosts, tmp_path, other, f
     own_flags = ([], other.split() if other.startswith("--") else [])
     flags = [*FLAGS, "--run-dir", tmp_path / "run"]
     with on_both(hosts, "2", *flags, cwd=tmp_path, roots=roots, own_flags=own_flags, restarts=0) as both:
-        assert [one.process.wait(120) for one in both] == [1, 1]
-    for one, line in zip(both, (first, second), strict=True):
-        assert one.text().count(line) == 1
-        report = one.text().partition("Root Cause")[2]
+        assert statuses(both) == [1, 1]
+    for host, line in zip(both, (first, second), strict=True):
+        assert host.output().count(line) == 1
+        report = host.output().partition("Root Cause")[2]
         assert "traceback : cifar.errors.U" in report, "torchrun knows the reason, too"
     assert not (tmp_path / "run").exists()
 
@@ -136,13 +109,11 @@ def test_hosts_that_would_not_run_the_same_both_say_so(hosts, tmp_path, other, f
 def test_host_that_is_stopped_stops_the_other_without_restarts(hosts, tmp_path, asked):
     flags = [*FLAGS, *MODEST, "--max-steps", "60000", "--run-dir", tmp_path / "run"]
     with on_both(hosts, "2", *flags, cwd=tmp_path, restarts=0) as both:
-        both[0].until("   100] loss:")
+        both[0].until_line("   100] loss:")
         both[asked].process.terminate()
-        began = time.monotonic()
-        assert [one.process.wait(60) for one in both] == [1, 1], "neither has finished"
-        assert time.monotonic() - began < 60
-        assert both[0].text().count("Stopped by SIGTERM after step") == 1
-        assert "Stopped by" not in both[1].text()
+        assert statuses(both, 60) == [1, 1], "neither has finished"
+        assert both[0].output().count("Stopped by SIGTERM after step") == 1
+        assert "Stopped by" not in both[1].output()
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared directory", "own directories"])
@@ -162,17 +133,14 @@ def test_one_download_per_data_directory(hosts, real_data, tmp_path, shared):
         f"cifar10.CIFAR10 = dataclasses.replace(cifar10.CIFAR10, **new, urls=({url!r},))\n"
         f"runpy.run_path({str(ROOT / 'train_ddp.py')!r}, run_name='__main__')\n"
     )
-    log = tmp_path / "server.txt"
-    with log.open("w") as output:
-        command = hosts.on(0, sys.executable, "-um", "http.server", "--bind", ADDRESSES[0], "8000")
-        server = subprocess.Popen(command, cwd=served, stdout=output, stderr=subprocess.STDOUT)
+    command = hosts.on(0, sys.executable, "-um", "http.server", "--bind", ADDRESSES[0], "8000")
+    server = Started(command, served / "server.txt")
     data_dirs = [("--data-dir", tmp_path / name) for name in ("data", "data" if shared else "data of host 1")]
     flags = ["--device", "cpu", "--wandb", "disabled", "--dataset", "cifar10", "--max-steps", "2", "--run-dir", "run"]
     try:
         with on_both(hosts, "2", *flags, cwd=tmp_path, roots=(root, root), own_flags=data_dirs) as both:
-            assert [one.process.wait(120) for one in both] == [0, 0], both[0].text()
-            assert "50,000 training, 10,000 test" in both[0].text()
+            assert statuses(both) == [0, 0], both[0].output()
+            assert "50,000 training, 10,000 test" in both[0].output()
     finally:
         server.kill()
-        server.wait()
-    assert log.read_text().count("GET /packed.tar.gz") == (1 if shared else 2)
+    assert server.output().count("GET /packed.tar.gz") == (1 if shared else 2)

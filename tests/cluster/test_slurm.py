@@ -3,13 +3,11 @@
 import os
 import subprocess
 import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.disturb import FLAGS
+from tests.helpers.disturb import FLAGS, Log
 from tests.helpers.processes import ROOT, records, result
 from tests.helpers.slurm import Cluster, why_not
 
@@ -35,55 +33,48 @@ def project(tmp_path):
     return tmp_path
 
 
-def output(project, job):
-    with suppress(FileNotFoundError):
-        return (project / f"slurm-{job}.txt").read_text()
-    return ""
+class Job(Log):
+    """A job of this project, and what it prints."""
 
+    def __init__(self, cluster, project, *arguments):
+        self.cluster, self.number = cluster, cluster.submit(*arguments, cwd=project)
+        self.run_dir = project / "runs" / f"slurm-{self.number}"
+        super().__init__(project / f"slurm-{self.number}.txt")
 
-def wait(reached, project, job, timeout=120):
-    deadline = time.monotonic() + timeout
-    while not reached():
-        assert time.monotonic() < deadline, f"not within {timeout} s:\n{output(project, job)[-2000:]}"
-        time.sleep(0.3)
+    def until_state(self, state):
+        self.until(lambda: self.cluster.state(self.number) == state, state, timeout=200)
 
 
 def test_two_nodes(cluster, project):
-    job = cluster.submit("--nodes=2", SCRIPT, *FLAGS, "--max-steps", "50", cwd=project)
-    wait(lambda: cluster.state(job) not in ("PENDING", "RUNNING", "COMPLETING"), project, job)
-    assert cluster.state(job) == "COMPLETED", output(project, job)
-    got = result(project / "runs" / f"slurm-{job}")
+    job = Job(cluster, project, "--nodes=2", SCRIPT, *FLAGS, "--max-steps", "50")
+    job.until_state("COMPLETED")
+    got = result(job.run_dir)
     assert (got["world_size"], got["steps"]) == (2, 50)
-    assert "2 processes on CPU (gloo), 1 thread each, on 2 hosts" in output(project, job)
+    assert "2 processes on CPU (gloo), 1 thread each, on 2 hosts" in job.output()
 
 
 def test_time_limit_and_requeue_lose_nothing(cluster, project):
     """Stop a job with the signal that SLURM sends before its time limit, then requeue it while it trains."""
-    job = cluster.submit(SCRIPT, *FLAGS, "--checkpoint-steps", "5000", "--max-steps", "6000", cwd=project)
-    run_dir = project / "runs" / f"slurm-{job}"
-
-    def until(text, times=1):
-        wait(lambda: output(project, job).count(text) >= times, project, job)
-
-    until("100] loss:")
-    cluster.run("scancel", "--signal=USR1", "--batch", job)
-    until("slurm.sbatch: requeued")
-    assert "Stopped by SIGUSR1 after step" in output(project, job)
-    until("processes 1 process on", 2)
-    stopped = int(output(project, job).split("after step ")[1].split(" of")[0].replace(",", ""))
-    until(f"{stopped // 20 * 20 + 200}] loss:")
-    cluster.run("scontrol", "requeue", job)
-    wait(lambda: cluster.state(job) == "COMPLETED", project, job, timeout=200)
-    assert output(project, job).count("processes 1 process on") == 3
-    assert [step for step, _ in records(run_dir, "train/loss")] == list(range(20, 6001, 20))
-    assert result(run_dir)["steps"] == 6000
+    job = Job(cluster, project, SCRIPT, *FLAGS, "--checkpoint-steps", "5000", "--max-steps", "6000")
+    job.until_line("100] loss:")
+    cluster.run("scancel", "--signal=USR1", "--batch", job.number)
+    job.until_line("slurm.sbatch: requeued")
+    assert "Stopped by SIGUSR1 after step" in job.output()
+    job.until_line("processes 1 process on", 2)
+    stopped = int(job.output().split("after step ")[1].split(" of")[0].replace(",", ""))
+    job.until_line(f"{stopped // 20 * 20 + 200}] loss:")
+    cluster.run("scontrol", "requeue", job.number)
+    job.until_state("COMPLETED")
+    assert job.output().count("processes 1 process on") == 3
+    assert [step for step, _ in records(job.run_dir, "train/loss")] == list(range(20, 6001, 20))
+    assert result(job.run_dir)["steps"] == 6000
 
 
 def test_mistake_is_not_requeued(cluster, project):
-    job = cluster.submit(SCRIPT, "--epochs", "0", cwd=project)
-    wait(lambda: cluster.state(job) == "FAILED", project, job)
-    assert "train_ddp.py: error: --epochs is 0: it must be at least 1" in output(project, job)
-    assert "slurm.sbatch: requeued" not in output(project, job)
+    job = Job(cluster, project, SCRIPT, "--epochs", "0")
+    job.until_state("FAILED")
+    assert "train_ddp.py: error: --epochs is 0: it must be at least 1" in job.output()
+    assert "slurm.sbatch: requeued" not in job.output()
 
 
 def test_srun_of_several_tasks_is_refused_once(cluster, tmp_path):

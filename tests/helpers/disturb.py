@@ -1,4 +1,4 @@
-"""Real torchrun runs that can be watched, killed, frozen and signalled while they train."""
+"""Real launches that can be watched, killed, frozen and signalled while they train."""
 
 import json
 import os
@@ -20,44 +20,16 @@ FLAGS = ["--device", "cpu", "--dataset", "synthetic", "--wandb", "disabled", "--
          "--checkpoint-steps", "25", "--keep-checkpoints", "4"]  # fmt: skip
 
 
-class Watched:
-    """`torchrun ARGUMENTS SCRIPT FLAGS` in the background, with its output in a file."""
+class Log:
+    """A file that a command prints to, from its present end on."""
 
-    def __init__(
-        self,
-        run_dir: Path,
-        flags: list[str],
-        launcher: list[str],
-        log: str = "log.txt",
-        script: Sequence[str] = (str(ROOT / "train_ddp.py"),),
-        **environment: str,
-    ):
-        self.run_dir, self._script = run_dir, script[-1]
-        self.log = run_dir.parent / log
-        before = self.log.read_text() if self.log.exists() else ""
-        self._offset = len(before)
-        with self.log.open("a") as output:
-            self.process = subprocess.Popen(
-                [*TORCHRUN, *launcher, *script, *flags],
-                cwd=run_dir.parent, env=clean_environment(**environment), stdin=subprocess.DEVNULL,
-                stdout=output, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-        self.agent = psutil.Process(self.process.pid)
+    def __init__(self, log: Path):
+        self.log, self._offset = log, 0
+        self._offset = len(self.output())
 
     def output(self) -> str:
-        """Return what this launch has printed so far."""
-        return self.log.read_text()[self._offset :]
-
-    def step(self) -> int:
-        """Return the last step in metrics.jsonl, or 0."""
-        with suppress(OSError, ValueError, IndexError):
-            return json.loads((self.run_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-        return 0
-
-    def ranks(self) -> list[psutil.Process]:
-        """Return the training processes by local rank."""
-        found = [child for child in self.agent.children() if self._script in child.cmdline()]
-        return sorted(found, key=lambda process: int(process.environ()["LOCAL_RANK"]))
+        """Return what has been printed so far."""
+        return self.log.read_text()[self._offset :] if self.log.exists() else ""
 
     def until(self, reached: Callable[[], bool], what: str, timeout: float = 90) -> float:
         """Wait until `reached()`, and return the seconds."""
@@ -72,12 +44,22 @@ class Watched:
         """Wait until `text` has been printed `times` times."""
         return self.until(lambda: self.output().count(text) >= times, text, timeout)
 
-    def until_step(self, step: int, timeout: float = 90) -> float:
-        """Wait until `step` is in the records."""
-        return self.until(lambda: self.step() >= step, f"step {step}", timeout)
+
+class Started(Log):
+    """A command in the background, with its output in a file."""
+
+    def __init__(self, command: Sequence[object], log: Path, **environment: str):
+        super().__init__(log)
+        with log.open("a") as output:
+            self.process = subprocess.Popen(
+                [str(part) for part in command],
+                cwd=log.parent, env=clean_environment(**environment), stdin=subprocess.DEVNULL,
+                stdout=output, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        self.agent = psutil.Process(self.process.pid)
 
     def end(self, timeout: float) -> int:
-        """Return torchrun's exit status, once it and its descendants are gone."""
+        """Return the exit status, once the command and its descendants are gone."""
         below = self.agent.children(recursive=True) if self.process.poll() is None else []
         began = time.monotonic()
         try:
@@ -91,6 +73,37 @@ class Watched:
         """Kill everything that is left after a failure."""
         kill_tree(self.agent)
         self.process.wait()
+
+
+class Watched(Started):
+    """`torchrun ARGUMENTS SCRIPT FLAGS` in the background, whose agent is torchrun."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        flags: list[str],
+        launcher: list[str],
+        log: str = "log.txt",
+        script: Sequence[str] = (str(ROOT / "train_ddp.py"),),
+        **environment: str,
+    ):
+        self.run_dir, self._script = run_dir, script[-1]
+        super().__init__([*TORCHRUN, *launcher, *script, *flags], run_dir.parent / log, **environment)
+
+    def step(self) -> int:
+        """Return the last step in metrics.jsonl, or 0."""
+        with suppress(OSError, ValueError, IndexError):
+            return json.loads((self.run_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+        return 0
+
+    def ranks(self) -> list[psutil.Process]:
+        """Return the training processes by local rank."""
+        found = [child for child in self.agent.children() if self._script in child.cmdline()]
+        return sorted(found, key=lambda process: int(process.environ()["LOCAL_RANK"]))
+
+    def until_step(self, step: int, timeout: float = 90) -> float:
+        """Wait until `step` is in the records."""
+        return self.until(lambda: self.step() >= step, f"step {step}", timeout)
 
 
 def damage_newest(run_dir: Path, at: float) -> None:

@@ -8,11 +8,11 @@ import secrets
 import shutil
 import socket
 import subprocess
-import time
 from contextlib import suppress
 from pathlib import Path
 
 from tests.helpers import hosts
+from tests.helpers.disturb import Log
 from tests.helpers.hosts import ADDRESSES, Hosts
 from tests.helpers.processes import clean_environment
 
@@ -60,9 +60,8 @@ class Cluster:
 
     def run(self, *command: object, cwd: Path | None = None) -> str:
         """Run `command` on host 0 and return its standard output."""
-        done = subprocess.run(
-            self.hosts.on(0, *command), cwd=cwd, env=self._environment, capture_output=True, text=True, timeout=60
-        )
+        line = self.hosts.on(0, *command)
+        done = subprocess.run(line, cwd=cwd, env=self._environment, capture_output=True, text=True, timeout=60)
         if done.returncode:
             raise subprocess.SubprocessError(f"{command}: {done.stderr}")
         return done.stdout.strip()
@@ -95,8 +94,6 @@ class Cluster:
             "SlurmdSpoolDir": f"{folder}/spool-%n",
             "SlurmctldPidFile": f"{folder}/slurmctld.pid",
             "SlurmdPidFile": f"{folder}/slurmd-%n.pid",
-            "SlurmctldLogFile": f"{folder}/slurmctld.log",
-            "SlurmdLogFile": f"{folder}/slurmd-%n.log",
             "ProctrackType": "proctrack/linuxproc",
             "TaskPlugin": "task/none",
             "SelectType": "select/cons_tres",
@@ -113,11 +110,12 @@ class Cluster:
 
         files = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
         self._daemon(["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *files])
-        self._until(lambda: (folder / "munge.socket").exists(), "munge")
+        log = Log(folder / "daemons.txt")
+        log.until((folder / "munge.socket").exists, "munge", 30)
         self._daemon(self.hosts.on(0, "slurmctld", "-D"))
         for number, node in enumerate(NODES):
             self._daemon(self.hosts.on(number, "slurmd", "-D", "-N", node))
-        self._until(lambda: self._idle() == list(NODES), "SLURM")
+        log.until(lambda: self._idle() == list(NODES), "SLURM", 30)
 
     def _idle(self) -> list[str]:
         try:
@@ -127,21 +125,7 @@ class Cluster:
 
     def _daemon(self, command: list[str]) -> None:
         with (self.folder / "daemons.txt").open("ab") as output:
-            self._daemons.append(
-                subprocess.Popen(
-                    command,
-                    env=self._environment,
-                    cwd=self.folder,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                )
+            daemon = subprocess.Popen(
+                command, env=self._environment, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output
             )
-
-    def _until(self, reached, what: str, timeout: float = 30) -> None:
-        deadline = time.monotonic() + timeout
-        while not reached():
-            if time.monotonic() > deadline:
-                logs = "\n".join(path.read_text()[-2000:] for path in sorted(self.folder.glob("*.[lt][ox][gt]")))
-                raise AssertionError(f"{what} did not start within {timeout} s:\n{logs}")
-            time.sleep(0.2)
+        self._daemons.append(daemon)

@@ -1,4 +1,4 @@
-"""A pseudo-terminal: start a command on it, read what it shows, and type; or let this process print on it."""
+"""A pseudo-terminal: start a command on it, read what it shows, and type."""
 
 import os
 import pty
@@ -8,9 +8,8 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from tests.helpers.processes import clean_environment
@@ -29,7 +28,8 @@ class Terminal:
 
     def __init__(self, command: Sequence[object], cwd: Path, **environment: str) -> None:
         self._written = b""
-        self._screen, keyboard = _open()
+        self._screen, keyboard = pty.openpty()
+        termios.tcsetwinsize(keyboard, (40, 120))
         self._process = subprocess.Popen(
             [sys.executable, "-c", _ON_TERMINAL, *map(str, command)],
             cwd=cwd, env=clean_environment(TERM="xterm-256color", **environment),
@@ -79,35 +79,9 @@ class Terminal:
         """Read what has been written; return False at the end."""
         if not select.select([self._screen], [], [], 0.1)[0]:
             return True
-        chunk = _read(self._screen)
+        try:
+            chunk = os.read(self._screen, 1 << 16)
+        except OSError:  # on Linux, once the other side is closed
+            return False
         self._written += chunk
         return chunk != b""
-
-
-def shown(work: Callable[[], object]) -> str:
-    """Do `work` with this process's standard output and error on a terminal, and return what it has written there."""
-    screen, keyboard = _open()
-    with ThreadPoolExecutor(1) as pool:  # a terminal takes a few kilobytes before somebody reads them
-        written = pool.submit(_read_all, screen)
-        with open(keyboard, "w") as terminal, redirect_stdout(terminal), redirect_stderr(terminal):
-            work()
-    os.close(screen)
-    return written.result()
-
-
-def _read_all(screen: int) -> str:
-    return b"".join(iter(lambda: _read(screen), b"")).decode(errors="replace")
-
-
-def _read(screen: int) -> bytes:
-    """Return what has been written, or nothing once the other side is closed, which is an error on Linux."""
-    with suppress(OSError):
-        return os.read(screen, 1 << 16)
-    return b""
-
-
-def _open() -> tuple[int, int]:
-    """Return the file descriptors of a new terminal of 40 lines and 120 columns: screen and keyboard."""
-    screen, keyboard = pty.openpty()
-    termios.tcsetwinsize(keyboard, (40, 120))
-    return screen, keyboard

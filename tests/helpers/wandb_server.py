@@ -8,7 +8,6 @@ import json
 import re
 import threading
 from collections import defaultdict
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -19,15 +18,14 @@ NOWHERE: dict[str, Any] = {"WANDB_BASE_URL": "http://127.0.0.1:1", "WANDB_ERROR_
 ENTITY = {"id": "entity", "name": "somebody"}
 
 
-@dataclass
 class ServedRun:
     """A run as the server has it: lines of each streamed file, summary, configuration, and how the client left."""
 
-    lines: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    summary: dict[str, Any] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
-    preempting: bool = False
-    exit_code: int | None = None
+    def __init__(self) -> None:
+        self.lines: dict[str, list[str]] = defaultdict(list)
+        self.summary: dict[str, Any] = {}
+        self.config: dict[str, Any] = {}
+        self.preempting, self.exit_code = False, None
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -60,12 +58,7 @@ class ServedRun:
 
 
 class WandbServer:
-    """A W&B server on a free port; a context manager.
-
-    Attributes:
-        runs: by run ID.
-        mistakes: what a real server would have refused.
-    """
+    """A W&B server on a free port, with its runs by ID and what a real one would have refused; a context manager."""
 
     def __init__(self) -> None:
         self.runs: dict[str, ServedRun] = {}
@@ -117,17 +110,15 @@ class WandbServer:
         name = variables.get("name", "")
         if operation == "RunResumeStatus":
             run = self.runs.get(name)
-            bucket = run and {"id": name, "name": name, "displayName": None, **run.resume_status()}
+            bucket = run and {"id": name, "name": name, **run.resume_status()}
             return {"model": {"id": "project", "name": variables["project"], "entity": ENTITY, "bucket": bucket}}
         if operation == "UpsertBucket":
             is_new = name not in self.runs
             run = self.runs.setdefault(name, ServedRun())
             run.config = json.loads(variables["config"] or "{}")
-            bucket = {
-                "id": name, "name": name, "displayName": variables["displayName"], "description": "",
-                "sweepName": None, "config": json.dumps(run.config), "historyLineCount": 0,
-                "project": {"id": "project", "name": variables["project"], "entity": ENTITY},
-            }  # fmt: skip
+            project = {"id": "project", "name": variables["project"], "entity": ENTITY}
+            bucket = {"id": name, "name": name, "displayName": variables["displayName"], "project": project,
+                      "config": json.dumps(run.config), "historyLineCount": 0}  # fmt: skip
             return {"upsertBucket": {"bucket": bucket, "inserted": is_new}}
         if operation == "CreateRunFiles":
             files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in variables["files"]]
@@ -142,14 +133,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         answer = self.served.answer(self.path, self.rfile.read(int(self.headers.get("Content-Length", 0))))
-        if answer is None:
-            return
-        reply = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(reply)))
-        self.end_headers()
-        self.wfile.write(reply)
+        if answer is not None:
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
 
     do_PUT = do_POST  # noqa: N815 - an uploaded file
 

@@ -1,12 +1,15 @@
 """Checks that need two ranks; run by test_ranks.py as python -m tests.helpers.worker. A failed check fails it."""
 
+import os
 import threading
 import time
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch import nn
 
 from cifar import explain
@@ -17,7 +20,7 @@ from cifar.distributed.ddp import ddp_options
 from cifar.distributed.runtime import Runtime
 from cifar.errors import TrainingDivergedError, UserError
 from cifar.evaluation import evaluate
-from cifar.models import build_model
+from cifar.models import MODELS, build_model
 from cifar.optim import build_optimizer
 from tests.helpers.forking import fork_ranks
 from train_ddp import main, train_step
@@ -156,21 +159,67 @@ def check_missing_rank_is_waited_for_no_longer_than_the_timeout() -> None:
         runtime.gather(None)
 
 
+FLAGS = ["--dataset", "synthetic", "--device", "cpu", "--wandb", "disabled", "--log-steps", "10"]
+
+
 def check_runs_in_turn() -> None:
     """A run that fails on all ranks leaves nothing behind in their processes: the next one trains."""
-    flags = ["--dataset", "synthetic", "--device", "cpu", "--wandb", "disabled",
-             "--max-steps", "20", "--log-steps", "10", "--lr"]  # fmt: skip
     with pytest.raises(TrainingDivergedError):
-        main([*flags, "1e30"])
+        main([*FLAGS, "--max-steps", "20", "--lr", "1e30"])
     assert not dist.is_initialized()
     assert not [thread for thread in threading.enumerate() if thread.name in ("heartbeat", "stop-request")]
-    main([*flags, "0.01"])
+    main([*FLAGS, "--max-steps", "20"])
     assert not dist.is_initialized()
+
+
+def check_separate_copies_are_found() -> None:
+    """Without cpu=True, accelerate on a host without GPUs takes each process for rank 0 of 1."""
+    with (
+        patch("cifar.distributed.ddp.Accelerator", lambda cpu, **rest: Accelerator(**rest)),
+        pytest.raises(UserError, match="started 2 processes but 1 would train together"),
+    ):
+        main([*FLAGS, "--max-steps", "1", "--run-dir", "separate"])
+    assert not Path("separate").exists()
+    time.sleep(3)  # the other rank may still be connecting
+
+
+def check_slow_start_of_wandb_does_not_end_the_run() -> None:
+    """Rank one waits for rank zero, longer than for a step."""
+    with patch("cifar.records.tracking.WandbRun.start", lambda *_: time.sleep(7 * (os.environ["RANK"] == "0"))):
+        main([*FLAGS, "--max-steps", "3", "--timeout", "5"])
+
+
+DRAWN: list[float] = []
+
+
+class Noise(nn.Linear):
+    """A linear model that draws a number in each step."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.training and len(images) == 4:
+            DRAWN.append(torch.rand(()).item())
+        return super().forward(images.flatten(1))
+
+
+def check_random_layers_draw_other_numbers_on_each_rank() -> None:
+    """And in each step."""
+    with patch.dict(MODELS, net=lambda classes: Noise(3072, classes)):
+        main([*FLAGS, "--max-steps", "3"])
+    runtime = Runtime(TrainConfig(device="cpu"))
+    first, second = runtime.gather(DRAWN)
+    runtime.close()
+    assert len({*first, *second}) == len(first) + len(second) == 6
 
 
 if __name__ == "__main__":
     synthetic.TRAIN_SIZE, synthetic.TEST_SIZE = 2_000, 1_001
-    fork_ranks(2, check_two_ranks)
-    fork_ranks(2, check_missing_rank_is_waited_for_no_longer_than_the_timeout)
-    fork_ranks(2, check_runs_in_turn)
-    fork_ranks(2, lambda: explain.main(["--dataset", "synthetic", "--device", "cpu"]))
+    for check in (
+        check_two_ranks,
+        check_missing_rank_is_waited_for_no_longer_than_the_timeout,
+        check_runs_in_turn,
+        check_separate_copies_are_found,
+        check_slow_start_of_wandb_does_not_end_the_run,
+        check_random_layers_draw_other_numbers_on_each_rank,
+        lambda: explain.main(["--dataset", "synthetic", "--device", "cpu"]),
+    ):
+        fork_ranks(2, check)

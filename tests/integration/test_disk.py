@@ -10,7 +10,7 @@ from cifar.checkpoint import DamagedCheckpointError, checkpoints, load_checkpoin
 from cifar.run import Run
 from tests.helpers.checkpoints import flip_bits, small
 from tests.helpers.comparing import use_tiny_dataset, wait_for_checkpoints
-from tests.helpers.processes import records, result, train
+from tests.helpers.processes import records, result
 
 pytestmark = pytest.mark.slow
 
@@ -21,10 +21,11 @@ def test_no_flipped_bit_changes_a_tensor_and_every_truncation_is_detected(tmp_pa
     path = tmp_path / "c.pt"
     save_checkpoint(path, small())
     raw = path.read_bytes()
-    detected, changed = flip_bits(path, range(8 * len(raw)))
+    bits = range(0, 8 * len(raw), 3)  # every byte, and each bit of some
+    detected, changed = flip_bits(path, bits)
     assert changed == []
-    assert detected > 8 * len(raw) // 3
-    for length in range(len(raw)):
+    assert detected > len(bits) // 3
+    for length in range(0, len(raw), 5):
         path.write_bytes(raw[:length])
         with pytest.raises(DamagedCheckpointError):
             load_checkpoint(path)
@@ -73,17 +74,3 @@ def test_run_on_a_full_disk_continues_and_writes_checkpoints_again(small_disk, m
     assert result(run_dir)["steps"] == 80
     with_space = [*range(1, 17), *range(57, 81)]  # all records from then are there
     assert [step for step, _ in records(run_dir, "train/loss") if step in with_space] == with_space
-
-
-def test_disk_that_is_too_small_is_an_error_before_training(small_disk, monkeypatch):
-    (small_disk / "ballast").write_bytes(bytes(7_900_000))
-    done = train("--dataset", "synthetic", "--run-dir", "disk/run", cwd=small_disk.parent)
-    assert done.returncode == 2
-    assert "loss" not in done.stdout
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("train_ddp.py: error: the run directory disk/run does not take the ")
-    assert not list((small_disk / "run").iterdir())
-    (small_disk / "ballast").unlink()
-    use_tiny_dataset(monkeypatch)
-    flags = f"{FLAGS} --local-batch-size 20 --max-steps 1 --run-dir {small_disk / 'run'}"
-    train_ddp.main(flags.split())  # the same directory works

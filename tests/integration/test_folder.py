@@ -1,7 +1,6 @@
 """A folder of pictures in real processes: decoded once per host, and the same at 1, 2 and 3 processes."""
 
 import re
-import socket
 import subprocess
 import sys
 
@@ -10,11 +9,12 @@ import PIL
 import pytest
 from PIL import Image
 
+from tests.helpers.forking import free_port
 from tests.helpers.processes import ROOT, clean_environment, rank_variables, records, result, train
 
 pytestmark = pytest.mark.slow
 
-STEPS = 40
+STEPS = 30
 GLOBAL_BATCH = 12
 FLAGS = ["--dataset", "folder", "--recipe", "wide", "--model", "net", "--lr", 0.01, "--lr-scaling", "none",
          "--warmup-epochs", 0, "--global-batch-size", GLOBAL_BATCH, "--log-steps", 1, "--max-steps", STEPS,
@@ -61,13 +61,10 @@ def test_same_curve_at_any_number_of_processes(tmp_path):
 
 def test_two_hosts_with_other_pictures_are_refused(tmp_path):
     """Each decodes its own folder. (Both are this machine.)"""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
+    port, ranks = free_port(), []
     for rank in (0, 1):
         folder = draw(tmp_path / f"host-{rank}" / "pets", seed=rank)
-        place = rank_variables(rank, 2, port) | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        place = rank_variables(rank, 2, port, alone=True)
         command = [sys.executable, ROOT / "train_ddp.py", *FLAGS, "--data-dir", folder, "--run-dir", tmp_path / "run",
                    "--device", "cpu", "--wandb", "disabled"]  # fmt: skip
         ranks.append(subprocess.Popen([str(part) for part in command], cwd=tmp_path, env=clean_environment(**place),

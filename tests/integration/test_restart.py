@@ -5,13 +5,14 @@ import signal
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 
 from cifar.checkpoint import checkpoint_path, checkpoints, load_checkpoint
 from cifar.distributed.preemption import _GRACE_SECONDS
 from tests.helpers.disturb import FLAGS, Watched, send
-from tests.helpers.processes import left_of
+from tests.helpers.processes import ROOT, left_of
 from tests.helpers.soak import soak
 
 pytestmark = pytest.mark.slow
@@ -19,6 +20,18 @@ pytestmark = pytest.mark.slow
 TWO = ["--standalone", "--nproc_per_node=2"]
 # Number of ranks, restarts, and who is signalled: torchrun, the last rank, or all ranks.
 STOPS = ((2, 3, "rank"), (2, 0, "rank"), (1, 3, "ranks"), (2, 3, "torchrun"))
+
+
+@contextmanager
+def training(folder, *flags, launcher=TWO, script=(str(ROOT / "train_ddp.py"),)):
+    """Yield a run that trains until it is disturbed; kill what is left of it at the end."""
+    run_dir = folder / "run"
+    run = Watched(run_dir, [*FLAGS, *flags, "--run-dir", str(run_dir)], launcher, script=script)
+    try:
+        run.until_step(20)
+        yield run
+    finally:
+        run.kill()
 
 
 @pytest.fixture(scope="module")
@@ -43,19 +56,14 @@ def test_run_disturbed_at_random_equals_the_undisturbed_one(scenarios):
 
 def stopped(folder, processes, restarts, whom):
     """Send a signal."""
-    run_dir = folder / "run"
     launcher = ["--standalone", f"--nproc_per_node={processes}", f"--max-restarts={restarts}"]
-    run = Watched(run_dir, [*FLAGS, "--max-steps", "20000", "--run-dir", str(run_dir)], launcher)
-    try:
-        run.until_step(40)
+    with training(folder, "--max-steps", "20000", launcher=launcher) as run:
         ranks = run.ranks()
         for process in {"torchrun": [run.agent], "rank": ranks[-1:], "ranks": ranks}[whom]:
             send(process, signal.SIGTERM if whom == "torchrun" else signal.SIGUSR1)
         late = left_of(ranks, 10)
         status = run.end(20)
-        return run_dir, run.output(), status, late
-    finally:
-        run.kill()
+        return run.run_dir, run.output(), status, late
 
 
 @pytest.mark.parametrize("case", STOPS, ids=str)
@@ -78,17 +86,12 @@ def test_stopped_run_is_not_finished_and_not_restarted(scenarios, case):
 
 def frozen(folder):
     """Freeze rank one, as a debugger or a machine that swaps does."""
-    run_dir = folder / "run"
-    run = Watched(run_dir, [*FLAGS, "--max-steps", "60000", "--timeout", "8", "--run-dir", str(run_dir)], TWO)
-    try:
-        run.until_step(40)
+    with training(folder, "--max-steps", "60000", "--timeout", "8") as run:
         ranks = run.ranks()
         send(ranks[1], signal.SIGSTOP)
         late = left_of(ranks, 8 + 2)
         status = run.end(20)
         return ranks[1].pid, run.output(), status, late
-    finally:
-        run.kill()
 
 
 def test_frozen_rank_is_named_within_the_timeout(scenarios):
@@ -102,7 +105,7 @@ def test_frozen_rank_is_named_within_the_timeout(scenarios):
 
 def killed_under_an_endless_step(folder):
     """Kill rank one while rank zero's step waits for it without an end, as NCCL's kernels would."""
-    run_dir, driver = folder / "run", folder / "driver.py"
+    driver = folder / "driver.py"
     driver.write_text(
         "import time, train_ddp\n"
         "from cifar.run import Run\n"
@@ -114,17 +117,13 @@ def killed_under_an_endless_step(folder):
         "Run.after_step = wait\n"
         "train_ddp.main()\n"
     )
-    run = Watched(run_dir, [*FLAGS, "--max-steps", "60", "--run-dir", str(run_dir)], TWO, script=[str(driver)])
-    try:
-        run.until_step(20)
+    with training(folder, "--max-steps", "60", script=[str(driver)]) as run:
         ranks = run.ranks()
         time.sleep(1)
         send(ranks[1], signal.SIGKILL)
         began = time.monotonic()
         late = left_of(ranks, 30)
         return run.end(20), run.output(), late, time.monotonic() - began
-    finally:
-        run.kill()
 
 
 def test_rank_does_not_wait_for_a_killed_one(scenarios):

@@ -1,6 +1,8 @@
 """Console output: on a terminal a bar with images/s and the remaining time, plain lines elsewhere; the banner."""
 
+import io
 import re
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
@@ -12,16 +14,22 @@ from cifar.evaluation import Evaluation
 from cifar.recipes import config_from_recipe
 from cifar.records.console import SYNTHETIC_WARNING, Console, print_test
 from tests.helpers.comparing import make_runs_tiny, tiny_dataset
-from tests.helpers.terminal import shown
 
 FLAGS = "--device cpu --wandb disabled"
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
 def test_terminal_shows_a_bar_between_whole_lines(tmp_path, monkeypatch):
     make_runs_tiny(monkeypatch, 2_000)
+    terminal = Terminal()
     flags = f"{FLAGS} --dataset synthetic --max-steps 450 --log-steps 150 --run-dir {tmp_path / 'run'}"
-    written = shown(lambda: train_ddp.main(flags.split()))
-    lines = [line.strip() for line in re.split(r"[\r\n]+", written)]
+    with redirect_stdout(terminal), redirect_stderr(terminal):
+        train_ddp.main(flags.split())
+    lines = [line.strip() for line in re.split(r"[\r\n]+", terminal.getvalue())]
     assert any(re.search(r"\d+%\|.*\[\d+:\d\d<\d+:\d\d, .*images/s\]", line) for line in lines)
     for step in (150, 300, 450):
         assert any(re.fullmatch(rf"\[1, {step:5d}\] loss: \d\.\d{{3}}", line) for line in lines), lines

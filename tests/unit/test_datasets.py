@@ -19,13 +19,10 @@ IMAGES_MUST = "images must be torch.uint8 [n, 3, 32, 32], with n > 0, not "
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"classes": ()}, "the class names must be non-empty and unique, not ()"),
         ({"classes": ("ant", "", "cat")}, "the class names must be non-empty and unique, not ('ant', '', 'cat')"),
         ({"classes": ("ant", "bee", "ant")}, "the class names must be non-empty and unique, not ('ant', 'bee', 'ant')"),
         ({"train": (IMAGES.float(), LABELS)}, f"training {IMAGES_MUST}torch.float32 [4, 3, 32, 32]"),
-        ({"test": (IMAGES[0, 0, 0, 0], LABELS)}, f"test {IMAGES_MUST}torch.uint8 []"),
         ({"train": (IMAGES.permute(0, 2, 3, 1), LABELS)}, f"training {IMAGES_MUST}torch.uint8 [4, 32, 32, 3]"),
-        ({"train": (IMAGES.numpy(), LABELS)}, f"training {IMAGES_MUST}uint8 [4, 3, 32, 32]"),
         ({"test": (IMAGES[:0], LABELS[:0])}, f"test {IMAGES_MUST}torch.uint8 [0, 3, 32, 32]"),
         ({"train": (IMAGES, LABELS.int())}, "training labels must be torch.int64 [4], not torch.int32 [4]"),
         ({"test": (IMAGES, LABELS[:3])}, "test labels must be torch.int64 [4], not torch.int64 [3]"),

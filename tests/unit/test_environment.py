@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 import sys
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from cifar.distributed.cpu import available_cores, threads_per_process
 from cifar.distributed.environment import Launch, known_launch, prepare_nccl
 from cifar.distributed.process import process_id
 from cifar.errors import UserError
-from tests.helpers.forking import fork, wait
 from tests.helpers.processes import ROOT, clean_environment, rank_variables, run
 
 
@@ -93,12 +91,6 @@ def test_process_id_depends_on_no_clock_and_no_host_name(monkeypatch):
     monkeypatch.setattr(psutil.Process, "create_time", lambda _: 0.0)  # as after a change of the clock
     monkeypatch.setattr("socket.gethostname", lambda: "renamed")
     assert process_id(os.getpid()) == before
-    child = fork(signal.pause)
-    assert process_id(child) != before
-    os.kill(child, signal.SIGKILL)
-    wait(child)
-    with pytest.raises((OSError, psutil.Error)):
-        process_id(child)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has /proc")
@@ -177,8 +169,8 @@ def test_nccl_makes_no_dumps_and_uses_no_nvls_unless_asked(monkeypatch):
 @pytest.mark.parametrize(
     "ignored",
     [
-        *("USE_FSDP=true", "USE_DEEPSPEED=true", "USE_MEGATRON_LM=true", "USE_PARALLELISM_CONFIG=true"),
-        *("DYNAMO_BACKEND=INDUCTOR", "GRADIENT_ACCUMULATION_STEPS=4", "MIXED_PRECISION=fp8"),
+        *("USE_FSDP=true", "USE_DEEPSPEED=true", "DYNAMO_BACKEND=INDUCTOR", "GRADIENT_ACCUMULATION_STEPS=4"),
+        "MIXED_PRECISION=fp8",
     ],
 )
 def test_accelerate_configuration_that_would_be_ignored_is_refused(environment, ignored):
@@ -200,7 +192,6 @@ def test_accelerate_configuration_that_would_be_ignored_is_refused(environment, 
         ("0::/not/mounted/here", {"cpu.max": "50000 100000"}, 1),
         ("2:cpuset:/\n1:cpu,cpuacct:/x", {"cpu/x/cpu.cfs_quota_us": "400000", "cpu/x/cpu.cfs_period_us": "100000"}, 4),
         ("1:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
-        ("1:memory:/", {"cpu.max": "100000 100000"}, 8),  # no CPU controller
         (None, {}, 8),
     ],
 )
@@ -217,18 +208,6 @@ def test_cores_of_a_container(monkeypatch, tmp_path, group, files, cores):
 def test_threads_per_process(environment, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert [threads_per_process(n) for n in (2, 3, 16)] == [4, 2, 1]
-    environment(OMP_NUM_THREADS=1)  # torchrun's default
-    assert threads_per_process(2) == 4
-    for users in ("3", "3,2", " 3 "):
+    for users, threads in (("1", 4), ("3", 3), ("3,2", 3), ("many", 4)):  # 1 is torchrun's default
         environment(OMP_NUM_THREADS=users)
-        assert threads_per_process(2) == 3
-    environment(OMP_NUM_THREADS="many")
-    assert threads_per_process(2) == 4
-
-
-def test_windows_is_refused_by_name():
-    code = "import sys; sys.platform = 'win32'; import cifar"
-    done = run([sys.executable, "-c", code], ROOT)
-    assert (done.returncode, done.stdout) == (1, "")
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("cifar-ddp runs on Linux and macOS: on Windows, use it in WSL")
+        assert threads_per_process(2) == threads

@@ -11,7 +11,6 @@ import PIL
 import psutil
 import pytest
 import torch
-from filelock import FileLock
 from PIL import Image
 
 import train_ddp
@@ -31,7 +30,7 @@ COLORS = {"ant": 40, "bee": 120, "cat": 200}
 
 
 def draw(path, level=0, size=(32, 32), **options):
-    """Write a picture whose pixels are `level` and, if they are many, noise."""
+    """Write a picture of noise, from `level` to `level + 49`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(level).integers(level, level + 50, (size[1], size[0], 3))
     Image.fromarray(pixels.astype(np.uint8)).save(path, **options)
@@ -78,8 +77,7 @@ def expected(folder, split, names=tuple(COLORS)):
 @pytest.fixture
 def decodings(monkeypatch):
     """Return how many files each decoding has had, as they come."""
-    numbers = []
-    decode = picture_cache._decode
+    numbers, decode = [], picture_cache._decode
 
     def spy(data_dir, files):
         numbers.append(len(files))
@@ -109,13 +107,7 @@ def test_files_that_count(folder, ant, tmp_path):
     (ant / "drawing.eps").write_text("text")
     (ant / "picture").write_bytes((ant / "0.png").read_bytes())
     os.mkfifo(ant / "pipe.png")
-    for place in (
-        "train/ant/.hidden.png",
-        "train/ant/.hidden/x.png",
-        "train/.hidden/x.png",
-        "train/x.png",
-        "other/x.png",
-    ):
+    for place in ("train/ant/.hidden.png", "train/ant/.hidden/x.png", "train/.hidden/x.png", "train/x.png", "x/x.png"):
         draw(folder / place)
     (ant / "around").symlink_to(ant)
     (ant / "up").symlink_to(folder)
@@ -157,7 +149,7 @@ def test_a_tenth_is_held_out_by_the_names(folder, ant, tmp_path):
     assert sorted(contents(before.train) + contents(before.test)) == expected(folder, "train")
     # A model that starts from the first images (`Data.sample`) sees a random sample of all classes.
     assert before.train[1][:60].bincount(minlength=3).min() >= 10
-    # Neither new pictures nor another place move any.
+    # Neither new pictures nor another place moves any.
     for k in range(100, 130):
         draw(ant / f"{k}.png", k)
     after = load(folder.rename(tmp_path / "moved"))
@@ -165,16 +157,15 @@ def test_a_tenth_is_held_out_by_the_names(folder, ant, tmp_path):
     assert set(contents(before.test)) < set(contents(after.test))
 
 
-@pytest.mark.parametrize(("low", "sizes"), [(False, (3, 1)), (True, (1, 3))])
+@pytest.mark.parametrize(("low", "sizes"), [(False, [3, 3, 3, 1, 1, 1]), (True, [1, 1, 1, 3, 3, 3])])
 def test_small_classes_have_training_and_test_pictures(tmp_path, low, sizes):
     """Also where no name, or each name, has a hash that holds it out."""
-    names = [name for name in map("{}.png".format, range(999)) if is_held_out(name) == low][:4]
+    names = [f"{k}.png" for k in range(999) if is_held_out(f"{k}.png") == low][:4]
     for label in COLORS:
         for k, name in enumerate(names):
             draw(tmp_path / "train" / label / name, k)
     dataset = load(tmp_path)
-    assert dataset.train[1].bincount().tolist() == [sizes[0]] * 3
-    assert dataset.test[1].bincount().tolist() == [sizes[1]] * 3
+    assert [*dataset.train[1].bincount().tolist(), *dataset.test[1].bincount().tolist()] == sizes
 
 
 # Mistakes
@@ -210,7 +201,6 @@ NUMBER = "{}/train must hold 2 to 1,000 directories, one for each class, not "
         (shutil.rmtree, "there is no {}/train: --dataset folder reads the pictures in {}/train/CLASS"),
         (remove("train/ant", "train/cat"), NUMBER + "1"),
         (lambda folder: [(folder / "train" / f"{k}").mkdir() for k in range(1001)], NUMBER + "1,004"),
-        (remove("test/bee"), "only one of {}/train and {}/test has the class bee: both must"),
         (remove("train/bee"), "only one of {}/train and {}/test has the class bee: both must"),
         (lambda folder: [path.unlink() for path in (folder / "test" / "bee").iterdir()],
          "there is no picture in {}/test/bee: add some, or remove the class"),
@@ -222,14 +212,6 @@ NUMBER = "{}/train must hold 2 to 1,000 directories, one for each class, not "
 def test_mistakes(folder, change, message):
     change(folder)
     assert refusal(folder) == message.replace("{}", str(folder))
-
-
-def test_unreadable_folder_is_a_mistake(folder, ant, monkeypatch):
-    def scandir(path):
-        raise PermissionError(13, "Permission denied", os.fspath(path))
-
-    monkeypatch.setattr(os, "scandir", scandir)
-    assert refusal(folder) == f"cannot read {folder}: [Errno 13] Permission denied: '{ant}'"
 
 
 def test_one_percent_is_left_out_and_named_each_time(folder, capfd, decodings, monkeypatch):
@@ -251,22 +233,6 @@ def test_one_percent_is_left_out_and_named_each_time(folder, capfd, decodings, m
     broken(folder / "train" / "bee" / "w.png")
     broken(folder / "train" / "bee" / "z.png")
     assert refusal(folder).startswith(f"4 of the 302 pictures in {folder} cannot be read, more than 1 %")
-
-
-def test_picture_that_can_be_read_later_is_decoded(folder, decodings, monkeypatch):
-    """Such as one whose permissions have been mended: its size and time are the same."""
-
-    def fail_once(path):
-        if path.name == "more-0.png":
-            raise UserError(f"{path} cannot be read as a picture: Permission denied")
-        return read_image(path)
-
-    padded(folder, 100)
-    with monkeypatch.context() as patched:
-        patched.setattr(picture_cache, "read_image", fail_once)
-        assert load(folder).note == "1 unreadable left out"
-    assert load(folder).note == ""
-    assert decodings == [100, 100]
 
 
 # The cache
@@ -295,16 +261,11 @@ def test_pictures_are_decoded_again_once_one_has_changed(folder, ant, decodings,
     assert traces(folder) == before, "written without need"
     assert len(decodings) == 1
     change(ant)
+    with pytest.raises(UserError, match="have changed while they were read: start again"):
+        load_folder(folder)  # without the preparation of this start
     for _ in range(2):
         assert contents(load(folder).train) == expected(folder, "train")
     assert len(decodings) == 2
-
-
-def test_pictures_that_change_meanwhile(folder, ant):
-    prepare_folder(folder)
-    draw(ant / "new.png")
-    with pytest.raises(UserError, match="have changed while they were read: start again"):
-        load_folder(folder)
 
 
 def test_killed_worker_is_one_line(folder, monkeypatch):
@@ -316,20 +277,15 @@ def test_workers_end_with_the_process_that_is_killed(folder, monkeypatch):
     """Else they would wait for work, and hold its lock, for ever."""
     padded(folder, 200)
     monkeypatch.setattr(picture_cache, "available_cores", lambda: 2)
-    with monkeypatch.context() as patched:
-        patched.setattr(picture_cache, "read_image", lambda path: time.sleep(0.1) or read_image(path))
-        child = fork(lambda: prepare_folder(folder))
-    process, deadline = psutil.Process(child), time.monotonic() + 30
+    monkeypatch.setattr(picture_cache, "read_image", lambda path: time.sleep(0.1) or read_image(path))
+    process = psutil.Process(fork(lambda: prepare_folder(folder)))
+    deadline = time.monotonic() + 30
     while len(process.children()) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     workers = process.children()
     process.kill()
-    assert wait(child) == -9
-    left = left_of(workers, timeout=10)
-    for worker in left:
-        worker.kill()
-    assert (len(workers), left) == (2, [])
-    assert contents(load(folder).test) == expected(folder, "test")
+    assert wait(process.pid) == -9
+    assert (len(workers), left_of(workers, timeout=10)) == (2, [])
 
 
 def test_flipped_bits_change_no_pixel(folder, decodings):
@@ -408,20 +364,6 @@ def test_pixels_are_kept_in_the_users_cache(folder, ant, tmp_path, decodings, mo
     place.unlink()
     failing_places.append(place.parent)
     assert refusal(folder) == f"the decoded pictures cannot be written to {folder / CACHE} or {place} ({error})"
-
-
-def test_launches_take_turns(folder, capfd):
-    """The second waits for the first, says so, and decodes nothing."""
-    files = list_files(folder)
-    place = picture_cache._places(folder)[0]
-    with FileLock(f"{place}.lock"):
-        child, text = fork(lambda: prepare_folder(folder), seconds=30), ""
-        while "waiting for another process" not in text and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
-            text += capfd.readouterr().out
-            time.sleep(0.05)
-        picture_cache._write(place, files, picture_cache._decode(folder, files))
-    assert wait(child) == 0
-    assert (text + capfd.readouterr().out).count("decoding ") == 1
 
 
 # In a run

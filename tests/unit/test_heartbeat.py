@@ -6,7 +6,7 @@ import re
 import signal
 import socket
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 
 import pytest
@@ -26,15 +26,15 @@ class Ranks:
     Neither ever ends its step. SIGUSR2 makes a rank announce a clean exit.
     """
 
-    def __init__(self, store_of_rank_zero, in_epoch=None):
+    def __init__(self, store_of_rank_zero=False, in_epoch=None):
         self._in_epoch = in_epoch
         self.port = free_port()
         self.pids = [fork(lambda rank=rank: self._run(rank, store_of_rank_zero)) for rank in range(2)]
-        self._store = self._connect(not store_of_rank_zero)
+        self.store = self._connect(not store_of_rank_zero)
         self.wait_for("ready/0", "ready/1")
 
     def wait_for(self, *keys):
-        self._store.wait(list(keys), timedelta(seconds=30))
+        self.store.wait(list(keys), timedelta(seconds=30))
 
     def _connect(self, serve):
         return dist.TCPStore("127.0.0.1", self.port, is_master=serve, wait_for_workers=False)
@@ -61,11 +61,6 @@ class Ranks:
             while True:
                 time.sleep(0.1)
 
-    def say_on_another_host(self, key):
-        """Set a key of the heartbeats' store, whose prefix is the first value that rank zero gathered."""
-        prefix = json.loads(self._store.get("0/0"))
-        dist.PrefixStore(f"heartbeat/{prefix}", self._store).set(key, "")
-
     def kill(self):
         for pid in self.pids:
             with suppress(ProcessLookupError, ChildProcessError):
@@ -76,15 +71,14 @@ class Ranks:
 @pytest.fixture
 def start():
     """Start two ranks in the test itself: pytest's capfd has other files for the setup."""
-    started = []
+    with ExitStack() as started:
 
-    def start_ranks(**options):
-        started.append(Ranks(**options))
-        return started[-1]
+        def start_ranks(**options):
+            ranks = Ranks(**options)
+            started.callback(ranks.kill)
+            return ranks
 
-    yield start_ranks
-    for ranks in started:
-        ranks.kill()
+        yield start_ranks
 
 
 @pytest.mark.parametrize(
@@ -108,7 +102,7 @@ def test_frozen_rank_is_named_and_killed(start, store_of_rank_zero, victim, capf
 @pytest.mark.parametrize("in_epoch", [True, False])
 def test_ranks_that_hang_in_a_step_are_located(start, in_epoch, capfd):
     """After the last step of an epoch, a test follows, which may take long."""
-    start(store_of_rank_zero=False, in_epoch=in_epoch)
+    start(in_epoch=in_epoch)
     time.sleep(1.5 * TIMEOUT)
     place = r"tests/unit/test_heartbeat.py:\d+ \(_run\)"
     words = r"WARNING: step 8 has not ended for 2 s \(--timeout 2 ends the run\): "
@@ -118,15 +112,16 @@ def test_ranks_that_hang_in_a_step_are_located(start, in_epoch, capfd):
 
 def test_rank_learns_from_another_host_that_a_peer_is_gone(start):
     """It cannot see the processes there."""
-    ranks = start(store_of_rank_zero=False)
-    ranks.say_on_another_host("gone")
+    ranks = start()
+    prefix = json.loads(ranks.store.get("0/0"))  # the first value that rank zero gathered
+    dist.PrefixStore(f"heartbeat/{prefix}", ranks.store).set("gone", "")
     os.kill(ranks.pids[0], signal.SIGTERM)
     assert wait(ranks.pids[0]) == 1
 
 
 def test_rank_whose_peer_was_killed_quits_at_the_stop_signal(start, capfd):
     """As NCCL's kernels do, its step waits for the other rank forever."""
-    ranks = start(store_of_rank_zero=False)
+    ranks = start()
     os.kill(ranks.pids[1], signal.SIGKILL)
     began = time.monotonic()
     os.kill(ranks.pids[0], signal.SIGTERM)
@@ -136,7 +131,7 @@ def test_rank_whose_peer_was_killed_quits_at_the_stop_signal(start, capfd):
 
 
 def test_rank_that_has_left_in_order_is_not_missed(start):
-    ranks = start(store_of_rank_zero=False)
+    ranks = start()
     os.kill(ranks.pids[1], signal.SIGUSR2)
     ranks.wait_for("stopped/1")
     os.kill(ranks.pids[1], signal.SIGSTOP)  # no more heartbeats

