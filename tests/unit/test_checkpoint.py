@@ -82,16 +82,7 @@ def test_malicious_file_is_refused_and_not_executed(tmp_path, form):
 
 
 @pytest.mark.parametrize(
-    "value",
-    [
-        [1, 2],
-        {},
-        small() | {"config": []},
-        small() | {"state": 1},
-        small() | {"dataset": None},
-        small() | {"classes": "abc"},
-        {"config": {}, "dataset": "", "state": {}},
-    ],
+    "value", [[1, 2], {}, *(small() | {key: 1} for key in ("config", "state", "dataset", "classes"))]
 )
 def test_other_content_is_refused(tmp_path, value):
     (tmp_path / "c.pt").write_bytes(zip_of(value))
@@ -99,18 +90,10 @@ def test_other_content_is_refused(tmp_path, value):
         load_checkpoint(tmp_path / "c.pt")
 
 
-def test_unreadable_path_is_refused(tmp_path):
-    for path, reason in ((tmp_path, "Is a directory"), (tmp_path / "none.pt", "No such file or directory")):
-        with pytest.raises(UserError) as refused:
-            load_checkpoint(path)
-        assert str(refused.value) == f"{path}: {reason}"
-
-
 def test_later_format_is_refused(tmp_path):
-    path = checkpoint_path(tmp_path, 2)
-    path.parent.mkdir()
+    (tmp_path / "checkpoints").mkdir()
     save_checkpoint(checkpoint_path(tmp_path, 1), small())
-    save_checkpoint(path, small() | {"format": 3})
+    save_checkpoint(checkpoint_path(tmp_path, 2), small() | {"format": 3})
     with pytest.raises(UserError, match=r"step-00000002.pt has checkpoint format 3: load it with a later version"):
         newest_checkpoint(tmp_path)  # resuming from an earlier one would lose steps
 
@@ -129,25 +112,28 @@ def test_weights_of_another_model_are_refused(tmp_path):
             load_weights(build_model("net", 10), saved | {"state": state}, "net", path)
 
 
+def newest_of(run_dir):
+    """Return the path of the newest valid checkpoint, and the paths of the corrupt ones that are newer."""
+    newest, corrupt = newest_checkpoint(run_dir)
+    assert newest is not None
+    assert same(newest[1], small())
+    return newest[0], [Path(reason.split(": ")[0]) for reason in corrupt]
+
+
 def test_newest_valid_checkpoint_wins_and_corrupt_ones_are_named(tmp_path):
-    paths = [checkpoint_path(tmp_path, step) for step in (5, 99_999_999, 100_000_000)]
-    paths[0].parent.mkdir()
+    old, newer, newest = (checkpoint_path(tmp_path, step) for step in (5, 99_999_999, 100_000_000))
+    old.parent.mkdir()
     assert newest_checkpoint(tmp_path) == (None, [])
-    for path in paths:
+    for path in (old, newer, newest):
         save_checkpoint(path, small())
-    found, corrupt = newest_checkpoint(tmp_path)
-    assert found is not None
-    assert (found[0], corrupt) == (paths[2], [])
+    assert newest_of(tmp_path) == (newest, [])
 
-    paths[2].write_bytes(paths[2].read_bytes()[:-100])
-    paths[1].write_bytes(b"")
-    (tmp_path / "checkpoints" / ".step-99999999.pt.1.tmp").write_bytes(b"half")
-    found, corrupt = newest_checkpoint(tmp_path)
-    assert found is not None
-    assert found[0] == paths[0]
-    assert [reason.split(": ")[0] for reason in corrupt] == [str(paths[2]), str(paths[1])]
+    newest.write_bytes(newest.read_bytes()[:-100])
+    newer.write_bytes(b"")
+    (old.parent / ".step-99999999.pt.1.tmp").write_bytes(b"half")
+    assert newest_of(tmp_path) == (old, [newest, newer])
 
-    paths[0].unlink()
+    old.unlink()
     with pytest.raises(UserError, match=r"no checkpoint there is valid; .*100000000.*; .*99999999"):
         newest_checkpoint(tmp_path)
 
@@ -167,14 +153,9 @@ def test_process_killed_between_any_two_system_calls_leaves_a_valid_newest_check
         last = killed_at == len(moments)
         assert wait(child) == (0 if last else -signal.SIGKILL)
         assert passed == moments[: killed_at + 1]
-        found, corrupt = newest_checkpoint(tmp_path)
-        assert corrupt == []
-        assert found is not None
-        assert found[0] == (second if "after rename" in passed else first), passed
-        assert same(found[1], small())
-        for path in first.parent.iterdir():
-            if path != first:
-                path.unlink()
+        assert newest_of(tmp_path) == (second if "after rename" in passed else first, []), passed
+        for path in {*first.parent.iterdir()} - {first}:
+            path.unlink()
 
 
 def save_and_die(path, killed_at, pipe):
@@ -246,8 +227,3 @@ def test_evaluate_prints_the_accuracy_of_the_run(tmp_path, monkeypatch, capsys):
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "of 200 correct" in line]
     assert line in trained.splitlines()
     assert sorted(tmp_path.rglob("*")) == before
-
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"step-00000004.pt: corrupt, or not a checkpoint") as refused:
-        train_ddp.main(["--device", "cpu", "--dataset", "synthetic", "--evaluate", str(path)])
-    assert refused.value.status == 2
