@@ -47,7 +47,7 @@ def test_flipped_bit_never_changes_a_tensor(tmp_path):
     path = tmp_path / "c.pt"
     save_checkpoint(path, small())
     raw = path.read_bytes()
-    bits = {8 * place + place % 8 for place in range(len(raw))}
+    bits = {8 * place + place % 8 for place in range(0, len(raw), 3)}
     # Every bit of the tensor's entry in the directory: one there makes torch.load leave the tensor uninitialized.
     entry = raw.rindex(b"archive/data/0") - 46
     bits |= set(range(8 * entry, 8 * (entry + 60)))
