@@ -4,17 +4,17 @@ import contextlib
 import io
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from cifar.checkpoint import load_checkpoint
 from cifar.data import normalize
 from cifar.errors import UserError
 from cifar.export import FORMATS, main
-from cifar.models import MODELS, build_model
-from cifar.models.speed import SpeedNet
+from cifar.models import build_model
 from tests.helpers.checkpoints import content, save_weights
+from tests.helpers.comparing import traces
 from tests.helpers.exported import NAME, example, follow
 
 CLASSES = ["Käfer", 'a "dog"', "ship"]
@@ -97,32 +97,6 @@ def test_program_refuses_other_images(exported):
         program(torch.rand(2, 3, 32, 32))
 
 
-def test_batchnorm_uses_its_running_statistics(tmp_path, monkeypatch):
-    """Also of one image; exporting a model that is in training mode."""
-    monkeypatch.setitem(MODELS, "tiny", lambda classes: SpeedNet(classes, widths=(4, 8, 8), depth=3))
-    torch.manual_seed(0)
-    model = build_model("tiny", 2)
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.uniform_(-1, 1)
-            module.running_var.uniform_(0.5, 2)
-    main([save_weights(tmp_path / f"{NAME}.pt", model, "tiny", classes=["a", "b"])])
-    images = random_images(5)
-    with torch.no_grad():
-        wanted = model.eval()(normalize(images))
-    torch.testing.assert_close(follow("pt2", tmp_path, images)[0], wanted, atol=1e-6, rtol=0)
-    torch.testing.assert_close(follow("pt2", tmp_path, images[:1])[0], wanted[:1], atol=1e-6, rtol=0)
-
-
-def test_weights_are_those_of_the_checkpoint(exported):
-    from safetensors.torch import load_file
-
-    weights = load_checkpoint(exported[0] / f"{NAME}.pt")["state"]["model"]
-    loaded = load_file(exported[0] / f"{NAME}.safetensors")
-    assert loaded.keys() == weights.keys()
-    assert all(torch.equal(loaded[name], weights[name]) for name in weights)
-
-
 def test_out_is_replaced(tmp_path, model, capsys):
     checkpoint = save_weights(tmp_path / "c.pt", model, dataset="synthetic", classes=CLASSES)
     (out := tmp_path / "x.safetensors").write_text("old")
@@ -146,23 +120,27 @@ def test_config_is_that_of_the_run_without_its_paths(tmp_path):
     assert config.items() < saved["config"].items()
 
 
-def test_mistakes(tmp_path, model):
-    checkpoint = save_weights(tmp_path / "c.pt", model, classes=CLASSES)
-    unknown = save_weights(tmp_path / "unknown.pt", model, "resnet", classes=CLASSES)
-    short, itself = ["--format", "safetensors"], save_weights(tmp_path / "c.safetensors", model, classes=CLASSES)
-    for argv, reason in (
-        ([checkpoint, "--out", checkpoint], r"does not end in \.pt2: rename it"),
-        ([checkpoint, "--out", str(tmp_path / "x.onnx")], "another --format"),
-        ([checkpoint, *short, "--out", str(tmp_path / "nowhere" / "x.safetensors")], "No such .*: name another file"),
-        ([itself, *short], "is the checkpoint itself: name another file"),
-        ([str(tmp_path / "missing.pt")], "No such file"),
-        ([__file__], "not a checkpoint"),
-        ([unknown], "'resnet', which this version does not have"),
-    ):
-        with pytest.raises(UserError, match=reason) as caught:
-            main(argv)
-        assert "\n" not in str(caught.value)
-    assert {path.name for path in tmp_path.iterdir()} == {"c.pt", "c.safetensors", "unknown.pt"}
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        ("c.pt --out c.pt", r"does not end in \.pt2: rename it"),
+        ("c.pt --out x.onnx", "another --format"),
+        ("c.pt --format safetensors --out nowhere/x.safetensors", "No such .*: name another file"),
+        ("c.safetensors --format safetensors", "is the checkpoint itself: name another file"),
+        ("missing.pt", "No such file"),
+        ("unknown.pt", "'resnet', which this version does not have"),
+    ],
+)
+def test_mistakes(tmp_path, monkeypatch, model, argv, reason):
+    monkeypatch.chdir(tmp_path)
+    for name in ("c.pt", "c.safetensors"):
+        save_weights(Path(name), model, classes=CLASSES)
+    save_weights(Path("unknown.pt"), model, "resnet", classes=CLASSES)
+    before = traces(tmp_path)
+    with pytest.raises(UserError, match=reason) as caught:
+        main(argv.split())
+    assert "\n" not in str(caught.value)
+    assert traces(tmp_path) == before
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])
