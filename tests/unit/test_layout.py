@@ -59,23 +59,20 @@ def test_only_explain_imports_the_script():
 
 
 def files_that_mention(*names: str) -> set[str]:
+    """Return the modules that import one of `names`, or that use one as an attribute of a module."""
+
+    def mentioned(node: ast.AST) -> set[str]:
+        if isinstance(node, ast.Attribute):
+            return {f"{getattr(node.value, 'id', '')}.{node.attr}"}
+        if isinstance(node, ast.Import):
+            return {alias.name for alias in node.names}
+        return {f"{node.module}"} if isinstance(node, ast.ImportFrom) else set()
+
     trees = {module: ast.walk(ast.parse(path.read_text())) for module, path in FILES.items()}
-    return {
-        module
-        for module, nodes in trees.items()
-        if any(
-            (isinstance(node, ast.Attribute) and f"{getattr(node.value, 'id', '')}.{node.attr}" in names)
-            or (isinstance(node, ast.Import) and any(alias.name in names for alias in node.names))
-            or (isinstance(node, ast.ImportFrom) and node.module in names)
-            for node in nodes
-        )
-    }
+    return {module for module, nodes in trees.items() if any(mentioned(node) & set(names) for node in nodes)}
 
 
-def test_only_these_read_the_environment():
+def test_only_these_read_the_environment_and_the_command_line():
     readers = files_that_mention("os.environ", "os.getenv", "os.environb")
     assert readers <= {"cifar.cli", "cifar.distributed.environment", "cifar.records.wandb_logger"}
-
-
-def test_only_these_read_the_command_line():
     assert files_that_mention("sys.argv", "tyro.cli", "argparse") == {"cifar.cli", "cifar.command"}
