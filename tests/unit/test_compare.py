@@ -77,18 +77,6 @@ def test_picture_and_table_of_a_directory_of_runs(tmp_path, capsys):
         assert (pixels == color).all(2).any(), "each run has a line"
 
 
-def test_damaged_lines_cost_one_warning(tmp_path, capsys):
-    whole, damaged = make(tmp_path, "whole", [0.5, 0.75]), make(tmp_path, "damaged", [0.5, 0.75])
-    lines = (damaged / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    lines[1:1] = [b'{"step": 6, "x": "\xff"}\n', b"null\n", b"\n", bytes(99) + b"\n"]
-    (damaged / "metrics.jsonl").write_bytes(b"".join(lines) + b'{"step": 30, "test/acc')
-    main([str(whole), str(damaged), "--out", str(tmp_path / "out.png")])
-    first, *rows = capsys.readouterr().out.splitlines()
-    assert first == f"WARNING: damaged lines left out of {damaged / 'metrics.jsonl'}: 4 of 10"
-    assert rows[1].removesuffix("whole (not finished)") == rows[2].removesuffix("damaged (not finished)")
-    assert len(rows) == 4
-
-
 @pytest.mark.parametrize(
     ("name", "content"),
     [

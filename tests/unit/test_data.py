@@ -14,7 +14,7 @@ from cifar import data
 from cifar.augment import CropFlip, derive_seed
 from cifar.batch_plan import BatchPlan
 from cifar.config import TrainConfig
-from cifar.data import BatchedDistributedSampler, Data, DeviceImages, EvalLoader, TrainLoader, load_data, normalize
+from cifar.data import BatchedDistributedSampler, Data, DeviceImages, TrainLoader, load_data, normalize
 from cifar.datasets import choice
 from cifar.datasets.cifar10 import CLASSES
 from cifar.datasets.download import UnavailableError
@@ -108,18 +108,6 @@ def test_augmentation_is_the_same_at_every_world_size():
             loader.set_epoch(3)
             for images, labels in chain.from_iterable(loader):
                 assert torch.equal(images, normalize(expected(DATASET.images[labels], labels)))
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_eval_loaders_cover_each_image_once(world_size, monkeypatch):
-    monkeypatch.setattr(data, "EVAL_BATCH_SIZE", 64)
-    shards = [list(EvalLoader(DATASET, rank, world_size)) for rank in range(world_size)]
-    labels = torch.cat([labels for shard in shards for _, labels in shard])
-    assert torch.equal(labels.sort().values, torch.arange(SIZE))
-    sizes = [sum(len(labels) for _, labels in shard) for shard in shards]
-    assert max(sizes) - min(sizes) <= 1
-    images, own = shards[-1][0]
-    assert torch.equal(images, normalize(DATASET.images[own]))
 
 
 def test_normalize_equals_torchvision_bit_for_bit():

@@ -8,7 +8,6 @@ from torch import nn
 
 from cifar.batch_plan import BatchPlan
 from cifar.cli import parse_args
-from cifar.config import TrainConfig
 from cifar.models import build_model
 from cifar.optim import Muon, build_optimizer, learning_rate, orthogonalize, orthogonalize_filters, set_learning_rate
 from cifar.recipes import config_from_recipe
@@ -125,23 +124,3 @@ def test_skipped_update_leaves_no_trace(recipe):
     assert torch.equal(weights(scale=1, skip=2), weights(scale=1, skip=0))
     assert torch.equal(weights(scale=1024, skip=2), weights(scale=1, skip=0))
     assert weights(scale=1, skip=0).isfinite().all()
-
-
-def test_momentum_from_zeros_equals_torchs_first_update(nets):
-    ours = build_optimizer(nets[0], TrainConfig(lr=0.1, momentum=0.9))
-    theirs = torch.optim.SGD(nets[1].parameters(), 0.1, 0.9, fused=True)
-    assert torch.equal(trained(ours, nets[0]), trained(theirs, nets[1]))
-
-
-def test_momentum_is_loaded_into_the_layout_of_its_parameter():
-    """As when a run with batches of 4, whose layout is contiguous on a CPU, resumes with larger ones."""
-    layouts = (torch.contiguous_format, torch.channels_last)
-    nets = [build_model("net", 10).to(memory_format=layout) for layout in layouts]
-    nets[1].load_state_dict(nets[0].state_dict())
-    plain, channels_last = (build_optimizer(net, TrainConfig(lr=0.1)) for net in nets)
-    trained(plain, nets[0], steps=1)
-    nets[1].load_state_dict(nets[0].state_dict())
-    channels_last.load_state_dict(copy.deepcopy(plain.state_dict()))
-    for parameter, state in channels_last.state.items():
-        assert state["momentum_buffer"].stride() == parameter.stride()
-    assert torch.allclose(trained(channels_last, nets[1], steps=1), trained(plain, nets[0], steps=1), atol=1e-6)

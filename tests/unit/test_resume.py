@@ -1,6 +1,5 @@
 """Resume: from any step to the same bits; changes are printed; what cannot continue is refused."""
 
-import copy
 import dataclasses
 import json
 import re
@@ -17,6 +16,7 @@ from cifar.datasets import DATASETS
 from cifar.distributed.preemption import StopAgreement
 from cifar.errors import StoppedError, UserError
 from cifar.models import MODELS
+from cifar.models.net import Net
 from tests.helpers.comparing import make_runs_tiny, numbers, same, tiny_dataset, traces
 from tests.helpers.processes import records, result
 
@@ -73,32 +73,21 @@ def assert_same_run(run_dir, undisturbed):
     assert {k: v for k, v in mine.items() if k not in clock} == {k: v for k, v in theirs.items() if k not in clock}
 
 
-@pytest.fixture
-def stop_after(monkeypatch):
-    """Return a function that lets each run be asked to stop after so many steps of its own."""
+class Asked(StopAgreement):
+    """The process is asked to stop in its first step."""
 
-    def ask(count):
-        class Asked(StopAgreement):
-            steps_taken = 0
-
-            def after_step(self):
-                self.steps_taken += 1
-                if self.steps_taken == count:
-                    self._request.name = "SIGTERM"
-                return super().after_step()
-
-        monkeypatch.setattr("cifar.run.StopAgreement", Asked)
-
-    return ask
+    def after_step(self):
+        self._request.name = "SIGTERM"
+        return super().after_step()
 
 
 @pytest.mark.parametrize("flags", [RUN, pytest.param(MUON, marks=pytest.mark.slow)], ids=["sgd", "muon"])
-def test_stopped_after_every_step(undisturbed, tmp_path, stop_after, flags, capsys):
-    if flags is MUON:
-        undisturbed = tmp_path / "undisturbed"
-        train_ddp.main([*flags, "--run-dir", str(undisturbed)])
-    run_dir = tmp_path / "run"
-    stop_after(1)
+def test_stopped_after_every_step(tmp_path, monkeypatch, flags, capsys):
+    """Each process trains a step; also of random layers, which must draw the same."""
+    monkeypatch.setitem(MODELS, "net", lambda classes: nn.Sequential(nn.Dropout(0.1), Net(classes)))
+    undisturbed, run_dir = tmp_path / "undisturbed", tmp_path / "run"
+    train_ddp.main([*flags, "--run-dir", str(undisturbed)])
+    monkeypatch.setattr("cifar.run.StopAgreement", Asked)
     with pytest.raises(StoppedError) as stopped:
         train_ddp.main([*flags, "--run-dir", str(run_dir)])
     assert str(stopped.value) == f"Stopped by SIGTERM after step 1 of {LAST}; to continue: --resume {run_dir}"
@@ -110,19 +99,6 @@ def test_stopped_after_every_step(undisturbed, tmp_path, stop_after, flags, caps
         assert max(checkpoints(run_dir)) == step
         assert not (run_dir / "result.json").exists()
     resume(run_dir)  # asked to stop after its last step, a run has finished
-    assert_same_run(run_dir, undisturbed)
-
-
-def test_random_layers_draw_the_same_after_a_resume(tmp_path, monkeypatch, stop_after):
-    layers = nn.Flatten(), nn.Dropout(), nn.Linear(3072, 10)
-    monkeypatch.setitem(MODELS, "net", lambda _: nn.Sequential(*copy.deepcopy(layers)))
-    undisturbed, run_dir = tmp_path / "undisturbed", tmp_path / "run"
-    train_ddp.main([*RUN, "--run-dir", str(undisturbed)])
-    stop_after(7)
-    with pytest.raises(StoppedError):
-        train_ddp.main([*RUN, "--run-dir", str(run_dir)])
-    stop_after(None)
-    resume(run_dir)
     assert_same_run(run_dir, undisturbed)
 
 
