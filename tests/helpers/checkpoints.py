@@ -1,6 +1,5 @@
 """Checkpoints to write and to corrupt, and a dataset small enough to train on in a test."""
 
-import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -46,13 +45,6 @@ def save_weights(
 def small() -> dict[str, Any]:
     """Return a checkpoint of few bytes."""
     return {"format": FORMAT, "config": {}, "dataset": "", "classes": ["a"], "state": {"x": torch.arange(1, 9)}}
-
-
-def zip_of(value: Any) -> bytes:
-    """Return what torch.save writes."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
 
 
 def flip_bits(path: Path, bits: Iterable[int]) -> tuple[int, list[int]]:

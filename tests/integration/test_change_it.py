@@ -83,14 +83,6 @@ def test_readme_command_trains_the_examples(changed):
     assert "plane" not in text
 
 
-def test_help_lists_the_new_names(changed):
-    text = run_in(changed, "train_ddp.py", "--help")
-    for flag, name in {"recipe": "mlp", "model": "mlp", "dataset": "arrays"}.items():
-        choices = re.search(rf"--{flag} {{(.*?)}}", text, re.S)
-        assert choices is not None
-        assert name in re.split(r"[,\W]+", choices[1])
-
-
 def test_debugger(changed):
     """`python -m pdb train_ddp.py` stops at a line of the script."""
     lines = (ROOT / "train_ddp.py").read_text().splitlines()

@@ -19,6 +19,7 @@ from cifar.records.run_dir import check_unused
 from cifar.resume import find_own_run
 from cifar.run import Run
 from tests.helpers.comparing import make_runs_tiny
+from tests.helpers.processes import result
 
 FLAGS = "--device cpu --dataset synthetic --wandb disabled --local-batch-size 20 --max-steps 2 --checkpoint-steps 1"
 
@@ -125,7 +126,6 @@ def test_loop_over_seeds_goes_on_where_a_restart_interrupted_it(monkeypatch, cap
     capsys.readouterr()
     program()
     runs = sorted(Path("runs").iterdir())
-    assert [read_config(run_dir).seed for run_dir in runs] == [0, 1, 2]
-    assert all((run_dir / "result.json").exists() for run_dir in runs)
+    assert [result(run_dir)["seed"] for run_dir in runs] == [0, 1, 2]
     assert crashed == [runs[1]]
     assert capsys.readouterr().out.startswith(f"the run in {runs[0]} has finished\n")

@@ -58,26 +58,9 @@ def test_sgd_update(net, images, runtime):
     assert loss.item() < 2.3
 
 
-def test_without_zero_grad_earlier_gradients_are_repeated(net, images, runtime):
-    """4, first half."""
-
-    def weights(steps, zero_grad=True):
-        own = copy.deepcopy(net)
-        optimizer = build_optimizer(own, TrainConfig(lr=0.1, momentum=0))
-        if not zero_grad:
-            optimizer.zero_grad = lambda: None
-        for rows in torch.arange(16).split(8)[:steps]:
-            train_step(own, [images[rows]], 8, optimizer, runtime)
-        return flat(own)
-
-    right, wrong = weights(2), weights(2, zero_grad=False)
-    assert not torch.allclose(right, wrong, atol=1e-4)
-    assert torch.allclose(wrong, right + weights(1) - flat(net), atol=1e-6)
-
-
 @pytest.mark.parametrize("sizes", [8, [11, 11, 10], [20, 12]])
 def test_micro_batches_of_any_sizes_equal_one_batch(net, images, runtime, sizes):
-    """4, second half."""
+    """4."""
 
     def trained(sizes):
         own = copy.deepcopy(net)
