@@ -108,21 +108,13 @@ def test_infinite_loss_is_nan(synthetic, runtime, broken):
     assert got.total == 1_000
 
 
-def made(labels, predicted, confidence):
-    losses = torch.zeros(len(labels))
-    return Evaluation(losses, torch.tensor(labels), torch.tensor(predicted), torch.tensor(confidence), tuple("abcd"))
-
-
-def test_confusion_and_class_accuracies():
-    got = made([0, 1, 2, 0, 1, 2], [0, 1, 2, 1, 1, 2], [0.5] * 6)
-    assert got.confusion().tolist() == [[1, 1, 0, 0], [0, 2, 0, 0], [0, 0, 2, 0], [0, 0, 0, 0]]
-    # d has no images.
-    assert got.class_accuracies() == pytest.approx({"a": 0.5, "b": 1.0, "c": 1.0, "d": math.nan}, nan_ok=True)
-    assert got.accuracy == 5 / 6
-
-
-def test_most_confidently_wrong():
-    got = made([0, 0, 0, 0], [1, 0, 2, 3], [0.3, 0.9, 0.8, 0.5])
+def test_confusion_class_accuracies_and_most_confidently_wrong():
+    labels, predicted = torch.tensor([0, 0, 0, 0, 1]), torch.tensor([1, 0, 2, 3, 1])
+    got = Evaluation(torch.zeros(5), labels, predicted, torch.tensor([0.3, 0.9, 0.8, 0.5, 1.0]), tuple("abcd"))
+    assert got.confusion().tolist() == [[1, 1, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    expected = {"a": 0.25, "b": 1.0, "c": math.nan, "d": math.nan}  # two have no images
+    assert got.class_accuracies() == pytest.approx(expected, nan_ok=True)
+    assert got.accuracy == 2 / 5
     assert got.most_confidently_wrong(2) == [2, 3]
     assert got.most_confidently_wrong(9) == [2, 3, 0]
 
