@@ -1,6 +1,5 @@
 """Checkpoints to write and to corrupt, and a dataset small enough to train on in a test."""
 
-import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cifar.checkpoint import DamagedCheckpointError, load_checkpoint, save_checkpoint
+from cifar.checkpoint import FORMAT, DamagedCheckpointError, TrainState, load_checkpoint, save_checkpoint
 from cifar.datasets.cifar10 import CLASSES
 from cifar.models import build_model
 from cifar.optim import build_optimizer
@@ -16,7 +15,7 @@ from cifar.recipes import config_from_recipe
 from tests.helpers.comparing import same
 
 
-def content(step: int = 1, recipe: str = "tutorial", **state: Any) -> dict[str, Any]:
+def content(step: int = 1, recipe: str = "tutorial") -> dict[str, Any]:
     """Return a checkpoint of a `net` and its optimizer after one update; others at every `step`."""
     torch.manual_seed(step)
     config = config_from_recipe(recipe)
@@ -24,23 +23,13 @@ def content(step: int = 1, recipe: str = "tutorial", **state: Any) -> dict[str, 
     optimizer = build_optimizer(model, config)
     model(torch.randn(2, 3, 32, 32)).sum().backward()
     optimizer.step()
+    state = TrainState(model, optimizer, torch.amp.GradScaler("cpu"), step=step, best_step=step)
     return {
-        "format": 2,
+        "format": FORMAT,
         "config": config.to_json() | {"model": "net"},
         "dataset": "synthetic",
         "classes": list(CLASSES),
-        "state": {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scaler": {},
-            "running_loss": [1.5, 2.5],
-            "running_steps": 3,
-            "step": step,
-            "train_seconds": 4.5,
-            "best_accuracy": 0.5,
-            "best_step": step,
-        }
-        | state,
+        "state": state.state_dict([state.rank_state()]),
     }
 
 
@@ -48,27 +37,20 @@ def save_weights(
     path: Path, model: nn.Module, name: str = "net", dataset: str = "cifar10", classes: Iterable[str] = CLASSES
 ) -> str:
     """Write a checkpoint of `model`, without an optimizer, and return its path."""
-    state = {"model": model.state_dict(), "running_loss": [0.0]}
-    config = {"model": name}
-    save_checkpoint(path, {"format": 2, "config": config, "dataset": dataset, "classes": list(classes), "state": state})
+    content = {"format": FORMAT, "config": {"model": name}, "dataset": dataset, "classes": list(classes)}
+    save_checkpoint(path, content | {"state": {"model": model.state_dict()}})
     return str(path)
 
 
 def small() -> dict[str, Any]:
     """Return a checkpoint of few bytes."""
-    return {"format": 2, "config": {}, "dataset": "", "classes": ["a"], "state": {"x": torch.arange(1, 9)}}
-
-
-def zip_of(value: Any) -> bytes:
-    """Return what torch.save writes."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
+    return {"format": FORMAT, "config": {}, "dataset": "", "classes": ["a"], "state": {"x": torch.arange(1, 9)}}
 
 
 def flip_bits(path: Path, bits: Iterable[int]) -> tuple[int, list[int]]:
     """Flip bits of a checkpoint, one at a time; return how many were detected, and those that changed its content."""
-    raw, original, detected, changed = path.read_bytes(), load_checkpoint(path), 0, []
+    raw, original = path.read_bytes(), load_checkpoint(path)
+    detected, changed = 0, []
     for bit in bits:
         flipped = bytearray(raw)
         flipped[bit // 8] ^= 1 << bit % 8

@@ -14,12 +14,13 @@ import dataclasses
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -100,15 +101,12 @@ def assert_golden(name: str, world_size: int, losses: list[float]) -> None:
 
 def train_case(name: str, run_dir: Path) -> None:
     """Train the first steps of a case in this process, on the whole synthetic dataset."""
-    case, test_size = CASES[name], synthetic.TEST_SIZE
-    synthetic.TEST_SIZE = _TEST_SIZE
-    try:
+    case = CASES[name]
+    with mock.patch.object(synthetic, "TEST_SIZE", _TEST_SIZE):
         train_ddp.main([
             "--dataset", "synthetic", "--device", "cpu", "--wandb", "disabled", "--run-dir", str(run_dir),
             "--recipe", case.recipe, "--max-steps", str(case.steps), "--log-steps", "1", "--tta", "none", *case.flags,
         ])  # fmt: skip
-    finally:
-        synthetic.TEST_SIZE = test_size
 
 
 def losses_of(run_dir: Path) -> list[float]:
@@ -130,7 +128,7 @@ def measure(names: list[str]) -> dict[str, dict[str, list[float]]]:
         for world_size in CASES[name].world_sizes:
             with tempfile.TemporaryDirectory() as folder:
                 run_dir = Path(folder) / "run"
-                fork_ranks(world_size, lambda name=name, run_dir=run_dir: train_case(name, run_dir))  # type: ignore[misc]
+                fork_ranks(world_size, partial(train_case, name, run_dir))
                 losses[name][str(world_size)] = losses_of(run_dir)
     return losses
 
@@ -141,8 +139,7 @@ def net_fast_correct(data_dir: Path) -> int:
         flags = ["--recipe", "net-fast", "--dataset", "cifar10", "--data-dir", data_dir, "--run-dir", f"{folder}/run",
                  "--device", "cpu", "--wandb", "disabled"]  # fmt: skip
         done = run([sys.executable, train_ddp.__file__, *flags], Path(folder), timeout=800)
-        if done.returncode:
-            raise subprocess.CalledProcessError(done.returncode, done.args, done.stdout, done.stderr)
+        assert done.returncode == 0, done.stderr
         return result(Path(folder) / "run")["test_correct"]
 
 

@@ -1,5 +1,6 @@
 """Exported models: each of the registry, and the predictions of trained ones on the real CIFAR-10."""
 
+import re
 import sys
 
 import pytest
@@ -37,18 +38,14 @@ def test_same_predictions_as_evaluation(real_data, runtime, tmp_path, processes)
         if (processes, name) == (1, "pt2"):  # as a command once: the imports take most of its time
             done = run([sys.executable, "-m", "cifar.export", *flags], tmp_path)
             assert (done.returncode, done.stderr) == (0, "")
-            assert done.stdout.startswith(f"{out}: net, 10 classes of cifar10, ")
-            assert done.stdout.count("\n") == 1
+            assert re.fullmatch(rf"{out}: net, 10 classes of cifar10, .*\n", done.stdout)
         else:
             main(flags)
-        scores = []
-        for images in data.test.dataset.images.split(1000):
-            batch, classes = follow(name, tmp_path, images)
-            assert classes == list(CLASSES)
-            scores.append(batch)
-        got = torch.cat(scores)
-        assert torch.equal(got.argmax(1), test.predicted)
-        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
+        batches = [follow(name, tmp_path, images) for images in data.test.dataset.images.split(1000)]
+        assert all(classes == list(CLASSES) for _, classes in batches)
+        scores = torch.cat([batch for batch, _ in batches])
+        assert torch.equal(scores.argmax(1), test.predicted)
+        torch.testing.assert_close(scores, wanted, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", MODELS)

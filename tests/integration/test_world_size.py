@@ -24,14 +24,7 @@ GLOBAL_BATCH = 46  # which neither three nor four processes divide
 # The tutorial's rate for such a batch is 0.012. At several times that, one ReLU that a rounding error switches grows to
 # 1e-3 within 50 steps, at any two summation orders.
 LR = 0.01
-# Local batch by world size, and the arithmetic on the banner.
-RUNS = {1: 12, 2: 23, 3: 8, 4: 6}
-ARITHMETIC = {
-    1: "46 global among 1 process: 46 each, in 4 micro-batches of at most 12",
-    2: "23 local x 2 processes x 1 accumulated = 46 global",
-    3: "46 global among 3 processes: 15 or 16 each, in 2 micro-batches of at most 8",
-    4: "46 global among 4 processes: 11 or 12 each, in 2 micro-batches of at most 6",
-}
+RUNS = {1: 12, 2: 23, 3: 8, 4: 6}  # local batch by world size
 FLAGS = ["--recipe", "wide", "--model", "net", "--lr", LR, "--lr-scaling", "none", "--warmup-epochs", 0,
          "--global-batch-size", GLOBAL_BATCH, "--log-steps", 1]  # fmt: skip
 
@@ -64,8 +57,7 @@ def runs(tmp_path_factory, data_flags):
     def start(processes):
         run_dir = folder / f"{processes}"
         own = [*flags, "--local-batch-size", RUNS[processes], "--run-dir", run_dir]
-        launch = train if processes <= 2 else train_forked
-        output = launch(*own, cwd=folder, processes=processes)
+        output = train_forked(*own, cwd=folder, processes=processes)
         assert output.returncode == 0, output.stderr
         return run_dir, output.stdout
 
@@ -78,58 +70,41 @@ def state_of(run_dir):
 
 
 @pytest.mark.parametrize("processes", [2, 3, 4])
-def test_loss_curve_equals_that_of_one_process(runs, processes):
+def test_losses_weights_and_momentum_equal_those_of_one_process(runs, processes):
     one, several = (records(runs[n][0], "train/loss") for n in (1, processes))
     assert [step for step, _ in several] == list(range(1, STEPS + 1))
     assert dict(several) == pytest.approx(dict(one), abs=1e-4)
     losses = [loss for _, loss in one]
     assert max(losses) - min(losses) > 0.01, "the losses are too alike to tell one order from another"
-
-
-@pytest.mark.parametrize("processes", [2, 3, 4])
-def test_weights_and_momentum_equal_those_of_one_process(runs, processes):
     one, several = state_of(runs[1][0]), state_of(runs[processes][0])
     for name, weight in one["model"].items():
         assert torch.allclose(weight, several["model"][name], atol=1e-4), name
     for mine, theirs in zip(several["optimizer"]["state"].values(), one["optimizer"]["state"].values(), strict=True):
         assert torch.allclose(mine["momentum_buffer"], theirs["momentum_buffer"], atol=1e-3)
-    torch.manual_seed(0)
-    start = build_model("net", 10).state_dict()
-    assert not torch.allclose(start["fc3.bias"], one["model"]["fc3.bias"], atol=1e-3), "nothing was trained"
-
-
-@pytest.mark.parametrize("processes", [1, 2, 3, 4])
-def test_rank_zero_prints_and_records_what_ran(runs, processes):
-    run_dir, text = runs[processes]
-    got, local = result(run_dir), RUNS[processes]
-    assert (got["world_size"], got["local_batch_size"], got["global_batch_size"]) == (processes, local, GLOBAL_BATCH)
-    assert (got["steps"], got["test_total"]) == (STEPS, 10_000)
-    for line in (ARITHMETIC[processes], "Finished Training",
-                 "Accuracy of the network on the 10000 test images: "):  # fmt: skip
-        assert text.count(line) == 1
-    assert len(re.findall(r"\[1, +\d+\] loss: \d\.\d{3}\n", text)) == STEPS
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
 def test_accuracy_equals_that_of_one_process(runs, runtime, data_flags, processes):
     """Three does not divide 10,000: DistributedSampler would repeat an image."""
+    run_dir, text = runs[processes]
     net = build_model("net", 10)
-    net.load_state_dict(state_of(runs[processes][0])["model"])
+    net.load_state_dict(state_of(run_dir)["model"])
     test = evaluate(net, load_data(parse_args([str(flag) for flag in data_flags]), runtime).test, runtime)
-    got = result(runs[processes][0])
+    got = result(run_dir)
     assert (got["test_correct"], got["test_total"]) == (test.correct, 10_000)
     assert got["test_loss"] == pytest.approx(test.loss, abs=1e-6)
+    assert (got["world_size"], got["local_batch_size"], got["steps"]) == (processes, RUNS[processes], STEPS)
+    assert text.count("Accuracy of the network on the 10000 test images: ") == 1, "rank zero speaks"
 
 
-def test_evaluate_at_one_and_at_seven_processes(runs, tmp_path, data_flags):
+def test_evaluate_at_seven_processes(runs, tmp_path, data_flags):
     """Seven does not divide 10,000 either."""
     flags = ["--evaluate", checkpoint_path(runs[1][0], STEPS), *data_flags]
     got = result(runs[1][0])
     line = f"({got['test_correct']:,} of 10,000 correct, loss {got['test_loss']:.4f})"
-    for launch, processes in ((train, 1), (train_forked, 7)):
-        output = launch(*flags, cwd=tmp_path, processes=processes)
-        assert output.returncode == 0, output.stderr
-        assert output.stdout.count(line) == 1, output.stdout
+    output = train_forked(*flags, cwd=tmp_path, processes=7)
+    assert output.returncode == 0, output.stderr
+    assert output.stdout.count(line) == 1, output.stdout
     assert not (tmp_path / "runs").exists(), "evaluating is not a run"
 
 

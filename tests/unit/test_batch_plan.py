@@ -18,41 +18,24 @@ def plan_of(flags, world_size=1):
 
 
 @pytest.mark.parametrize(
-    ("flags", "world_size", "expected"),
+    ("flags", "world_size", "whole", "steps", "expected"),
     [
-        ("--local-batch-size 8", 3, (24, 1, 2083)),
-        ("--local-batch-size 8 --global-batch-size 96", 3, (96, 4, 520)),
+        ("--local-batch-size 8", 3, 24, 2083, [[8]] * 3),
+        ("--local-batch-size 8 --global-batch-size 96", 3, 96, 520, [[8] * 4] * 3),
         # A recipe that states its global batch keeps it at any number of processes.
-        ("--recipe speed94", 1, (2000, 1, 25)),
-        ("--recipe speed94", 3, (2000, 1, 25)),
-        ("--recipe speed94 --local-batch-size 500", 2, (2000, 2, 25)),
-        ("--recipe speed94 --local-batch-size 500", 3, (2000, 2, 25)),
-        ("--recipe net-fast", 64, (64, 1, 781)),
+        ("--recipe speed94", 1, 2000, 25, [[2000]]),
+        ("--recipe speed94", 3, 2000, 25, [[667], [667], [666]]),
+        ("--recipe speed94 --local-batch-size 500", 3, 2000, 25, [[334, 333], [334, 333], [333, 333]]),
+        ("--recipe net-fast", 64, 64, 781, [[1]] * 64),
+        ("--local-batch-size 64 --global-batch-size 65", 1, 65, 769, [[33, 32]]),
+        ("--local-batch-size 1 --global-batch-size 3", 2, 3, 16_666, [[1, 1], [1]]),
+        ("--local-batch-size 4 --global-batch-size 3", 3, 3, 16_666, [[1], [1], [1]]),
     ],
 )
-def test_arithmetic(flags, world_size, expected):
+def test_shares_and_micro_batches_differ_by_one_image_at_most(flags, world_size, whole, steps, expected):
     _, plan = plan_of(flags, world_size)
-    assert (plan.global_batch_size, plan.accumulation, plan.steps_per_epoch) == expected
-
-
-@pytest.mark.parametrize(
-    ("flags", "world_size", "expected"),
-    [
-        ("--local-batch-size 4 --global-batch-size 16", 2, [[4, 4], [4, 4]]),
-        ("--recipe net-fast", 2, [[32], [32]]),
-        ("--recipe net-fast", 3, [[22], [21], [21]]),
-        ("--local-batch-size 64 --global-batch-size 65", 1, [[33, 32]]),
-        ("--local-batch-size 4 --global-batch-size 10", 2, [[3, 2], [3, 2]]),
-        ("--local-batch-size 1 --global-batch-size 3", 2, [[1, 1], [1]]),
-        ("--local-batch-size 4 --global-batch-size 3", 3, [[1], [1], [1]]),
-    ],
-)
-def test_shares_and_micro_batches_differ_by_one_image_at_most(flags, world_size, expected):
-    config, plan = plan_of(flags, world_size)
-    sizes = [plan.micro_batch_sizes(rank) for rank in range(world_size)]
-    assert sizes == expected
-    assert sum(map(sum, sizes)) == plan.global_batch_size
-    assert max(map(max, sizes)) <= config.local_batch_size
+    assert (plan.global_batch_size, plan.steps_per_epoch, plan.accumulation) == (whole, steps, len(expected[0]))
+    assert [plan.micro_batch_sizes(rank) for rank in range(world_size)] == expected
 
 
 @pytest.mark.parametrize(

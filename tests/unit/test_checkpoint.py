@@ -8,6 +8,7 @@ import pickle
 import signal
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from cifar.errors import UserError
 from cifar.files import write_atomically, write_json
 from cifar.models import build_model
 from cifar.resume import newest_checkpoint
-from tests.helpers.checkpoints import content, flip_bits, small, zip_of
+from tests.helpers.checkpoints import content, flip_bits, small
 from tests.helpers.comparing import make_runs_tiny, same
 from tests.helpers.forking import fork, wait
 
@@ -43,23 +44,18 @@ def test_round_trip(tmp_path, recipe):
     assert [file.name for file in tmp_path.iterdir()] == ["c.pt"]
 
 
-def test_flipped_bit_never_changes_a_tensor(tmp_path):
+def test_flipped_bit_never_changes_a_tensor_and_truncation_is_detected(tmp_path):
+    """Some of all bits and lengths; integration/test_disk.py tests all."""
     path = tmp_path / "c.pt"
     save_checkpoint(path, small())
     raw = path.read_bytes()
-    bits = {8 * place + place % 8 for place in range(len(raw))}
+    bits = {8 * place + place % 8 for place in range(0, len(raw), 3)}
     # Every bit of the tensor's entry in the directory: one there makes torch.load leave the tensor uninitialized.
     entry = raw.rindex(b"archive/data/0") - 46
     bits |= set(range(8 * entry, 8 * (entry + 60)))
     detected, changed = flip_bits(path, bits)
     assert changed == []
     assert detected > len(bits) // 3  # the rest is alignment, times and the like
-
-
-def test_truncated_file_is_detected(tmp_path):
-    path = tmp_path / "c.pt"
-    save_checkpoint(path, small())
-    raw = path.read_bytes()
     for length in [*range(0, len(raw), 20), len(raw) - 1]:
         path.write_bytes(raw[:length])
         with pytest.raises(DamagedCheckpointError, match=r"c\.pt: corrupt, or not a checkpoint"):
@@ -70,8 +66,10 @@ def test_truncated_file_is_detected(tmp_path):
 def test_malicious_file_is_refused_and_not_executed(tmp_path, form):
     proof, path = tmp_path / "proof", tmp_path / "c.pt"
     bomb = Bomb(proof)
-    value = small() | {"state": {"x": bomb}} if form == "checkpoint" else bomb
-    path.write_bytes(pickle.dumps(bomb) if form == "pickle" else zip_of(value))
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(bomb))
+    else:
+        torch.save(small() | {"state": {"x": bomb}} if form == "checkpoint" else bomb, path)
     reason = "not a checkpoint" if form == "pickle" else "more than tensors and plain data; not executed"
     with pytest.raises(UserError, match=reason):
         load_checkpoint(path)
@@ -82,35 +80,18 @@ def test_malicious_file_is_refused_and_not_executed(tmp_path, form):
 
 
 @pytest.mark.parametrize(
-    "value",
-    [
-        [1, 2],
-        {},
-        small() | {"config": []},
-        small() | {"state": 1},
-        small() | {"dataset": None},
-        small() | {"classes": "abc"},
-        {"config": {}, "dataset": "", "state": {}},
-    ],
+    "value", [[1, 2], {}, *(small() | {key: 1} for key in ("config", "state", "dataset", "classes"))]
 )
 def test_other_content_is_refused(tmp_path, value):
-    (tmp_path / "c.pt").write_bytes(zip_of(value))
+    torch.save(value, tmp_path / "c.pt")
     with pytest.raises(UserError, match="not a checkpoint of this program"):
         load_checkpoint(tmp_path / "c.pt")
 
 
-def test_unreadable_path_is_refused(tmp_path):
-    for path, reason in ((tmp_path, "Is a directory"), (tmp_path / "none.pt", "No such file or directory")):
-        with pytest.raises(UserError) as refused:
-            load_checkpoint(path)
-        assert str(refused.value) == f"{path}: {reason}"
-
-
 def test_later_format_is_refused(tmp_path):
-    path = checkpoint_path(tmp_path, 2)
-    path.parent.mkdir()
+    (tmp_path / "checkpoints").mkdir()
     save_checkpoint(checkpoint_path(tmp_path, 1), small())
-    save_checkpoint(path, small() | {"format": 3})
+    save_checkpoint(checkpoint_path(tmp_path, 2), small() | {"format": 3})
     with pytest.raises(UserError, match=r"step-00000002.pt has checkpoint format 3: load it with a later version"):
         newest_checkpoint(tmp_path)  # resuming from an earlier one would lose steps
 
@@ -129,25 +110,28 @@ def test_weights_of_another_model_are_refused(tmp_path):
             load_weights(build_model("net", 10), saved | {"state": state}, "net", path)
 
 
+def newest_of(run_dir):
+    """Return the path of the newest valid checkpoint, and the paths of the corrupt ones that are newer."""
+    newest, corrupt = newest_checkpoint(run_dir)
+    assert newest is not None
+    assert same(newest[1], small())
+    return newest[0], [Path(reason.split(": ")[0]) for reason in corrupt]
+
+
 def test_newest_valid_checkpoint_wins_and_corrupt_ones_are_named(tmp_path):
-    paths = [checkpoint_path(tmp_path, step) for step in (5, 99_999_999, 100_000_000)]
-    paths[0].parent.mkdir()
+    old, newer, newest = (checkpoint_path(tmp_path, step) for step in (5, 99_999_999, 100_000_000))
+    old.parent.mkdir()
     assert newest_checkpoint(tmp_path) == (None, [])
-    for path in paths:
+    for path in (old, newer, newest):
         save_checkpoint(path, small())
-    found, corrupt = newest_checkpoint(tmp_path)
-    assert found is not None
-    assert (found[0], corrupt) == (paths[2], [])
+    assert newest_of(tmp_path) == (newest, [])
 
-    paths[2].write_bytes(paths[2].read_bytes()[:-100])
-    paths[1].write_bytes(b"")
-    (tmp_path / "checkpoints" / ".step-99999999.pt.1.tmp").write_bytes(b"half")
-    found, corrupt = newest_checkpoint(tmp_path)
-    assert found is not None
-    assert found[0] == paths[0]
-    assert [reason.split(": ")[0] for reason in corrupt] == [str(paths[2]), str(paths[1])]
+    newest.write_bytes(newest.read_bytes()[:-100])
+    newer.write_bytes(b"")
+    (old.parent / ".step-99999999.pt.1.tmp").write_bytes(b"half")
+    assert newest_of(tmp_path) == (old, [newest, newer])
 
-    paths[0].unlink()
+    old.unlink()
     with pytest.raises(UserError, match=r"no checkpoint there is valid; .*100000000.*; .*99999999"):
         newest_checkpoint(tmp_path)
 
@@ -167,14 +151,9 @@ def test_process_killed_between_any_two_system_calls_leaves_a_valid_newest_check
         last = killed_at == len(moments)
         assert wait(child) == (0 if last else -signal.SIGKILL)
         assert passed == moments[: killed_at + 1]
-        found, corrupt = newest_checkpoint(tmp_path)
-        assert corrupt == []
-        assert found is not None
-        assert found[0] == (second if "after rename" in passed else first), passed
-        assert same(found[1], small())
-        for path in first.parent.iterdir():
-            if path != first:
-                path.unlink()
+        assert newest_of(tmp_path) == (second if "after rename" in passed else first, []), passed
+        for path in {*first.parent.iterdir()} - {first}:
+            path.unlink()
 
 
 def save_and_die(path, killed_at, pipe):
@@ -221,14 +200,7 @@ def test_failed_write_leaves_the_file_unchanged(tmp_path):
 
 
 def test_file_system_that_cannot_flush_directories_is_accepted(tmp_path, monkeypatch):
-    flush = os.fsync
-
-    def files_only(number):
-        if os.path.isdir(f"/proc/self/fd/{number}"):
-            raise OSError(errno.EINVAL, "not here")
-        flush(number)
-
-    monkeypatch.setattr(os, "fsync", files_only)
+    monkeypatch.setattr(os, "open", Mock(side_effect=OSError(errno.EINVAL, "not here")))
     write_atomically(tmp_path / "x", lambda file: file.write(b"1"))
     assert (tmp_path / "x").read_bytes() == b"1"
 
@@ -246,8 +218,3 @@ def test_evaluate_prints_the_accuracy_of_the_run(tmp_path, monkeypatch, capsys):
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "of 200 correct" in line]
     assert line in trained.splitlines()
     assert sorted(tmp_path.rglob("*")) == before
-
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"step-00000004.pt: corrupt, or not a checkpoint") as refused:
-        train_ddp.main(["--device", "cpu", "--dataset", "synthetic", "--evaluate", str(path)])
-    assert refused.value.status == 2

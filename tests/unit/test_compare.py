@@ -1,6 +1,7 @@
 """python -m cifar.compare: several runs as a table and a picture."""
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -11,16 +12,16 @@ from cifar.compare import main, read_run, table
 from cifar.errors import UserError
 
 
-def make(folder, name, accuracies, batch=100, rate=50.0, dataset="cifar10", **result):
-    """A run of 10 steps an epoch, at `rate` images/s; finished if there is a `result`, of its last step by default."""
+def make(folder, name, accuracies, dataset="cifar10", lr_scaling=None, lr_batch_size=100, **result):
+    """A run of 10 steps an epoch, at 50 and 100 images/s; finished if there is a `result`, by default of all steps."""
     run_dir = folder / name
     run_dir.mkdir()
-    config = {"global_batch_size": batch, "lr": 0.1, "seed": 3}
+    config = {"global_batch_size": 100, "lr": 0.1, "seed": 3, "lr_scaling": lr_scaling, "lr_batch_size": lr_batch_size}
     (run_dir / "config.json").write_text(json.dumps({"config": config, "world_size": 2, "dataset": dataset}))
     lines = []
     for epoch, accuracy in enumerate(accuracies, 1):
-        lines.append({"step": 10 * epoch - 5, "train/images_per_second": rate})
-        lines.append({"step": 10 * epoch, "train/images_per_second": 2 * rate})
+        lines.append({"step": 10 * epoch - 5, "train/images_per_second": 50.0})
+        lines.append({"step": 10 * epoch, "train/images_per_second": 100.0})
         lines.append({"step": 10 * epoch, "test/accuracy": accuracy})
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if result:
@@ -39,17 +40,15 @@ def test_reads_accuracy_over_seconds_and_images(tmp_path):
 
 def test_table_is_sorted_by_accuracy(tmp_path):
     runs = [
-        read_run(make(tmp_path, "low", [0.4], train_seconds=14.0, test_accuracy=0.4)),
+        read_run(make(tmp_path, "low", [0.4], train_seconds=14.0, test_accuracy=0.4)),  # of an older version
         read_run(make(tmp_path, "none", [])),
         read_run(make(tmp_path, "high", [0.9], train_seconds=16.0, first_step_seconds=1.5, test_accuracy_tta=0.92)),
     ]
-    head, *rows = (line.split() for line in table(runs))
-    assert head[0] == "accuracy"
-    assert [row[-1] for row in rows[:2]] == ["high", "low"]
-    assert rows[0][:7] == ["90.00", "%", "92.00", "%", "16.0", "1.50", "62"]
-    assert rows[1][:5] == ["40.00", "%", "-", "14.0", "-"], "written by an older version"
-    assert rows[2][:3] == ["-", "-", "-"]
-    assert rows[2][-3:] == ["none", "(not", "finished)"]
+    head, high, low, none = table(runs)
+    assert head.split()[0] == "accuracy"
+    assert re.fullmatch(r" *90\.00 % +92\.00 % +16\.0 +1\.50 +62 .*  high", high)
+    assert re.fullmatch(r" *40\.00 % +- +14\.0 +- .*  low", low)
+    assert re.fullmatch(r" +- +- +- .*  none \(not finished\)", none)
 
 
 def test_result_of_a_run_that_was_continued_does_not_count(tmp_path):
@@ -60,10 +59,7 @@ def test_result_of_a_run_that_was_continued_does_not_count(tmp_path):
 
 @pytest.mark.parametrize(("lr_scaling", "expected"), [("linear", "0.4"), ("none", "0.1")])
 def test_lr_is_that_of_the_global_batch(tmp_path, lr_scaling, expected):
-    run_dir = make(tmp_path, "a", [0.5], batch=100)
-    content = json.loads((run_dir / "config.json").read_text())
-    content["config"] |= {"lr_scaling": lr_scaling, "lr_batch_size": 25}
-    (run_dir / "config.json").write_text(json.dumps(content))
+    run_dir = make(tmp_path, "a", [0.5], lr_scaling=lr_scaling, lr_batch_size=25)
     assert read_run(run_dir).cells["lr"] == expected
 
 
@@ -81,31 +77,16 @@ def test_picture_and_table_of_a_directory_of_runs(tmp_path, capsys):
         assert (pixels == color).all(2).any(), "each run has a line"
 
 
-def test_damaged_lines_cost_one_warning(tmp_path, capsys):
-    whole, damaged = make(tmp_path, "whole", [0.5, 0.75]), make(tmp_path, "damaged", [0.5, 0.75])
-    lines = (damaged / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    lines[1:1] = [b'{"step": 6, "x": "\xff"}\n', b"null\n", b"\n", bytes(99) + b"\n"]
-    (damaged / "metrics.jsonl").write_bytes(b"".join(lines) + b'{"step": 30, "test/acc')
-    main([str(whole), str(damaged), "--out", str(tmp_path / "out.png")])
-    first, *rows = capsys.readouterr().out.splitlines()
-    assert first == f"WARNING: damaged lines left out of {damaged / 'metrics.jsonl'}: 4 of 10"
-    assert rows[1].removesuffix("whole (not finished)") == rows[2].removesuffix("damaged (not finished)")
-    assert len(rows) == 4
-
-
 @pytest.mark.parametrize(
     ("name", "content"),
     [
         ("config.json", b"\xff"),
         ("config.json", b"[]"),
         ("config.json", b'{"config": {"global_batch_size": 100, "lr": "x", "seed": 3}, "world_size": 2}'),
-        ("config.json", b"[" * 100_000),
         ("metrics.jsonl", None),
         ("metrics.jsonl", b'{"step": 1, "train/images_per_second": 0}'),
         ("result.json", b'{"dataset": "cifar1'),
-        ("result.json", b"3"),
         ("result.json", b'{"test_accuracy": 0.5}'),
-        ("result.json", None),
     ],
 )
 def test_damaged_run_is_named_and_the_others_compared(tmp_path, capsys, name, content):
@@ -131,8 +112,6 @@ def test_mistakes(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is not a run directory"):
         main([str(tmp_path)])
     run_dir = make(tmp_path, "a", [0.3])
-    with pytest.raises(UserError, match="the picture cannot be written"):
-        main([str(run_dir), "--out", str(tmp_path / "no" / "out.png")])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "cifar.records.plotting", raising=False)
     with pytest.raises(UserError, match=r"the picture cannot be written to .*out\.png: .*matplotlib"):

@@ -1,26 +1,24 @@
 """The loaders: the order of the images, each rank's share, the normalization; and the choice of the dataset."""
 
 import contextlib
-import dataclasses
 import socket
-from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils.data import DistributedSampler
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 from cifar import data
 from cifar.augment import CropFlip, derive_seed
 from cifar.batch_plan import BatchPlan
 from cifar.config import TrainConfig
-from cifar.data import BatchedDistributedSampler, Data, DeviceImages, EvalLoader, TrainLoader, load_data, normalize
+from cifar.data import BatchedDistributedSampler, Data, DeviceImages, TrainLoader, load_data, normalize
 from cifar.datasets import choice
-from cifar.datasets.base import Dataset
 from cifar.datasets.cifar10 import CLASSES
 from cifar.datasets.download import UnavailableError
 from cifar.errors import UserError
+from tests.helpers.comparing import tiny_dataset
 
 SIZE = 1000
 CPU = torch.device("cpu")
@@ -35,10 +33,8 @@ def numbered() -> DeviceImages:
 DATASET = numbered()
 
 
-def plan(world_size: int = 1, batch_size: int = 8, global_batch_size: int | None = None) -> BatchPlan:
-    return BatchPlan.make(
-        TrainConfig(local_batch_size=batch_size, global_batch_size=global_batch_size), world_size, SIZE
-    )
+def plan(world_size: int = 1, local: int = 8, whole: int | None = None) -> BatchPlan:
+    return BatchPlan.make(TrainConfig(local_batch_size=local, global_batch_size=whole), world_size, SIZE)
 
 
 def steps(rank: int, plan: BatchPlan, epoch: int, seed: int = 0) -> list[torch.Tensor]:
@@ -46,22 +42,6 @@ def steps(rank: int, plan: BatchPlan, epoch: int, seed: int = 0) -> list[torch.T
     sampler = BatchedDistributedSampler(DATASET, plan, rank, seed)
     sampler.set_epoch(epoch)
     return list(torch.cat(list(sampler)).split(sum(sampler.micro_batch_sizes)))
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("batch_size", [4, 7])
-def test_sampler_equals_torchs_in_batches(world_size, batch_size):
-    """1,000 images on 3 ranks leave one over, and batches of 7 some more: both are dropped."""
-    for epoch in (0, 5):
-        for rank in range(world_size):
-            theirs: DistributedSampler = DistributedSampler(
-                DATASET, world_size, rank, shuffle=True, seed=derive_seed(3, "shuffle"), drop_last=True
-            )
-            theirs.set_epoch(epoch)
-            whole = len(theirs) // batch_size
-            expected = torch.tensor(list(theirs))[: whole * batch_size].view(whole, batch_size)
-            assert torch.equal(torch.stack(steps(rank, plan(world_size, batch_size), epoch, seed=3)), expected)
-            assert len(BatchedDistributedSampler(DATASET, plan(world_size, batch_size), rank, 3)) == whole
 
 
 @pytest.mark.parametrize(
@@ -88,10 +68,13 @@ def test_epochs_and_seeds_have_different_permutations():
 @pytest.mark.parametrize("chunk", [1, 10, 1024])
 @pytest.mark.parametrize("divided", [plan(2), plan(2, 8, 33), plan(3, 4, 40)])
 def test_train_loader(monkeypatch, chunk, divided):
-    """However many images are prepared at once."""
+    """However many images are prepared at once, and on whichever rank, an image of an epoch is augmented the same."""
     monkeypatch.setattr(data, "CHUNK", chunk)
-    loader = TrainLoader(numbered(), divided, rank=1, seed=0)
-    loader.set_epoch(1)
+    dataset, expected = numbered(), CropFlip(SIZE, 0, CPU)
+    dataset.augment = CropFlip(SIZE, 0, CPU)
+    loader = TrainLoader(dataset, divided, rank=1, seed=0)
+    for part in (loader, expected):
+        part.set_epoch(1)
     loaded = list(loader)
     assert len(loaded) == len(loader) == divided.steps_per_epoch
     for batches, indices in zip(loaded, steps(1, divided, epoch=1), strict=True):
@@ -99,46 +82,7 @@ def test_train_loader(monkeypatch, chunk, divided):
         images, labels = map(torch.cat, zip(*batches, strict=True))
         assert (images.shape[1:], images.dtype, labels.dtype) == ((3, 32, 32), torch.float32, torch.int64)
         assert torch.equal(labels, indices)
-        assert torch.equal(images, normalize(DATASET.images[indices]))
-
-
-def test_train_loader_begins_within_an_epoch():
-    loader = TrainLoader(numbered(), plan(1, 3, 8), rank=0, seed=0)
-
-    def labels_of_epoch(epoch, first=0):
-        loader.set_epoch(epoch, first)
-        return [[labels.tolist() for _, labels in batches] for batches in loader]
-
-    whole = labels_of_epoch(0)
-    assert labels_of_epoch(0, first=100) == whole[100:]
-    assert labels_of_epoch(0, first=len(whole)) == []
-    assert len(labels_of_epoch(1)) == len(whole)
-
-
-def test_augmentation_is_the_same_at_every_world_size():
-    """An image of an epoch looks the same on whichever rank and in whichever micro-batch."""
-    expected = CropFlip(SIZE, 0, CPU)
-    expected.set_epoch(3)
-    for world_size in (1, 2, 4):
-        for rank in range(world_size):
-            dataset = numbered()
-            dataset.augment = CropFlip(SIZE, 0, CPU)
-            loader = TrainLoader(dataset, plan(world_size, batch_size=50), rank, seed=0)
-            loader.set_epoch(3)
-            for images, labels in chain.from_iterable(loader):
-                assert torch.equal(images, normalize(expected(DATASET.images[labels], labels)))
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_eval_loaders_cover_each_image_once(world_size, monkeypatch):
-    monkeypatch.setattr(data, "EVAL_BATCH_SIZE", 64)
-    shards = [list(EvalLoader(DATASET, rank, world_size)) for rank in range(world_size)]
-    labels = torch.cat([labels for shard in shards for _, labels in shard])
-    assert torch.equal(labels.sort().values, torch.arange(SIZE))
-    sizes = [sum(len(labels) for _, labels in shard) for shard in shards]
-    assert max(sizes) - min(sizes) <= 1
-    images, own = shards[-1][0]
-    assert torch.equal(images, normalize(DATASET.images[own]))
+        assert torch.equal(images, normalize(expected(DATASET.images[indices], indices)))
 
 
 def test_normalize_equals_torchvision_bit_for_bit():
@@ -154,128 +98,96 @@ def test_normalize_equals_torchvision_bit_for_bit():
 # load_data, with a rank that has what load_data needs of a runtime
 
 
-@dataclasses.dataclass
-class Rank:
-    """One rank; `others` is what the other ranks report as missing, `images` the fingerprint of another host."""
+def make_rank(local_rank=0, others=(), images=None):
+    """Return a rank; `others` is what the other ranks report as missing, `images` the fingerprint of another host."""
 
-    local_rank: int = 0
-    others: list[str | None] = dataclasses.field(default_factory=list)
-    images: dict[str, str] | None = None
-    printed: list[str] = dataclasses.field(default_factory=list)
-    is_main: bool = True
-    rank: int = 0
-    world_size: int = 1
-    device: torch.device = CPU
-    memory_format: torch.memory_format = torch.channels_last
-
-    def fail_together(self):
-        return contextlib.nullcontext()
-
-    def gather(self, value):
+    def gather(value):
         if isinstance(value, tuple):
-            return [value, (self.images or value[0], "elsewhere"), (value[0], "here")]
-        return [value, *self.others]
+            return [value, (images or value[0], "elsewhere"), (value[0], "here")]
+        return [value, *others]
 
-    def print0(self, text: str) -> None:
-        self.printed.append(text)
-
-
-class Sources:
-    """Replaces `prepare_cifar10`: records its calls; raises an error if `missing`."""
-
-    def __init__(self) -> None:
-        self.missing: str | None = None
-        self.asked: list[tuple] = []
-
-    def __call__(self, data_dir, data_url):
-        self.asked.append((data_dir, data_url))
-        if self.missing:
-            raise UnavailableError(f"not available: {self.missing}", self.missing)
+    printed: list[str] = []
+    return SimpleNamespace(
+        rank=0, local_rank=local_rank, world_size=1, is_main=True, device=CPU, memory_format=torch.channels_last,
+        printed=printed, print0=printed.append, gather=gather, fail_together=contextlib.nullcontext,
+    )  # fmt: skip
 
 
 @pytest.fixture
-def sources(monkeypatch):
-    sources = Sources()
+def source(monkeypatch):
+    """Replace the download of CIFAR-10: `asked` has the arguments of each call; they fail with `missing`."""
+    source = SimpleNamespace(missing=None, asked=[])
 
-    def dataset(*sizes: int) -> Dataset:
-        splits = ((torch.zeros(n, 3, 32, 32, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64)) for n in sizes)
-        return Dataset(CLASSES, *splits)
+    def prepare(*arguments):
+        source.asked.append(arguments)
+        if source.missing:
+            raise UnavailableError(f"not available: {source.missing}", source.missing)
 
-    monkeypatch.setitem(choice.PREPARE, "cifar10", sources)
-    monkeypatch.setitem(choice.DATASETS, "cifar10", lambda data_dir: dataset(50, 10))
-    monkeypatch.setitem(choice.DATASETS, "synthetic", lambda data_dir: dataset(5, 1))
-    return sources
-
-
-def load(dataset: str, rank: Rank, **fields) -> Data:
-    return load_data(TrainConfig(dataset=dataset, data_dir=Path("somewhere"), **fields), rank)  # type: ignore[arg-type]
+    monkeypatch.setitem(choice.PREPARE, "cifar10", prepare)
+    monkeypatch.setitem(choice.DATASETS, "cifar10", lambda _: tiny_dataset(50))
+    monkeypatch.setitem(choice.DATASETS, "synthetic", lambda _: tiny_dataset(10))
+    return source
 
 
-def test_auto_uses_cifar10(sources):
-    rank = Rank(others=[None])
-    data = load("auto", rank, data_url="http://127.0.0.1:1/a")
-    assert (data.name, data.classes) == ("cifar10", CLASSES)
-    assert (len(data.train.dataset), len(data.test.dataset)) == (50, 10)
-    assert sources.asked == [(Path("somewhere"), "http://127.0.0.1:1/a")]
-    assert rank.printed == []
+def load(dataset: str, rank=None, **fields) -> Data:
+    config = TrainConfig(dataset=dataset, data_dir=Path("somewhere"), data_url="http://127.0.0.1:1/a", **fields)
+    return load_data(config, rank or make_rank())
 
 
-def test_auto_falls_back_to_synthetic_with_a_warning(sources):
-    sources.missing = "no source serves it"
-    rank = Rank()
-    assert load("auto", rank).name == "synthetic"
-    (line,) = rank.printed
-    assert line.startswith("WARNING")
-    assert "no source serves it" in line
+NO_SOURCE, NO_DISK = "no source serves it", "the second host has no disk"
 
 
-def test_cifar10_never_falls_back(sources, monkeypatch):
-    sources.missing = "no source serves it"
-    with pytest.raises(UserError, match="no source serves it"):
-        load("cifar10", Rank())
+@pytest.mark.parametrize(
+    ("dataset", "local_rank", "missing", "others", "name", "warns"),
+    [
+        ("auto", 0, None, [None], "cifar10", None),
+        ("auto", 1, None, [None], "cifar10", None),
+        ("auto", 0, NO_SOURCE, [], "synthetic", NO_SOURCE),
+        ("auto", 0, None, [None, NO_DISK], "synthetic", NO_DISK),
+        ("synthetic", 0, NO_SOURCE, [None], "synthetic", None),
+    ],
+)
+def test_auto_uses_cifar10_or_says_why_not(source, dataset, local_rank, missing, others, name, warns):
+    """Only local rank zero downloads, and one host without CIFAR-10 makes all use the synthetic dataset."""
+    source.missing = missing
+    rank = make_rank(local_rank, others)
+    data = load(dataset, rank)
+    assert (data.name, data.classes, len(data.train.dataset)) == (name, CLASSES, {"cifar10": 50, "synthetic": 10}[name])
+    downloads = dataset == "auto" and local_rank == 0
+    assert source.asked == [(Path("somewhere"), "http://127.0.0.1:1/a")] * downloads
+    expected = f"WARNING: training on the synthetic dataset, not on CIFAR-10: {warns}"
+    assert rank.printed == ([expected] if warns else [])
+
+
+def test_cifar10_never_falls_back(source, monkeypatch):
+    source.missing = NO_SOURCE
+    with pytest.raises(UserError, match=NO_SOURCE):
+        load("cifar10")
 
     def corrupt(data_dir):
         raise UserError("test_batch is corrupt")
 
-    sources.missing = None
+    source.missing = None
     monkeypatch.setitem(choice.DATASETS, "cifar10", corrupt)
     for dataset in ("cifar10", "auto"):
         with pytest.raises(UserError, match="test_batch is corrupt"):
-            load(dataset, Rank())
+            load(dataset)
 
 
-def test_synthetic_needs_no_source(sources):
-    rank = Rank(others=[None])
-    assert load("synthetic", rank).name == "synthetic"
-    assert (sources.asked, rank.printed) == ([], [])
-
-
-def test_only_local_rank_zero_downloads(sources):
-    assert load("auto", Rank(local_rank=1, others=[None])).name == "cifar10"
-    assert sources.asked == []
-
-
-def test_a_host_without_cifar10_makes_all_use_synthetic(sources):
-    rank = Rank(others=[None, "the second host has no disk"])
-    assert load("auto", rank).name == "synthetic"
-    assert "the second host has no disk" in rank.printed[0]
-
-
+@pytest.mark.usefixtures("source")
 @pytest.mark.parametrize("split", ["training", "test"])
-def test_hosts_with_other_images_are_named(sources, split):
-    own = load("auto", Rank()).fingerprint
+def test_hosts_with_other_images_are_named(split):
+    own = load("auto").fingerprint
     theirs = own | {split: "9 images, SHA-256 0123456789abcdef"}
-    with pytest.raises(UserError) as caught:
-        load("auto", Rank(images=theirs))
-    text = str(caught.value)
-    assert f"dataset cifar10: the hosts have different {split} images: " in text
+    with pytest.raises(UserError, match=f"^dataset cifar10: the hosts have different {split} images: .*$") as caught:
+        load("auto", make_rank(images=theirs))
     for words in (f"{own[split]} on here", f"{own[split]} on {socket.gethostname()}", f"{theirs[split]} on elsewhere"):
-        assert words in text
-    assert "\n" not in text
+        assert words in str(caught.value)
 
 
-def test_only_training_images_are_augmented(sources):
-    assert load("auto", Rank()).train.dataset.augment is None
-    data = load("auto", Rank(), augment="crop-flip")
-    assert isinstance(data.train.dataset.augment, CropFlip)
+@pytest.mark.usefixtures("source")
+@pytest.mark.parametrize(("augment", "kind"), [("none", type(None)), ("crop-flip", CropFlip)])
+def test_only_training_images_are_augmented(augment, kind):
+    data = load("auto", augment=augment)
+    assert isinstance(data.train.dataset.augment, kind)
     assert data.test.dataset.augment is None

@@ -36,7 +36,8 @@ class Simulated:
     """A runtime whose sum adds what the ranks before have contributed."""
 
     def __init__(self, runtime, world_size):
-        self.device, self.world_size, self.kept = runtime.device, world_size, []
+        self.device, self.world_size, self.kept, self.lines = runtime.device, world_size, [], []
+        self.print0 = self.lines.append
 
     @property
     def rank(self):
@@ -45,26 +46,26 @@ class Simulated:
     def average_buffers(self, net):
         pass
 
-    def print0(self, line):
-        self.lines.append(line)
-
     def sum(self, tensor):
         self.kept.append(tensor.clone())
         return torch.stack(self.kept).sum(0)
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 7])
-def test_world_size_changes_no_bit(net, synthetic, runtime, world_size):
-    whole = evaluate(net, synthetic.test, runtime)
-    ranks = Simulated(runtime, world_size)
-    for rank in range(world_size):
-        loader = EvalLoader(synthetic.test.dataset, rank, world_size)
-        if rank < world_size - 1:
-            with pytest.raises(RuntimeError, match="each must be counted once"):
-                evaluate(net, loader, ranks)  # no rank alone has seen every image
-        else:
-            shared = evaluate(net, loader, ranks)
-    assert shared.correct == whole.correct
+def evaluate_on(ranks, nets, test, *tta):
+    """Return the evaluation of the last rank, which adds the shards of all; each rank has its net of `nets`."""
+    for rank, net in enumerate(nets):
+        # No rank alone has seen every image.
+        early = pytest.raises(RuntimeError, match="each must be counted once")
+        with early if rank < len(nets) - 1 else contextlib.nullcontext():
+            shared = evaluate(net, EvalLoader(test.dataset, rank, len(nets)), ranks, *tta)
+    return shared
+
+
+@pytest.mark.parametrize(("world_size", "tta"), [(2, "none"), (3, "none"), (7, "none"), (2, "crop"), (3, "crop")])
+def test_world_size_changes_no_bit(net, synthetic, runtime, world_size, tta):
+    views = (tta, evaluate(net, synthetic.test, runtime)) if tta != "none" else ()
+    whole = evaluate(net, synthetic.test, runtime, *views)
+    shared = evaluate_on(Simulated(runtime, world_size), [net] * world_size, synthetic.test, *views)
     assert shared.loss == pytest.approx(whole.loss, abs=1e-7)
     assert torch.equal(shared.predicted, whole.predicted)
 
@@ -82,12 +83,9 @@ def test_rank_with_other_weights_is_named(net, synthetic, runtime):
     ranks, other = Simulated(runtime, 3), copy.deepcopy(net)
     bias = other.fc3.bias.data
     bias[0] = torch.nextafter(bias[0], bias[0] + 1)
-    ranks.lines = []
-    for rank, model in enumerate((net, other, net)):
-        with pytest.raises(RuntimeError, match="counted once") if rank < 2 else contextlib.nullcontext():
-            evaluate(model, EvalLoader(synthetic.test.dataset, rank, 3), ranks)
-    assert len(ranks.lines) == 1
-    assert ranks.lines[0].startswith("WARNING: the weights of rank 1 differ from rank zero's")
+    evaluate_on(ranks, [net, other, net], synthetic.test)
+    (line,) = ranks.lines
+    assert line.startswith("WARNING: the weights of rank 1 differ from rank zero's")
 
 
 def test_model_is_left_unchanged(synthetic, runtime):
@@ -110,23 +108,13 @@ def test_infinite_loss_is_nan(synthetic, runtime, broken):
     assert got.total == 1_000
 
 
-def made(labels, predicted, confidence, classes=("a", "b", "c", "d")):
-    return Evaluation(
-        torch.zeros(len(labels)), torch.tensor(labels), torch.tensor(predicted), torch.tensor(confidence), classes
-    )
-
-
-def test_confusion_and_class_accuracies():
-    got = made([0, 1, 2, 0, 1, 2], [0, 1, 2, 1, 1, 2], [0.5] * 6)
-    assert got.confusion().tolist() == [[1, 1, 0, 0], [0, 2, 0, 0], [0, 0, 2, 0], [0, 0, 0, 0]]
-    accuracies = got.class_accuracies()
-    assert math.isnan(accuracies.pop("d")), "a class without images"
-    assert accuracies == {"a": 0.5, "b": 1.0, "c": 1.0}
-    assert got.accuracy == 5 / 6
-
-
-def test_most_confidently_wrong():
-    got = made([0, 0, 0, 0], [1, 0, 2, 3], [0.3, 0.9, 0.8, 0.5])
+def test_confusion_class_accuracies_and_most_confidently_wrong():
+    labels, predicted = torch.tensor([0, 0, 0, 0, 1]), torch.tensor([1, 0, 2, 3, 1])
+    got = Evaluation(torch.zeros(5), labels, predicted, torch.tensor([0.3, 0.9, 0.8, 0.5, 1.0]), tuple("abcd"))
+    assert got.confusion().tolist() == [[1, 1, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    expected = {"a": 0.25, "b": 1.0, "c": math.nan, "d": math.nan}  # two have no images
+    assert got.class_accuracies() == pytest.approx(expected, nan_ok=True)
+    assert got.accuracy == 2 / 5
     assert got.most_confidently_wrong(2) == [2, 3]
     assert got.most_confidently_wrong(9) == [2, 3, 0]
 
@@ -160,14 +148,3 @@ def test_views_of_the_least_certain_quarter(net, synthetic, runtime):
     for name in ("losses", "predicted", "confidence"):
         assert torch.equal(getattr(got, name)[~uncertain], getattr(plain, name)[~uncertain]), name
         assert not torch.equal(getattr(got, name), getattr(plain, name)), name
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_world_size_changes_no_bit_with_views(net, synthetic, runtime, world_size):
-    plain = evaluate(net, synthetic.test, runtime)
-    whole, ranks = evaluate(net, synthetic.test, runtime, "crop", plain), Simulated(runtime, world_size)
-    for rank in range(world_size):
-        with contextlib.nullcontext() if rank == world_size - 1 else pytest.raises(RuntimeError):
-            shared = evaluate(net, EvalLoader(synthetic.test.dataset, rank, world_size), ranks, "crop", plain)
-    assert torch.equal(shared.predicted, whole.predicted)
-    assert shared.loss == pytest.approx(whole.loss, abs=1e-7)

@@ -39,11 +39,11 @@ def finished(tmp_path_factory):
 
 def test_records(finished):
     got = result(finished)
-    assert (got["recipe"], got["model"], got["dataset"], got["epochs"]) == ("wide", "net", "synthetic", 2)
-    assert (got["world_size"], got["local_batch_size"], got["global_batch_size"]) == (1, 10, 20)
-    assert (got["steps"], got["seed"], got["precision"], got["device"]) == (15, 0, "fp32", "cpu")
-    assert (got["test_total"], got["test_accuracy"]) == (200, got["test_correct"] / 200)
-    assert got["train_seconds"] > got["first_step_seconds"] > 0
+    assert got.items() >= {
+        "recipe": "wide", "model": "net", "dataset": "synthetic", "epochs": 2, "seed": 0, "precision": "fp32",
+        "device": "cpu", "world_size": 1, "local_batch_size": 10, "global_batch_size": 20, "steps": 15,
+        "test_total": 200, "test_accuracy": got["test_correct"] / 200,
+    }.items()  # fmt: skip
     assert got["images_per_second"] == pytest.approx(300 / got["train_seconds"])
     assert math.isfinite(got["test_loss"])
     assert records(finished, "test/accuracy")[-1] == (15, got["test_accuracy"])
@@ -94,37 +94,27 @@ def clock(monkeypatch):
 
 
 def test_seconds_of_the_first_step_and_of_the_rest(tmp_path, clock, capsys):
+    """Of 13 steps, only the first and those of the log points wait for the device."""
     run_dir = tmp_path / "run"
     train_ddp.main([*FLAGS, "--epochs", "2", "--log-steps", "5", "--max-steps", "13", "--run-dir", str(run_dir)])
     got = result(run_dir)
     assert (got["train_seconds"], got["first_step_seconds"]) == (100 + 11 + 9 + 100 + 3, 100 + 11)
-    assert "Finished Training\n(223.00 s of training: 111.00 s for the first step, 112.00 s for the rest)\n" in (
-        capsys.readouterr().out
-    )
+    text = capsys.readouterr().out
+    assert "Finished Training\n(223.00 s of training: 111.00 s for the first step, 112.00 s for the rest)\n" in text
     rates = dict(records(run_dir, "train/images_per_second"))
     assert rates == {5: pytest.approx(100 / 115), 10: pytest.approx(100 / 5), 13: pytest.approx(60 / 103)}
+    waited_after = [step for step, (a, b) in enumerate(pairwise(clock.reads_before), 1) if b > a]
+    assert waited_after == [1, 5, 10]
     clock.first = True
     train_ddp.main(["--resume", str(run_dir), "--max-steps", "15"])
     got = result(run_dir)
     assert (got["train_seconds"], got["first_step_seconds"]) == (223 + 100 + 11 + 1, 111 + 111)
 
 
-def test_only_the_first_step_and_log_points_wait_for_the_device(tmp_path, clock):
-    train_ddp.main([*FLAGS, "--epochs", "1", "--log-steps", "5", "--run-dir", str(tmp_path / "run")])
-    waited_after = [step for step, (a, b) in enumerate(pairwise(clock.reads_before), 1) if b > a]
-    assert waited_after == [1, 5]
+ACCUMULATE = "use --local-batch-size 5 --global-batch-size 20, which accumulates gradients over the same global batch"
 
 
-@pytest.mark.parametrize(
-    ("local", "remedy"),
-    [
-        (
-            "10",
-            "use --local-batch-size 5 --global-batch-size 20, which accumulates gradients over the same global batch",
-        ),
-        ("1", "use a smaller model"),
-    ],
-)
+@pytest.mark.parametrize(("local", "remedy"), [("10", ACCUMULATE), ("1", "use a smaller model")])
 def test_out_of_memory_names_a_smaller_batch(tmp_path, monkeypatch, local, remedy):
     run_dir, step, batches = tmp_path / "run", train_ddp.train_step, []
 
@@ -147,14 +137,6 @@ def test_out_of_memory_names_a_smaller_batch(tmp_path, monkeypatch, local, remed
         assert batches == [2, 2, 2, *[4] * 8]
 
 
-def test_max_steps_ends_with_records_as_usual(tmp_path, capsys):
-    train_ddp.main([*FLAGS, "--run-dir", str(tmp_path / "run"), "--max-steps", "7"])
-    text = capsys.readouterr().out
-    for words in ("[1,     7] loss: ", "Finished Training", "Accuracy of the network on the 200 test images: "):
-        assert text.count(words) == 1
-    assert result(tmp_path / "run")["steps"] == 7
-
-
 def fail(*_):
     raise MemoryError("no room\nsecond line")
 
@@ -165,8 +147,10 @@ def fail(*_):
 def test_failing_report_costs_one_warning(tmp_path, monkeypatch, capsys, report, reason):
     monkeypatch.setitem(sys.modules, "cifar.records.report", report)
     train_ddp.main([*FLAGS, "--run-dir", str(tmp_path / "run"), "--max-steps", "1"])
-    *_, warning = capsys.readouterr().out.splitlines()
-    assert warning.startswith(f"WARNING: no report in {tmp_path / 'run'}: {reason}")
+    text = capsys.readouterr().out
+    assert text.splitlines()[-1].startswith(f"WARNING: no report in {tmp_path / 'run'}: {reason}")
+    for words in ("[1,     1] loss: ", "Finished Training", "Accuracy of the network on the 200 test images: "):
+        assert text.count(words) == 1
     assert result(tmp_path / "run")["steps"] == 1
 
 
@@ -187,11 +171,9 @@ def test_infinite_loss_ends_the_run(tmp_path, checkpoint_steps):
 
 
 def test_seed_decides_the_losses(tmp_path):
-    def curve(name, seed):
-        flags = ["--max-steps", "5", "--log-steps", "1", "--seed", seed, "--run-dir", str(tmp_path / name)]
-        train_ddp.main([*FLAGS, *flags])
-        return records(tmp_path / name, "train/loss")
-
-    first = curve("a", "1")
-    assert curve("b", "1") == first
-    assert curve("c", "2") != first
+    curves = []
+    for number, seed in enumerate("112"):
+        run_dir = tmp_path / f"{number}"
+        train_ddp.main([*FLAGS, "--max-steps", "5", "--log-steps", "1", "--seed", seed, "--run-dir", str(run_dir)])
+        curves.append(records(run_dir, "train/loss"))
+    assert curves[0] == curves[1] != curves[2]

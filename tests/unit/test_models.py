@@ -31,27 +31,3 @@ def test_net_is_the_tutorials():
 @pytest.mark.parametrize(("name", "parameters"), [("resnet18", 11_173_962), ("speed", 1_971_352 + 288 + 1152)])
 def test_sizes(name, parameters):
     assert sum(parameter.numel() for parameter in build_model(name, 10).parameters()) == parameters
-
-
-def test_only_models_that_want_data_get_it():
-    def no_data():
-        raise AssertionError("the images were prepared")
-
-    build_model("net", 10, no_data)
-    with pytest.raises(AssertionError, match="prepared"):
-        build_model("speed", 10, no_data)
-
-
-def test_whitening_layer_whitens():
-    net = build_model("speed", 10, lambda: IMAGES)
-    outputs = net.whiten(IMAGES).detach()
-    patches = outputs[:, :12].transpose(0, 1).flatten(1)
-    assert torch.allclose(patches.mean(1), torch.zeros(12), atol=1e-3)
-    assert torch.allclose(patches.cov(), torch.eye(12), atol=1e-2)
-    assert torch.allclose(outputs[:, 12:], -outputs[:, :12], atol=1e-5)
-
-
-def test_convolutions_start_as_the_identity():
-    conv = build_model("speed", 10).groups[1].convs[0]  # 64 to 256 channels
-    x = torch.rand(2, 64, 8, 8)
-    assert torch.allclose(conv(x)[:, :64], x, atol=1e-5)

@@ -28,18 +28,18 @@ def commands(text: str) -> list[str]:
     return sorted({re.sub(r"^([A-Z_]+=\S* )+", "", part) for part in parts if "..." not in part})
 
 
-@pytest.fixture(scope="module")
-def known_flags():
+@pytest.fixture
+def known_flags(capsys):
     """Return the flags of train_ddp.py, by --help."""
-    import contextlib
-    import io
-
-    with contextlib.redirect_stdout(io.StringIO()) as text, pytest.raises(SystemExit):
+    with pytest.raises(SystemExit):
         parse_args(["--help"])
-    return set(re.findall(r"--[a-z][\w-]+", text.getvalue()))
+    return set(re.findall(r"--[a-z][\w-]+", capsys.readouterr().out))
 
 
-@pytest.mark.parametrize("guide", [guide for guide in GUIDES if guide.exists()], ids=lambda path: str(path.parent.name))
+each_guide = pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.parent.name)
+
+
+@each_guide
 def test_commands_name_what_exists(guide, known_flags):
     found = [command for command in commands(guide.read_text()) if command.startswith(STARTS)]
     assert found
@@ -58,7 +58,7 @@ def test_commands_name_what_exists(guide, known_flags):
             assert flags <= known_flags | {"--help"}, command
 
 
-@pytest.mark.parametrize("guide", [guide for guide in GUIDES if guide.exists()], ids=lambda path: str(path.parent.name))
+@each_guide
 def test_flags_and_paths_exist(guide):
     """Those in code spans and links, too, of this program or another."""
     text = guide.read_text()

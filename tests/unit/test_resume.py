@@ -1,6 +1,5 @@
 """Resume: from any step to the same bits; changes are printed; what cannot continue is refused."""
 
-import copy
 import dataclasses
 import json
 import re
@@ -17,7 +16,7 @@ from cifar.datasets import DATASETS
 from cifar.distributed.preemption import StopAgreement
 from cifar.errors import StoppedError, UserError
 from cifar.models import MODELS
-from cifar.resume import newest_checkpoint
+from cifar.models.net import Net
 from tests.helpers.comparing import make_runs_tiny, numbers, same, tiny_dataset, traces
 from tests.helpers.processes import records, result
 
@@ -66,40 +65,28 @@ def resume(run_dir, *flags):
 
 def assert_same_run(run_dir, undisturbed):
     mine, theirs = (load_checkpoint(checkpoint_path(run, LAST))["state"] for run in (run_dir, undisturbed))
-    for part in theirs:
-        assert same({part: mine[part]}, {part: theirs[part]}), f"{part} differs"
+    assert same(mine, theirs)
     assert numbers(run_dir) == numbers(undisturbed)
     mine, theirs = result(run_dir), result(undisturbed)
     clock = {"train_seconds", "first_step_seconds", "images_per_second", "checkpoint_seconds"}
     assert {k: v for k, v in mine.items() if k not in clock} == {k: v for k, v in theirs.items() if k not in clock}
 
 
-@pytest.fixture
-def stop_after(monkeypatch):
-    """Return a function that lets each run be asked to stop after so many steps of its own."""
+class Asked(StopAgreement):
+    """The process is asked to stop in its first step."""
 
-    def ask(count):
-        class Asked(StopAgreement):
-            steps_taken = 0
-
-            def after_step(self):
-                self.steps_taken += 1
-                if self.steps_taken == count:
-                    self._request.name = "SIGTERM"
-                return super().after_step()
-
-        monkeypatch.setattr("cifar.run.StopAgreement", Asked)
-
-    return ask
+    def after_step(self):
+        self._request.name = "SIGTERM"
+        return super().after_step()
 
 
 @pytest.mark.parametrize("flags", [RUN, pytest.param(MUON, marks=pytest.mark.slow)], ids=["sgd", "muon"])
-def test_stopped_after_every_step(undisturbed, tmp_path, stop_after, flags, capsys):
-    if flags is MUON:
-        undisturbed = tmp_path / "undisturbed"
-        train_ddp.main([*flags, "--run-dir", str(undisturbed)])
-    run_dir = tmp_path / "run"
-    stop_after(1)
+def test_stopped_after_every_step(tmp_path, monkeypatch, flags, capsys):
+    """Each process trains a step; also of random layers, which must draw the same."""
+    monkeypatch.setitem(MODELS, "net", lambda classes: nn.Sequential(nn.Dropout(0.1), Net(classes)))
+    undisturbed, run_dir = tmp_path / "undisturbed", tmp_path / "run"
+    train_ddp.main([*flags, "--run-dir", str(undisturbed)])
+    monkeypatch.setattr("cifar.run.StopAgreement", Asked)
     with pytest.raises(StoppedError) as stopped:
         train_ddp.main([*flags, "--run-dir", str(run_dir)])
     assert str(stopped.value) == f"Stopped by SIGTERM after step 1 of {LAST}; to continue: --resume {run_dir}"
@@ -114,33 +101,6 @@ def test_stopped_after_every_step(undisturbed, tmp_path, stop_after, flags, caps
     assert_same_run(run_dir, undisturbed)
 
 
-@pytest.mark.parametrize("step", [3, 17, LAST])
-def test_stopped_once(undisturbed, tmp_path, stop_after, step):
-    run_dir = tmp_path / "run"
-    stop_after(step)
-    if step < LAST:
-        with pytest.raises(StoppedError):
-            train_ddp.main([*RUN, "--run-dir", str(run_dir)])
-        stop_after(None)
-        resume(run_dir)
-    else:
-        train_ddp.main([*RUN, "--run-dir", str(run_dir)])
-    assert_same_run(run_dir, undisturbed)
-
-
-def test_random_layers_draw_the_same_after_a_resume(tmp_path, monkeypatch, stop_after):
-    layers = nn.Flatten(), nn.Dropout(), nn.Linear(3072, 10)
-    monkeypatch.setitem(MODELS, "net", lambda _: nn.Sequential(*copy.deepcopy(layers)))
-    undisturbed, run_dir = tmp_path / "undisturbed", tmp_path / "run"
-    train_ddp.main([*RUN, "--run-dir", str(undisturbed)])
-    stop_after(7)
-    with pytest.raises(StoppedError):
-        train_ddp.main([*RUN, "--run-dir", str(run_dir)])
-    stop_after(None)
-    resume(run_dir)
-    assert_same_run(run_dir, undisturbed)
-
-
 def test_killed_before_the_first_checkpoint(undisturbed, run_dir, capsys):
     killed(run_dir, after=0)
     lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)[:2]
@@ -152,44 +112,30 @@ def test_killed_before_the_first_checkpoint(undisturbed, run_dir, capsys):
     assert [path.name for path in (run_dir / "checkpoints").iterdir() if path.name.startswith(".")] == []
 
 
-def test_killed_between_checkpoints(undisturbed, run_dir, capsys):
-    killed(run_dir, after=12)
+def test_damaged_files_cost_one_warning_each(undisturbed, run_dir, capsys):
+    newest = checkpoint_path(killed(run_dir, after=12), 12)
+    raw = bytearray(newest.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    newest.write_bytes(raw)
     for name in ("result.json", "launch.json"):
         (run_dir / name).write_text("[]")  # records without sense do not matter
-    resume(run_dir)
-    assert re.search(rf"^resumes +after step 12 of {LAST}$", capsys.readouterr().out, re.M)
-    assert_same_run(run_dir, undisturbed)
-
-
-def test_damaged_metrics_cost_one_warning(undisturbed, run_dir, capsys):
-    path = killed(run_dir, after=12) / "metrics.jsonl"
+    path = run_dir / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     later = next(i for i, line in enumerate(lines) if json.loads(line)["step"] > 12)
     damaged = [b'{"step": 6, "x": "\xff"}\n', b"3\n", bytes(512) + b"\n"]
     path.write_bytes(b"".join([*damaged, *lines[: later + 1]])[:-9])
     resume(run_dir)
     text = capsys.readouterr().out
-    assert [line for line in text.splitlines() if "damaged lines" in line] == [
-        f"WARNING: damaged lines left out of {path}: 4 of {later + 4}"
-    ]
+    of_checkpoint, of_metrics = re.findall("^WARNING: (?:skipping|damaged).*", text, re.M)
+    assert of_checkpoint.startswith(f"WARNING: skipping corrupt checkpoint {newest}: ")
+    assert of_metrics == f"WARNING: damaged lines left out of {path}: 4 of {later + 4}"
+    assert re.search(rf"^resumes +after step 10 of {LAST}$", text, re.M)
     assert_same_run(run_dir, undisturbed)
 
 
 def test_killed_before_the_result(undisturbed, run_dir):
     (run_dir / "result.json").unlink()
     resume(run_dir)
-    assert_same_run(run_dir, undisturbed)
-
-
-def test_corrupt_newest_checkpoint_is_named_and_skipped(undisturbed, run_dir, capsys):
-    newest = checkpoint_path(killed(run_dir, after=12), 12)
-    raw = bytearray(newest.read_bytes())
-    raw[len(raw) // 2] ^= 1
-    newest.write_bytes(raw)
-    resume(run_dir)
-    text = capsys.readouterr().out
-    assert re.search(rf"^WARNING: skipping corrupt checkpoint.*{newest.name}", text, re.M)
-    assert re.search(r"^resumes +after step 10 ", text, re.M)
     assert_same_run(run_dir, undisturbed)
 
 
@@ -209,52 +155,24 @@ def test_changes_are_printed_once(run_dir, capsys):
     assert result(run_dir)["steps"] == 30
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5])
-def test_flags_of_an_earlier_version_matter_only_if_they_were_used(undisturbed, run_dir, share):
-    killed(run_dir, after=12)
-    edit(run_dir, small_share=share, small_size=24)
-    if share:
-        with pytest.raises(UserError, match=r"another version of cifar-ddp: .*'small_share'"):
-            resume(run_dir)
-    else:
-        resume(run_dir)
-        assert_same_run(run_dir, undisturbed)
+def test_unused_flags_of_an_earlier_version_do_not_matter(undisturbed, run_dir):
+    edit(killed(run_dir, after=12), small_share=0.0, small_size=24)
+    resume(run_dir)
+    assert_same_run(run_dir, undisturbed)
 
 
 @pytest.mark.parametrize("recorded", [True, False])
 def test_where_a_run_was_trained_is_recorded(run_dir, recorded):
     """Each start that has trained a part of it, also if an earlier version began it and recorded only the last one."""
-    path = run_dir / "config.json"
-
-    def on_gpus(steps):
-        facts = json.loads(path.read_text())
-        assert [start["step"] for start in facts["starts"]] == steps
-        before = {"world_size": 8, "device": "cuda"}
-        facts["starts"][0] |= before
-        path.write_text(json.dumps(facts if recorded else {k: v for k, v in facts.items() if k != "starts"} | before))
-
-    on_gpus([0])
+    starts, before = [{"step": 0, "world_size": 8, "device": "cuda"}], {"world_size": 8, "device": "cuda"}
+    edit_facts(run_dir, **(before | {"starts": starts if recorded else None}))
     resume(killed(run_dir, after=12))
-    assert result(run_dir)["trained_on"] == "8 processes on cuda, then 1 process on cpu"
-    assert read_run(run_dir).cells["processes"] == "8, 1"
-    on_gpus([0, 12])
-    resume(killed(run_dir, after=10))
     assert result(run_dir)["trained_on"] == "8 processes on cuda, then 1 process on cpu"
     (run_dir / "result.json").unlink()
     resume(run_dir)  # trains nothing
     assert read_run(run_dir).cells["processes"] == "8, 1"
-    on_gpus([0, 10, LAST])
     resume(killed(run_dir, after=0))
     assert result(run_dir)["trained_on"] == "1 process on cpu"
-    on_gpus([0])
-
-
-def test_end_before_the_runs_step_is_refused(run_dir):
-    killed(run_dir, after=12)
-    before = traces(run_dir)
-    with pytest.raises(UserError, match=r"that run is at step 12 already, beyond 11: raise --epochs or --max-steps"):
-        resume(run_dir, "--max-steps", 11)
-    assert traces(run_dir) == before
 
 
 def test_running_losses_of_two_ranks_continue_in_one(undisturbed, run_dir):
@@ -268,22 +186,15 @@ def test_running_losses_of_two_ranks_continue_in_one(undisturbed, run_dir):
     assert_same_run(run_dir, undisturbed)
 
 
-@pytest.mark.parametrize("local", [5, 20])
-def test_other_micro_batches_give_the_same_losses(undisturbed, run_dir, capsys, local):
-    resume(killed(run_dir, after=8), "--local-batch-size", local)
-    assert changed(capsys.readouterr().out) == [f"--local-batch-size 10 -> {local}"]
-    expected = [(step, pytest.approx(loss, rel=1e-3)) for step, loss in records(undisturbed, "train/loss")]
-    assert records(run_dir, "train/loss") == expected
-
-
 @pytest.mark.parametrize(("before", "after"), [(4, 8), (8, 4)])
-def test_other_micro_batches_across_the_layout_border(tmp_path, before, after):
+def test_other_micro_batches_give_the_same_losses(tmp_path, capsys, before, after):
     """On a CPU, up to 4 images are contiguous and more are channels-last; momentum has to follow."""
     flags = [*RUN, "--global-batch-size", "8", "--epochs", "1", "--local-batch-size", str(before),
              "--lr-scaling", "none", "--warmup-epochs", "0"]  # fmt: skip
     train_ddp.main([*flags, "--run-dir", str(tmp_path / "whole")])
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     resume(killed(tmp_path / "resumed", after=8), "--local-batch-size", after)
+    assert changed(capsys.readouterr().out) == [f"--local-batch-size {before} -> {after}"]
     whole, resumed = (records(tmp_path / name, "train/loss") for name in ("whole", "resumed"))
     # 1e-7 apart; 5e-5 with the momentum in the layout of the checkpoint.
     assert resumed == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in whole]
@@ -308,49 +219,14 @@ def test_best_checkpoint_stays_over_a_resume(tmp_path, monkeypatch):
     assert result(run_dir)["test_accuracy"] == 0.55
 
 
-# Refusals
-
-
-def refused(run_dir, *flags):
-    """Return the one line that refuses to resume; nothing in the directory has changed."""
-    before = traces(run_dir)
-    with pytest.raises(UserError) as mistake:
-        resume(run_dir, *flags)
-    assert "\n" not in str(mistake.value)
-    assert traces(run_dir) == before
-    return str(mistake.value)
-
-
 def edit(run_dir, **changes):
     """Change the recorded configuration."""
-    facts = json.loads((run_dir / "config.json").read_text())
-    facts["config"] |= changes
-    (run_dir / "config.json").write_text(json.dumps(facts))
-
-
-def test_no_run(tmp_path):
-    assert "there is no run to continue" in refused(tmp_path)
-    assert "there is no run to continue" in refused(tmp_path / "none")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("changes", [{"lr": 0.5}, {"seed": 3}, {"model": "net-wide"}, {"schedule": "constant"}])
-def test_configuration_that_conflicts_with_the_checkpoint(undisturbed, run_dir, changes):
-    ((name, value),) = changes.items()
-    own = json.loads((run_dir / "config.json").read_text())["config"][name]
-    edit(killed(run_dir, after=12), **changes)
-    text = refused(run_dir)
-    assert f"its config.json says --{name} {value}, but its checkpoint step-00000012.pt was trained with {own}" in text
-    edit(run_dir, **{name: own})  # the refusal has freed the lock
-    resume(run_dir)
-    assert_same_run(run_dir, undisturbed)
-    found, complaints = newest_checkpoint(run_dir)
-    assert found is not None
-    assert (found[0], complaints) == (checkpoint_path(run_dir, LAST), [])
+    config = json.loads((run_dir / "config.json").read_text())["config"]
+    edit_facts(run_dir, config=config | changes)
 
 
 def edit_facts(run_dir, **changes):
-    """Change what config.json holds besides the configuration; None removes an entry."""
+    """Change what config.json holds; None removes an entry."""
     facts = json.loads((run_dir / "config.json").read_text()) | changes
     facts = {name: value for name, value in facts.items() if value is not None}
     (run_dir / "config.json").write_text(json.dumps(facts))
@@ -361,31 +237,44 @@ def cut_checkpoints(run_dir):
         path.write_bytes(path.read_bytes()[:-1])
 
 
+def mismatch(name, value, own):
+    """Return a configuration that conflicts with the checkpoint, and the words that refuse it."""
+    words = f"its config.json says --{name} {value}, but its checkpoint step-00000020.pt was trained with {own}"
+    return pytest.param(lambda run_dir: edit(run_dir, **{name: value}), words, id=name)
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda run_dir: edit(run_dir, lr="0.05"), ["config.json"]),
-        (lambda run_dir: edit(run_dir, epochs=None), ["config.json"]),
-        (lambda run_dir: edit_facts(run_dir, dataset=None), ["config.json"]),
-        (lambda run_dir: edit_facts(run_dir, world_size=None), ["config.json"]),
-        (cut_checkpoints, [f"step-{step:08d}.pt" for step in (4, 8, 10, 12)]),
-        (lambda run_dir: edit(run_dir, dataset="mine"), ["that run trains on synthetic, but the dataset here is mine"]),
-        (lambda _: DATASETS.update(synthetic=DATASETS["other classes"]), ["class names"]),
+        mismatch("lr", 0.5, 0.05),
+        mismatch("seed", 3, 0),
+        mismatch("model", "net-wide", "net"),
+        mismatch("schedule", "constant", "cosine"),
+        (lambda run_dir: edit(run_dir, lr="0.05"), "config.json"),
+        (lambda run_dir: edit(run_dir, epochs=None), "config.json"),
+        (lambda run_dir: edit(run_dir, small_share=0.5), "another version of cifar-ddp: .*'small_share'"),
+        (lambda run_dir: edit_facts(run_dir, dataset=None), "config.json"),
+        (lambda run_dir: edit_facts(run_dir, world_size=None), "config.json"),
+        (lambda run_dir: edit(run_dir, max_steps=11), "is at step 20 already, beyond 11: raise --epochs or --max-"),
+        (cut_checkpoints, ".*".join(f"step-{step:08d}.pt" for step in (20, 16, 12, 10, 8, 4))),
+        (lambda run_dir: edit(run_dir, dataset="mine"), "that run trains on synthetic, but the dataset here is mine"),
+        (lambda _: DATASETS.update(synthetic=DATASETS["other classes"]), "class names"),
+        (shutil.rmtree, "there is no run to continue"),
+        (lambda _: None, "has finished, with step 20 of 20; raise --epochs or --max-steps"),
+        (
+            lambda run_dir: shutil.rmtree(run_dir / "checkpoints"),
+            "has finished, with step 20 of 20, and its checkpoints are gone",
+        ),
     ],
-    ids=["lr", "epochs", "no dataset", "no world size", "checkpoints", "other dataset", "other classes"],
 )
 def test_run_that_cannot_continue(run_dir, monkeypatch, spoil, words):
-    killed(run_dir, after=12)
+    """One line says why, and nothing in the directory changes."""
     monkeypatch.setitem(DATASETS, "mine", lambda _: tiny_dataset())
     monkeypatch.setitem(DATASETS, "other classes", lambda _: tiny_dataset(classes=tuple("abcdefghij")))
+    monkeypatch.setitem(DATASETS, "synthetic", DATASETS["synthetic"])
     spoil(run_dir)
-    text = refused(run_dir)
-    assert all(word in text for word in words)
-
-
-@pytest.mark.parametrize("has_checkpoints", [True, False])
-def test_finished_run(run_dir, has_checkpoints):
-    advice = "; raise --epochs or --max-steps" if has_checkpoints else ", and its checkpoints are gone"
-    for path in checkpoints(run_dir).values() if not has_checkpoints else ():
-        path.unlink()
-    assert f"has finished, with step {LAST} of {LAST}{advice}" in refused(run_dir)
+    before = traces(run_dir)
+    with pytest.raises(UserError, match=words) as mistake:
+        resume(run_dir)
+    assert "\n" not in str(mistake.value)
+    assert traces(run_dir) == before

@@ -19,103 +19,93 @@ from cifar.records.run_dir import check_unused
 from cifar.resume import find_own_run
 from cifar.run import Run
 from tests.helpers.comparing import make_runs_tiny
+from tests.helpers.processes import result
 
 FLAGS = "--device cpu --dataset synthetic --wandb disabled --local-batch-size 20 --max-steps 2 --checkpoint-steps 1"
 
 
-def launched(agent, local_rank=0, others=()):
-    """Return the parts of a runtime that `find_own_run` uses."""
-    return SimpleNamespace(
-        launch_id=agent,
-        local_rank=local_rank,
-        gather=lambda own: [*others, own],
-        fail_together=contextlib.nullcontext,
-    )
+AGENT = "/tmp/torchelastic_91g9quuh/none_s_5_4rlf#1"  # the ID of the first run of a torchrun
 
 
-@pytest.fixture
-def agent():
-    """The ID of the first run of a torchrun."""
-    return "/tmp/torchelastic_91g9quuh/none_s_5_4rlf#1"
+def find(config, agent=AGENT, local_rank=0, others=()):
+    """Return what `find_own_run` returns on a rank; `others` have found those configurations."""
+    launch = SimpleNamespace(launch_id=agent, local_rank=local_rank, gather=lambda own: [*others, own])
+    launch.fail_together = contextlib.nullcontext
+    return find_own_run(config, launch)
 
 
-def begin(run_dir, *launchers, **config):
+def begin(name, *launchers, **config):
     """Create the files of a run of `launchers` that a restart reads."""
+    run_dir = Path(name)
     run_dir.mkdir(parents=True)
     write_json(run_dir / "config.json", {"config": TrainConfig(run_dir=run_dir, **config).to_json()})
     write_json(run_dir / "launch.json", {"host": "host", "pid": 1, "launchers": list(launchers)})
     return run_dir
 
 
-def test_restart_finds_the_run_of_its_agent(tmp_path, monkeypatch, agent):
+@pytest.fixture(autouse=True)
+def _empty_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    begin(Path("runs/a"), "other")
+
+
+def test_restart_finds_the_run_of_its_agent():
+    begin("runs/a", "other")
     Path("runs/b").mkdir()  # no run at all
     Path("runs/file").touch()
-    Path("runs/unreadable").mkdir()
-    Path("runs/unreadable/launch.json").mkdir()  # root may read any file, but no directory
-    own = begin(Path("runs/c"), "other", agent, epochs=7)
+    Path("runs/unreadable/launch.json").mkdir(parents=True)  # root may read any file, but no directory
+    own = begin("runs/c", "other", AGENT, epochs=7)
     for path in (own, *own.iterdir()):
         os.utime(path, (0, 0))  # a file server's clock, or a copy, may give any time
-    found = find_own_run(TrainConfig(epochs=1), launched(agent))
+    found = find(TrainConfig(epochs=1))
     assert found == read_config(own)
     assert (found.resume, found.epochs) == (own, 7)
 
 
 @pytest.mark.parametrize("flag", ["run_dir", "resume"])
-def test_restart_looks_only_into_a_named_directory(tmp_path, monkeypatch, agent, flag):
-    monkeypatch.chdir(tmp_path)
-    begin(Path("runs/a"), agent)  # not the named one
-    own = begin(tmp_path / "elsewhere", agent, epochs=7)
-    named = TrainConfig(**{flag: own})
-    assert find_own_run(named, launched(agent)) == read_config(own)
-    another = begin(tmp_path / "another", "other")
-    named = TrainConfig(**{flag: another})
-    assert find_own_run(named, launched(agent)) is named
-    named = TrainConfig(**{flag: tmp_path / "new"})
-    assert find_own_run(named, launched(agent)) is named
+def test_restart_looks_only_into_a_named_directory(flag):
+    begin("runs/a", AGENT)  # not the named one
+    own = begin("elsewhere", AGENT, epochs=7)
+    assert find(TrainConfig(**{flag: own})) == read_config(own)
+    for other in (begin("another", "other"), Path("new")):
+        named = TrainConfig(**{flag: other})
+        assert find(named) is named
 
 
-def test_runs_of_other_agents_are_not_continued(tmp_path, monkeypatch, agent):
-    monkeypatch.chdir(tmp_path)
+def test_runs_of_other_agents_are_not_continued():
     config = TrainConfig()
-    assert find_own_run(config, launched(agent)) is config  # there isn't even a runs/
-    begin(Path("runs/other"), f"{agent}0", agent[:-1], agent.replace("#1", "#2"))
-    begin(Path("runs/of an earlier version"), "boot:pid:[4026531836]:1234:56789")
-    begin(Path("runs/no launcher"))
-    assert find_own_run(config, launched(agent)) is config
-    assert find_own_run(config, launched(None)) is config  # not started by torchrun
+    assert find(config) is config  # there isn't even a runs/
+    begin("runs/other", f"{AGENT}0", AGENT[:-1], AGENT.replace("#1", "#2"))
+    begin("runs/no launcher")
+    assert find(config) is config
+    assert find(config, agent=None) is config  # not started by torchrun
 
 
-def test_all_ranks_continue_the_run_that_any_host_found(tmp_path, monkeypatch, agent):
-    monkeypatch.chdir(tmp_path)
-    own = begin(Path("runs/a"), agent)
+def test_all_ranks_continue_the_run_that_any_host_found():
+    own = begin("runs/a", AGENT)
     config = TrainConfig(data_dir=Path("/scratch"), data_url="https://me:password@host/a")
     # Only local rank zero looks; hosts that do not share rank zero's disk learn of the run from the others.
-    assert find_own_run(config, launched(agent, local_rank=1)) is config
+    assert find(config, local_rank=1) is config
     theirs = read_config(own)
     shutil.rmtree("runs")
     expected = dataclasses.replace(theirs, data_dir=config.data_dir, data_url=config.data_url)
-    assert find_own_run(config, launched(agent, others=[None, theirs])) == expected
+    assert find(config, others=[None, theirs]) == expected
 
 
-def test_own_run_that_was_killed_before_it_began_is_begun_again(tmp_path, agent):
-    (begin(tmp_path / "run", agent) / "config.json").unlink()
-    named = TrainConfig(run_dir=tmp_path / "run")
-    assert find_own_run(named, launched(agent)) is named
-    check_unused(tmp_path / "run")
+def test_own_run_that_was_killed_before_it_began_is_begun_again():
+    (begin("run", AGENT) / "config.json").unlink()
+    named = TrainConfig(run_dir=Path("run"))
+    assert find(named) is named
+    check_unused(Path("run"))
 
 
-def test_damaged_own_run_is_an_error_and_not_a_new_run(tmp_path, monkeypatch, agent):
-    monkeypatch.chdir(tmp_path)
-    (begin(Path("runs/a"), agent) / "config.json").write_text("{")
+def test_damaged_own_run_is_an_error_and_not_a_new_run():
+    (begin("runs/a", AGENT) / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"--resume runs/a: there is no run to continue"):
-        find_own_run(TrainConfig(), launched(agent))
+        find(TrainConfig())
 
 
-def test_loop_over_seeds_goes_on_where_a_restart_interrupted_it(tmp_path, monkeypatch, capsys):
+def test_loop_over_seeds_goes_on_where_a_restart_interrupted_it(monkeypatch, capsys):
     make_runs_tiny(monkeypatch)
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/tmp/a/none_b/attempt_0/0/error.json")
     finish, crashed = Run.finish, []
 
@@ -135,8 +125,7 @@ def test_loop_over_seeds_goes_on_where_a_restart_interrupted_it(tmp_path, monkey
         program()
     capsys.readouterr()
     program()
-    first, *others = sorted(Path("runs").iterdir())
-    assert [read_config(run_dir).seed for run_dir in (first, *others)] == [0, 1, 2]
-    assert all((run_dir / "result.json").exists() for run_dir in (first, *others))
-    assert crashed == others[:1]
-    assert capsys.readouterr().out.startswith(f"the run in {first} has finished\n")
+    runs = sorted(Path("runs").iterdir())
+    assert [result(run_dir)["seed"] for run_dir in runs] == [0, 1, 2]
+    assert crashed == [runs[1]]
+    assert capsys.readouterr().out.startswith(f"the run in {runs[0]} has finished\n")
