@@ -35,8 +35,9 @@ FILE = Path(__file__).parents[1] / "golden.json"
 _TEST_SIZE = 10  # the losses are those of training
 # On other machines, relative: at two processes, all losses of the Net and the first of any model stay within 2e-4.
 TOLERANCE = 1e-3
-# Images of net-fast's 10,000 that may be classified differently on another machine: seeds differ by 50.
-CORRECT_TOLERANCE = 150
+# Images of net-fast's 10,000 that may be classified differently on another machine: seeds differ by 110 (one standard
+# deviation), and so do machines.
+CORRECT_TOLERANCE = 330
 
 
 class Case(NamedTuple):

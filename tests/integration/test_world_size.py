@@ -84,8 +84,8 @@ def test_losses_weights_and_momentum_equal_those_of_one_process(runs, processes)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
-def test_accuracy_equals_that_of_one_process(runs, runtime, data_flags, processes):
-    """Three does not divide 10,000: DistributedSampler would repeat an image."""
+def test_each_test_image_counts_once(runs, runtime, data_flags, processes):
+    """As in one process. Three does not divide 10,000: DistributedSampler would repeat an image."""
     run_dir, text = runs[processes]
     net = build_model("net", 10)
     net.load_state_dict(state_of(run_dir)["model"])

@@ -8,10 +8,6 @@ from cifar.errors import UserError
 from cifar.records.console import describe_batches, describe_rate
 
 
-def base_learning_rate(config, plan):
-    return plan.base_learning_rate(config)
-
-
 def plan_of(flags, world_size=1):
     config = parse_args(flags.split())
     return config, BatchPlan.make(config, world_size, 50_000)
@@ -53,12 +49,16 @@ def test_size_that_cannot_be_divided_names_the_numbers(flags, world_size, words)
 
 
 def test_lr_scales_with_the_global_batch():
-    assert base_learning_rate(*plan_of("", world_size=4)) == pytest.approx(0.004)
-    assert base_learning_rate(*plan_of("--lr 0.01 --global-batch-size 8")) == pytest.approx(0.02)
-    assert base_learning_rate(*plan_of("--lr-scaling none", world_size=4)) == 0.001
-    assert base_learning_rate(*plan_of("--recipe wide")) == 0.05
-    assert base_learning_rate(*plan_of("--recipe speed94", world_size=3)) == 1340
-    assert base_learning_rate(*plan_of("--local-batch-size 64")) == pytest.approx(0.016)
+    def base_rate(flags, world_size=1):
+        config, plan = plan_of(flags, world_size)
+        return plan.base_learning_rate(config)
+
+    assert base_rate("", world_size=4) == pytest.approx(0.004)
+    assert base_rate("--lr 0.01 --global-batch-size 8") == pytest.approx(0.02)
+    assert base_rate("--lr-scaling none", world_size=4) == 0.001
+    assert base_rate("--recipe wide") == 0.05
+    assert base_rate("--recipe speed94", world_size=3) == 1340
+    assert base_rate("--local-batch-size 64") == pytest.approx(0.016)
 
 
 def test_banner_shows_the_arithmetic():
