@@ -61,21 +61,16 @@ H100 = {
 }
 
 
-def fit(rows: Sequence[tuple[float, float]], measured: Sequence[float]) -> tuple[float, float]:
-    """Return the a and b for which a x + b y is closest to what was measured for the rows (x, y).
+def launch_cost() -> tuple[float, float]:
+    """Return the host's milliseconds per step and per launch, fitted to the recipes in which the GPU waits for it.
 
     Uses the least squares of relative errors, so that small values count as much as large ones.
     """
-    seconds = torch.tensor(measured, dtype=torch.float64)[:, None]
-    scaled = torch.tensor(rows, dtype=torch.float64) / seconds
-    a, b = torch.linalg.lstsq(scaled, torch.ones_like(seconds)).solution.flatten().tolist()
-    return a, b
-
-
-def launch_cost() -> tuple[float, float]:
-    """Return the host's milliseconds per step and per launch, fitted to the recipes in which the GPU waits for it."""
     bound = [recipe for recipe in H100.values() if recipe.step_ms > 1.2 * recipe.busy_ms]
-    return fit([(1, recipe.kernels) for recipe in bound], [recipe.step_ms for recipe in bound])
+    steps = torch.tensor([recipe.step_ms for recipe in bound], dtype=torch.float64)[:, None]
+    terms = torch.tensor([(1, recipe.kernels) for recipe in bound], dtype=torch.float64)
+    per_step, per_launch = torch.linalg.lstsq(terms / steps, torch.ones_like(steps)).solution.flatten().tolist()
+    return per_step, per_launch
 
 
 class Step(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 
 from cifar.models import build_model
 from tests.benchmarks import __main__ as command
-from tests.benchmarks import baselines, scale, scale_check
+from tests.benchmarks import baselines, scale
 from tests.benchmarks.measure import OURS, Comparison, Metric
 from tests.benchmarks.runner import BenchmarkError, Runner, first_reaching
 from tests.helpers.measuring import execute, images_per_second
@@ -89,12 +89,6 @@ MESSAGES = 6 * (0.001 + 0.5)  # 4 processes send 6 messages of 1 ms and 0.5 MB e
 def test_longer_of_device_and_host_counts(host, strong, step, efficiency):
     got = scale.predict(scale.Step(device=8.0, host=host, batch=100), 2e6, LINK, 4, strong)
     assert got == pytest.approx((step * 50_000 / (100 if strong else 400), efficiency))
-
-
-def test_fit_recovers_the_link():
-    link = scale.Link("gloo", 2e-4, 1e9)
-    measured = [(p, size, scale.all_reduce_seconds(p, size, link)) for p in (2, 4) for size in scale_check.SIZES]
-    assert scale_check.fit_link(measured)[1:] == pytest.approx((2e-4, 1e9))
 
 
 def test_predictions_of_the_readme(capsys):
