@@ -70,7 +70,7 @@ def test_every_call_in_a_notebook_trains_with_its_own_flags(tmp_path):
     ids=["python", "local.sh", "nohup local.sh", "nohup multi_node.sh"],
 )
 def test_terminal_closes(command, trains_on, tmp_path):
-    steps = 400 if trains_on else 2000  # seconds of training left, which the signal ends or does not
+    steps = 400 if trains_on else 20_000  # many seconds of training left, which the signal ends or does not
     flags = [*FLAGS, "--checkpoint-steps", "5000", "--max-steps", str(steps), "--run-dir", "run"]
     with Terminal([*command, *flags], tmp_path, NPROC="2", **ENVIRONMENT) as terminal:
         Log(tmp_path / "run" / "metrics.jsonl").until_line("train/loss")
