@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import os
 import signal
 import socket
@@ -52,9 +53,11 @@ def parse_flags(cls: type[C], argv: Sequence[str] | None, prog: str, defaults: C
             raise
         if is_first:
             print(complaint.getvalue(), end="", file=sys.stderr, flush=True)
-        # The first part of the frame that tyro draws, below its title.
-        reason = complaint.getvalue().partition("\n")[2].partition("│ ─")[0]
-        raise UsageError(" ".join(reason.replace("│", "").split())) from None
+        # Of the frame that tyro draws, the part between the title and the next rule.
+        lines = [line.strip(" │|") for line in complaint.getvalue().splitlines()[1:]]
+        parts = itertools.groupby(lines, key=lambda line: line.strip("─-") != "")
+        reason = next((" ".join(part) for is_text, part in parts if is_text), "")
+        raise UsageError(reason) from None
     return dataclasses.replace(parsed, **{name: expand_home(value) for name, value in vars(parsed).items()})  # type: ignore[type-var]
 
 

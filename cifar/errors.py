@@ -92,4 +92,4 @@ def without_credentials(url: str) -> str:
 
 def count(number: int, noun: str, plural: str = "s") -> str:
     """Return the number with its noun: "1 epoch", "2 epochs"."""
-    return f"{number} {noun}" + (plural if number != 1 else "")
+    return f"{number:,} {noun}" + (plural if number != 1 else "")

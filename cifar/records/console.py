@@ -150,7 +150,7 @@ def describe_batches(config: TrainConfig, plan: BatchPlan) -> str:
     batch = f"{size} global among {processes}: {shares} each{in_parts}"
     if largest * plan.world_size * parts == size:
         batch = f"{largest} local x {processes} x {parts} accumulated = {size} global"
-    return f"{batch}; {plan.steps_per_epoch:,} steps an epoch, {count(config.epochs, 'epoch')}"
+    return f"{batch}; {count(plan.steps_per_epoch, 'step')} an epoch, {count(config.epochs, 'epoch')}"
 
 
 def describe_rate(config: TrainConfig, plan: BatchPlan) -> str:

@@ -111,7 +111,7 @@ def _figure(records: list[dict[str, Any]], smoothing: float, test: Evaluation) -
     _plot(accuracy, "Test accuracy, %", percents, color=_TEST, marker="o")
     accuracy.set_ylim(0, 100)
     _plot(throughput, "Images per second", series(records, "train/images_per_second"), color=_TRAIN)
-    throughput.set_ylim(bottom=0)
+    throughput.set_ylim(0, 1.1 * throughput.get_ylim()[1])
     throughput.yaxis.set_major_formatter("{x:,.0f}")
     classes, matrix = below.subplots(1, 2)
     _draw_class_accuracies(classes, test)
@@ -125,6 +125,7 @@ def _plot(axes: Axes, title: str, points: Series, **style: Any) -> None:
     axes.plot([step for step, _ in points], [value for _, value in points], markersize=4, **style)
     axes.set(title=title, xlabel="optimizer step")
     axes.set_xlim(left=0)
+    axes.locator_params(axis="x", integer=True)
     axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
