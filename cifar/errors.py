@@ -23,7 +23,10 @@ _PEER_LOST = re.compile(
 
 
 class UserError(Exception):
-    """A wrong flag, file or environment: one line that says what to do, exit status 2."""
+    """A wrong flag, file or environment: one line that says what to do, exit status 2.
+
+    Any function may raise it; docstrings mention it only where it says more than the name of the function.
+    """
 
     status = 2
 
