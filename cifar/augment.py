@@ -29,7 +29,7 @@ def generator(seed: int, *purpose: str | int) -> torch.Generator:
 
 
 class Augmentation(Protocol):
-    """What `data.DeviceImages` applies to each training batch."""
+    """Augment each training batch of `data.DeviceImages`."""
 
     def set_epoch(self, epoch: int) -> None:
         """Prepare the draws of `epoch`, a function of (seed, epoch)."""

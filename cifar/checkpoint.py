@@ -53,10 +53,13 @@ class TrainState:
     def __post_init__(self) -> None:
         self.running_loss = torch.zeros((), device=next(self.model.parameters()).device)
 
-    def rank_state(self) -> dict[str, Any]:
-        """Return what differs between the ranks: the running loss, and the statistics of BatchNorm on the CPU."""
-        buffers = {name: buffer.cpu() for name, buffer in self.model.named_buffers() if buffer.is_floating_point()}
-        return {"running_loss": self.running_loss.item(), "buffers": buffers}
+    def rank_state(self, rank: int) -> dict[str, Any]:
+        """Return what differs between the ranks: the running loss, and BatchNorm's statistics on the CPU.
+
+        Those of rank zero are left out, for the model has them.
+        """
+        buffers = {name: buffer for name, buffer in self.model.named_buffers() if buffer.is_floating_point()}
+        return {"running_loss": self.running_loss.item(), "buffers": copy_to_host(buffers) if rank else {}}
 
     def state_dict(self, ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return the state as tensors, numbers, strings and containers of them; `ranks` has every `rank_state`."""
@@ -75,10 +78,11 @@ class TrainState:
         self.scaler.load_state_dict(state["scaler"])
         for name in _NUMBERS:
             setattr(self, name, state[name])
-        losses, buffers = state["running_loss"], state.get("buffers", [])  # earlier versions kept rank zero's buffers
+        losses = state["running_loss"]
         if len(losses) == world_size:
             self.running_loss.fill_(losses[rank])
-            self.model.load_state_dict(buffers[rank] if buffers else {}, strict=False)
+            buffers = state.get("buffers", [{}] * world_size)  # earlier versions kept those of rank zero only
+            self.model.load_state_dict(buffers[rank], strict=False)
         else:  # one sum per rank: with another number of ranks, their mean gives the same average
             self.running_loss.fill_(sum(losses) / len(losses))
 

@@ -1,4 +1,4 @@
-"""How each command of this program starts and ends: its flags, one line for a failure, and the exit status."""
+"""Start and end each command of this program: its flags, one line for a failure, and the exit status."""
 
 import contextlib
 import dataclasses

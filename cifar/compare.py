@@ -34,7 +34,6 @@ class RecordedRun:
     """
 
     name: str
-    dataset: str
     cells: dict[str, str]
     accuracy: float | None
     by_seconds: Series
@@ -91,7 +90,7 @@ def _summarize(name: str, facts: dict[str, Any], records: list[dict[str, Any]], 
     }
     by_seconds = [(clock[step], value) for step, value in tests if step in clock]
     by_images = [(step * batch, value) for step, value in tests]
-    return RecordedRun(name, cells["dataset"], cells, accuracy, by_seconds, by_images)
+    return RecordedRun(name, cells, accuracy, by_seconds, by_images)
 
 
 def seconds_of_training(records: list[dict[str, Any]], global_batch_size: int) -> Series:
@@ -152,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             problems.append(str(error))
     if runs:
         print("\n".join(table(runs)))
-        if synthetic := {run.name for run in runs if run.dataset == "synthetic"}:
+        if synthetic := {run.name for run in runs if run.cells["dataset"] == "synthetic"}:
             print(f"on the synthetic dataset, not on CIFAR-10: {', '.join(sorted(synthetic))}")
         try:
             draw(runs, asked.out)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from cifar.errors import UserError, without_credentials
 from cifar.files import read_json
@@ -142,14 +142,24 @@ class TrainConfig(Recipe):
         fields = {name: value for name, value in fields.items() if (name, value) not in _REMOVED}
         try:
             config = cls(**(fields | paths))
-            config.check()
         except TypeError as error:
             raise UserError(f"this configuration was written by another version of cifar-ddp: {error}") from error
+        for name, hint in get_type_hints(cls).items():
+            if not _is_a(value := getattr(config, name), hint):
+                raise UserError(f"{name} is {value!r}, which is not of type {getattr(hint, '__name__', hint)}")
         return config
 
 
 # Fields of version 0.2.0 that are no more, with the values that changed nothing.
 _REMOVED = {("small_share", 0.0), ("small_size", 24)}
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_args(hint):  # a union
+        return any(_is_a(value, part) for part in get_args(hint))
+    return isinstance(value, int | float if hint is float else hint) and (hint is bool or not isinstance(value, bool))
 
 
 # Flags that may change on resume, as they do not define the experiment; every other flag must match the run's own.

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from cifar.augment import derive_seed
 from cifar.checkpoint import FORMAT, CheckpointWriter, TrainState, checkpoint_path
 from cifar.config import TrainConfig
 from cifar.data import Data
@@ -37,6 +38,7 @@ class Run:
         plan: the batch arithmetic.
         state: everything that changes during training.
         first_step: the first step that this process trains.
+        layer_seed: that of this rank's random layers, such as dropout, to which each step is added.
         dir: the run directory.
     """
 
@@ -69,6 +71,7 @@ class Run:
                 self._lock.release(undo=True)
             raise
         self.first_step = self.state.step + 1
+        self.layer_seed = derive_seed(config.seed, "layers", runtime.rank)
         self._start_records(resumed)
         self._request = StopRequest(runtime.launch, self._cannot_end)
         self._agreement = StopAgreement(runtime, self._request)
@@ -123,6 +126,7 @@ class Run:
             device=runtime.device,
             hosts=runtime.launch.hosts,
             dataset=self.data.describe(config.data_dir),
+            is_synthetic=self.data.name == "synthetic",
             parameters=sum(parameter.numel() for parameter in state.model.parameters()),
             run_dir=self.dir,
             wandb=self._tracking.describe(),
@@ -176,14 +180,16 @@ class Run:
         return self._stopping
 
     def log(self, point: LogPoint) -> None:
-        """Print and record training metrics."""
+        """Print and record training metrics, and begin a new running loss."""
         self._console.log(point)
         test_follows = point.epoch_step == self.plan.steps_per_epoch or self.finished
         self._tracking.log_train(point, test_follows)
+        self.state.running_loss.zero_()
+        self.state.running_steps = 0
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint of this step in the background. Collective."""
-        ranks = self.runtime.gather(self.state.rank_state())
+        ranks = self.runtime.gather(self.state.rank_state(self.runtime.rank))
         if self.runtime.is_main:
             self._writer.save({
                 "format": FORMAT,

@@ -126,8 +126,9 @@ def _read(path: Path) -> np.ndarray | str:
 
 def _start_worker() -> None:
     """Let signals end this process without a traceback; let it end with its parent, whose lock it has inherited."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as it is in the background of a script
+            signal.signal(number, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -1,1 +1,1 @@
-"""What a run leaves or shows: its directory, metrics, the W&B run, the report, the console, profiles."""
+"""Record and show a run: its directory, metrics, the W&B run, the report, the console, profiles."""

@@ -30,8 +30,8 @@ class Console:
         self._bar = None
 
     def banner(
-        self, device: torch.device, hosts: int, dataset: str, parameters: int, run_dir: Path, wandb: str,
-        resumed: dict[str, str],
+        self, device: torch.device, hosts: int, dataset: str, is_synthetic: bool, parameters: int, run_dir: Path,
+        wandb: str, resumed: dict[str, str],
     ) -> None:  # fmt: skip
         """Print what is about to run; `resumed` are lines about how the run continues, by their names."""
         config, plan = self._config, self._plan
@@ -57,7 +57,7 @@ class Console:
                 f"WARNING: lr is {times:g} times the recipe's. At 8 times, wide stopped learning in its second epoch: "
                 f"watch the loss, or use a lower --lr or --global-batch-size"
             )
-        if dataset.startswith("synthetic"):
+        if is_synthetic:
             self._print(SYNTHETIC_WARNING)
         self._print("")
 

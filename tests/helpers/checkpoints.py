@@ -29,7 +29,7 @@ def content(step: int = 1, recipe: str = "tutorial") -> dict[str, Any]:
         "config": config.to_json() | {"model": "net"},
         "dataset": "synthetic",
         "classes": list(CLASSES),
-        "state": state.state_dict([state.rank_state()]),
+        "state": state.state_dict([state.rank_state(rank=0)]),
     }
 
 

@@ -63,7 +63,7 @@ def _train(mode: FakeCuda, parts: Parts, step: Callable[..., Tensor], steps: int
     parts.loader.sampler.chunk = min(parts.loader.sampler.chunk, 2)
     run: Any = SimpleNamespace(
         config=dataclasses.replace(parts.config, max_steps=parts.state.step + steps, log_steps=10**9),
-        plan=parts.plan, runtime=parts.runtime, state=parts.state, first_step=-1,
+        plan=parts.plan, runtime=parts.runtime, state=parts.state, first_step=-1, layer_seed=0,
         after_step=after_step, log=lambda _: None,
     )  # fmt: skip
     loop.train_epoch(run, parts.model, parts.loader, parts.optimizer, step)

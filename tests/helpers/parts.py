@@ -84,7 +84,7 @@ class Parts:
 
     def save(self) -> dict[str, Any]:
         """Return the state as a checkpoint holds it."""
-        return copy_to_host(self.state.state_dict([self.state.rank_state()]))
+        return copy_to_host(self.state.state_dict([self.state.rank_state(rank=0)]))
 
     def load(self, saved: dict[str, Any]) -> "Parts":
         """Continue from a saved state."""

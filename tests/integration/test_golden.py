@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.helpers.golden_losses import CASES, CORRECT_TOLERANCE, assert_golden, golden, net_fast_correct
+from tests.helpers.golden_losses import CASES, CORRECT_TOLERANCE, FILE, assert_golden, golden, net_fast_correct
 from tests.helpers.processes import run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -29,5 +29,7 @@ def test_golden_losses(losses, name, world_size):
 def test_net_fast_accuracy(real_data):
     """Seed 0 on CIFAR-10: as many images as ever on a machine of golden.json, about as many elsewhere."""
     entry, exact = golden()
+    entries = [entry] if exact else json.loads(FILE.read_text())
     correct = net_fast_correct(real_data)
-    assert abs(correct - entry["net-fast correct"]) <= (0 if exact else CORRECT_TOLERANCE)
+    differences = [abs(correct - each["net-fast correct"]) for each in entries]
+    assert min(differences) <= (0 if exact else CORRECT_TOLERANCE)

@@ -69,7 +69,7 @@ def test_banner_says_that_tiny_batches_are_not_for_several_gpus(monkeypatch, gpu
     lines = []
     config = config_from_recipe(recipe)
     console = Console(config, BatchPlan.make(config, gpus, 50_000), lines.append, True)
-    console.banner(torch.device("cuda"), 1, "cifar10", parameters, "run", "", {})
+    console.banner(torch.device("cuda"), 1, "cifar10", False, parameters, "run", "", {})
     assert any("a step waits for the host" in line for line in lines) == says
 
 

@@ -252,6 +252,7 @@ def mismatch(name, value, own):
         mismatch("schedule", "constant", "cosine"),
         (lambda run_dir: edit(run_dir, lr="0.05"), "config.json"),
         (lambda run_dir: edit(run_dir, epochs=None), "config.json"),
+        (lambda run_dir: edit(run_dir, optimizer="adam"), "config.json: optimizer is 'adam', which is not of type"),
         (lambda run_dir: edit(run_dir, small_share=0.5), "another version of cifar-ddp: .*'small_share'"),
         (lambda run_dir: edit_facts(run_dir, dataset=None), "config.json"),
         (lambda run_dir: edit_facts(run_dir, world_size=None), "config.json"),
