@@ -26,8 +26,6 @@ def resolve(config: TrainConfig, launch: Launch) -> TrainConfig:
     precision = choose_precision(config.precision, device)
     if precision == "fp16" and device == "cpu":
         raise UserError("--precision fp16 needs a GPU: use bf16 or fp32 on the CPU")
-    if precision == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported():
-        raise UserError(f"--precision bf16: {torch.cuda.get_device_name()} does not support it; use fp16 or fp32")
     if config.cuda_graph and (device != "cuda" or launch.world_size > 1):
         raise UserError("--cuda-graph needs a GPU and a single process")
     warnings, cores = [], available_cores()
