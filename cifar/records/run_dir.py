@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 import sys
+import tempfile
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -108,19 +109,16 @@ def check_writable(run_dir: Path, model: nn.Module) -> None:
     it, there is a UserError, and a new directory is left empty, so that the same command can be repeated.
     """
     need = 3 * 8 * sum(parameter.numel() for parameter in model.parameters()) + (4 << 20)  # bytes
-    checkpoints, probe = run_dir / "checkpoints", run_dir / ".space-probe"
+    checkpoints = run_dir / "checkpoints"
     try:
         checkpoints.mkdir(exist_ok=True)
         for leftover in checkpoints.glob(".*.tmp"):
             leftover.unlink()
-        try:
-            with probe.open("wb") as file:
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(file.fileno(), 0, need)
-                else:  # macOS
-                    file.write(bytes(need))
-        finally:
-            probe.unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=run_dir) as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, need)
+            else:  # macOS
+                file.write(bytes(need))
     except OSError as error:
         with contextlib.suppress(OSError):
             checkpoints.rmdir()  # fails unless it is empty

@@ -52,7 +52,7 @@ def test_directory_that_holds_a_part_of_a_run_is_refused(tmp_path, name):
 
 def test_other_files_and_the_leftovers_of_a_killed_start_are_no_run(tmp_path):
     directory = create_run_dir(tmp_path / "a" / "b", "tutorial")
-    for name in ("train.log", ".hidden", ".lock", "launch.json", ".space-probe"):
+    for name in ("train.log", ".hidden", ".lock", "launch.json"):
         (directory / name).touch()
     (directory / "checkpoints").mkdir()
     assert create_run_dir(directory, "tutorial") == directory
