@@ -75,10 +75,7 @@ def read_json(path: Path) -> dict[str, Any]:
         OSError: the file cannot be read.
         ValueError: it is damaged.
     """
-    try:
-        content = json.loads(path.read_bytes())
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+    content = json.loads(path.read_bytes())
     if not isinstance(content, dict):
         raise ValueError("not a JSON object")
     return content
