@@ -103,8 +103,7 @@ class WandbRun:
 
         setup = wandb.setup().settings
         id_file = self._run_dir / "wandb" / "id.txt"
-        is_new = not id_file.exists()
-        if is_new:
+        if not id_file.exists():
             id_file.parent.mkdir(exist_ok=True)
             new_id = setup.run_id or uuid.uuid4().hex[:8]
             write_atomically(id_file, lambda file: file.write(f"{new_id}\n".encode()))
@@ -112,16 +111,12 @@ class WandbRun:
         for name, value in _SETTINGS.items():  # wandb.init would prefer them to the user's variables
             if hasattr(settings, name) and f"WANDB_{name.upper()}" not in os.environ:
                 setattr(settings, name, value)
-        run = wandb.init(
+        return wandb.init(
             project=setup.project or _PROJECT, dir=os.environ.get("WANDB_DIR") or str(self._run_dir),
             name=setup.run_name or self._run_dir.name, id=id_file.read_text().strip(), mode=mode, settings=settings,
             # Offline, "allow" would make `wandb sync` shift the steps that an earlier record has, too (seen with 0.31).
             resume=(setup.resume or "allow") if mode == "online" else None,
         )  # fmt: skip
-        if is_new and run.starting_step > 0:
-            steps = f"up to step {run.starting_step - 1:,}"
-            self._print(f"WARNING: W&B's run {run.id} already holds another run, {steps}: unset WANDB_RUN_ID")
-        return run
 
     def _define_metrics(self) -> None:
         """Declare the x axis of every chart, and the summary of every metric: best, mean or last value."""
