@@ -57,14 +57,11 @@ class Evaluation:
         confusion = self.confusion().double()
         return dict(zip(self.classes, (confusion.diagonal() / confusion.sum(1)).tolist(), strict=True))
 
-    def lowest_and_highest(self, count: int) -> tuple[dict[str, float], dict[str, float]]:
-        """Return the `count` lowest class accuracies, lowest first, and the `count` highest, highest last.
-
-        Classes without test images are left out, and no class is in both.
-        """
+    def lowest_and_highest(self, count: int) -> dict[str, float]:
+        """Return the `count` lowest and the `count` highest class accuracies, ascending; NaN is left out."""
         finite = {name: accuracy for name, accuracy in self.class_accuracies().items() if math.isfinite(accuracy)}
         ranked = sorted(finite.items(), key=lambda item: item[1])
-        return dict(ranked[:count]), dict(ranked[count:][-count:])
+        return dict(ranked[:count] + ranked[count:][-count:])
 
     def most_confidently_wrong(self, count: int) -> list[int]:
         """Return the indices of the `count` misclassified images with the highest confidence, highest first."""

@@ -113,8 +113,7 @@ def print_test(print_line: PrintLine, dataset: str, test: Evaluation, tta_test: 
     accuracies = test.class_accuracies()
     if len(accuracies) > MANY_CLASSES:
         half = MANY_CLASSES // 2
-        lowest, highest = test.lowest_and_highest(half)
-        accuracies = lowest | highest
+        accuracies = test.lowest_and_highest(half)
         print_line(f"The {half} lowest and the {half} highest accuracies of {len(test.classes)} classes:")
     width = max(map(len, accuracies))
     for name, value in accuracies.items():
