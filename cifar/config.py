@@ -172,10 +172,8 @@ def read_config(run_dir: Path) -> TrainConfig:
     path = run_dir / "config.json"
     try:
         return TrainConfig.from_json(read_json(path)["config"] | {"resume": str(run_dir)})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, UserError) as error:
         raise UserError(f"--resume {run_dir}: there is no run to continue ({path}: {error})") from error
-    except UserError as error:
-        raise UserError(f"--resume {run_dir}: {path}: {error}") from error
 
 
 def differences(a: TrainConfig, b: TrainConfig) -> list[tuple[str, Any, Any]]:
