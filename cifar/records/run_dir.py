@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import tempfile
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -75,18 +76,16 @@ def _read_launch(run_dir: Path) -> dict[str, Any]:
 
 def create_run_dir(wanted: Path | None, recipe: str) -> Path:
     """Create and return `wanted`, or a new directory in runs/; a UserError says why it cannot be created."""
-    stem = f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{recipe}"
-    number = 1
     try:
         if wanted is not None:
             wanted.mkdir(parents=True, exist_ok=True)
             return wanted
         while True:
-            run_dir = Path("runs") / (stem if number == 1 else f"{stem}-{number}")
-            with contextlib.suppress(FileExistsError):  # another launch in the same second
+            run_dir = Path("runs") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{recipe}"
+            with contextlib.suppress(FileExistsError):  # another launch in the same second: take the next one
                 run_dir.mkdir(parents=True)
                 return run_dir
-            number += 1
+            time.sleep(0.1)
     except OSError as error:
         raise UserError(f"the run directory cannot be created: {error}; name another with --run-dir") from error
 
