@@ -169,10 +169,7 @@ class WandbRun:
         """Log the result, confusion matrix, wrong images and, if asked for, the model; see `Tracking.finish`."""
         run = self._run
         run.summary.update(result)  # before the pictures, which may fail
-        # One call each, in this order: W&B stores an image once, where the list has it, and the table refers to that
-        # file. A resumed run may be beyond `step` already.
-        for name, value in _pictures(images, test).items():
-            run.log({name: value}, step=max(step, run.step))
+        run.log(_pictures(images, test), step=max(step, run.step))  # a resumed run may be beyond `step` already
         log_model = os.environ.get("WANDB_LOG_MODEL", "false").lower()  # of Hugging Face's Trainer
         if log_model == "checkpoint":
             self._print("WARNING: WANDB_LOG_MODEL=checkpoint counts as end: W&B gets the best checkpoint only")
@@ -205,19 +202,16 @@ def _stop_service() -> None:
 
 
 def _pictures(images: Tensor, test: Evaluation) -> dict[str, Any]:
-    """Return the most confidently wrong of `images`, as a panel and as a table, and the confusion matrix."""
+    """Return a table of the most confidently wrong of `images`, and the confusion matrix."""
     import wandb
 
-    panel: list[Any] = []
     table = wandb.Table(columns=["image", "index", "class", "predicted", "confidence"])
     for i in test.most_confidently_wrong(_WRONG_IMAGES):
         # Enlarged four times: dashboards do not scale up.
         pixels = images[i].cpu().permute(1, 2, 0).numpy().repeat(4, axis=0).repeat(4, axis=1)
         label, predicted = test.classes[test.labels[i]], test.classes[test.predicted[i]]
-        confidence = float(test.confidence[i])
-        panel.append(wandb.Image(pixels, caption=f"{label}, predicted {predicted} ({100 * confidence:.0f} %)"))
-        table.add_data(panel[-1], i, label, predicted, round(confidence, 4))
-    pictures: dict[str, Any] = {"test/most_confidently_wrong_images": panel, "test/most_confidently_wrong": table}
+        table.add_data(wandb.Image(pixels), i, label, predicted, round(float(test.confidence[i]), 4))
+    pictures: dict[str, Any] = {"test/most_confidently_wrong": table}
     if len(test.classes) <= _MANY_CLASSES:
         pictures["test/confusion_matrix"] = wandb.plot.confusion_matrix(
             y_true=test.labels.tolist(), preds=test.predicted.tolist(), class_names=list(test.classes),

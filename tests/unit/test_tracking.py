@@ -79,21 +79,19 @@ def test_confusion_matrix_and_wrong_images(recorded):
     assert matrix["columns"] == ["Actual", "Predicted", "nPredictions"]
     assert sum(count for truth, guess, count in matrix["data"] if truth == guess) == 50
 
-    wrong = json.loads((offline / "files" / last["test/most_confidently_wrong.path"]).read_text())
+    # The table and its images wait for their upload in the run directory.
+    (artifact,) = [artifact for artifact in found["artifact"] if "most_confidently_wrong" in artifact["name"]]
+    files = {entry["path"]: Path(entry["local_path"]) for entry in artifact["manifest"]["contents"]}
+    assert all(file.is_relative_to(run_dir.resolve()) for file in files.values())
+    wrong = json.loads(files["test/most_confidently_wrong.table.json"].read_text())
     assert wrong["columns"] == ["image", "index", "class", "predicted", "confidence"]
     confidences = [line[4] for line in wrong["data"]]
     assert confidences == sorted(confidences, reverse=True)
-    files = last["test/most_confidently_wrong_images.filenames"]
-    assert len(files) == 32
-    for (_, index, truth, guess, _), name in zip(wrong["data"], files, strict=True):
+    assert len(wrong["data"]) == 32
+    for image, index, truth, guess, _ in wrong["data"]:
         assert (truth, guess) == (CLASSES[index % 10], CLASSES[(index + 1) % 10])
-        picture = np.array(Image.open(offline / "files" / name))  # four times the size
+        picture = np.array(Image.open(files[image["path"]]))  # four times the size
         assert np.array_equal(picture[::4, ::4], IMAGES[index].permute(1, 2, 0).numpy())
-
-    # Copies of the table's images wait for their upload in the run directory, too.
-    (artifact,) = [artifact for artifact in found["artifact"] if "most_confidently_wrong" in artifact["name"]]
-    copies = [Path(entry["local_path"]) for entry in artifact["manifest"]["contents"]]
-    assert all(copy.is_file() and copy.is_relative_to(run_dir.resolve()) for copy in copies)
 
 
 def test_every_offline_record_is_complete(runtime, tmp_path, wandb, capfd):
