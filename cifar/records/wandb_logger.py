@@ -16,7 +16,6 @@ from cifar.errors import first_line
 from cifar.evaluation import Evaluation
 from cifar.files import write_atomically
 
-_STEP_AXIS = "trainer/step"  # x axis of the training charts
 _PROJECT = "cifar-ddp"
 _SETTINGS = {
     "silent": True,
@@ -119,17 +118,12 @@ class WandbRun:
         )  # fmt: skip
 
     def _define_metrics(self) -> None:
-        """Declare the x axis of every chart, and the summary of every metric: best, mean or last value."""
+        """Let the test's charts run over epochs, and the highest accuracy count, as in a sweep's search."""
         define = self._run.define_metric
-        define(_STEP_AXIS, hidden=True)
         define("epoch", hidden=True)
-        define("train/*", step_metric=_STEP_AXIS)
-        define("train/loss", step_metric=_STEP_AXIS, summary="min")
-        define("train/images_per_second", step_metric=_STEP_AXIS, summary="mean")
         define("test/*", step_metric="epoch")
-        define("test/loss", step_metric="epoch", summary="min")
         define("test/accuracy", step_metric="epoch", summary="max")
-        define("test_class/*", step_metric="epoch", summary="last")
+        define("test_class/*", step_metric="epoch")
 
     def _replay(self, recorded: list[dict[str, Any]]) -> None:
         """Log the steps of earlier starts that W&B lacks; online, the server says at which step its record ends.
@@ -162,7 +156,7 @@ class WandbRun:
         classes = [name for name in values if name.startswith("test_class/")]
         left_out = {"step", *classes} if len(classes) > _MANY_CLASSES else {"step"}
         charted = {name: value for name, value in values.items() if name not in left_out}
-        self._run.log({_STEP_AXIS: step, **charted}, step=step)
+        self._run.log(charted, step=step)
 
     @_never_fails
     def log_result(self, step: int, result: dict[str, Any], test: Evaluation, images: Tensor, best: Path) -> None:
