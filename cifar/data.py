@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from cifar.augment import AUGMENTATIONS, Augmentation, derive_seed
 from cifar.batch_plan import BatchPlan
 from cifar.config import TrainConfig
-from cifar.datasets.base import Split
 from cifar.datasets.choice import choose_dataset
 from cifar.distributed.runtime import Runtime
 
@@ -166,11 +165,10 @@ class Data:
 def load_data(config: TrainConfig, runtime: Runtime) -> Data:
     """Load the dataset, the same on every rank, onto the device. Collective."""
     name, dataset = choose_dataset(config, runtime)
-
-    def to_device(split: Split) -> DeviceImages:
-        return DeviceImages(*split, dataset.classes, runtime.device, runtime.memory_format)
-
-    train, test = to_device(dataset.train), to_device(dataset.test)
+    train, test = (
+        DeviceImages(*split, dataset.classes, runtime.device, runtime.memory_format)
+        for split in (dataset.train, dataset.test)
+    )
     train.augment = AUGMENTATIONS[config.augment](config, len(train), runtime.device)
     plan = BatchPlan.make(config, runtime.world_size, len(train))
     train_loader = TrainLoader(train, plan, runtime.rank, config.seed)

@@ -50,8 +50,7 @@ def remove_temporaries(path: Path) -> None:
 def lock(path: Path, action: str) -> AbstractContextManager[object]:
     """Return a lock, the file `path`, that one process at a time holds until the end of the block.
 
-    Args:
-        action: of the process that holds it, for the line that a wait prints, such as "downloads CIFAR-10".
+    `action` is what its holder does, such as "downloads CIFAR-10", for the line that a wait prints.
     """
     file_lock = FileLock(path)
     try:
