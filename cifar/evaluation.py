@@ -61,7 +61,7 @@ class Evaluation:
         """Return the `count` lowest and the `count` highest class accuracies, ascending; NaN is left out."""
         finite = {name: accuracy for name, accuracy in self.class_accuracies().items() if math.isfinite(accuracy)}
         ranked = sorted(finite.items(), key=lambda item: item[1])
-        return dict(ranked[:count] + ranked[count:][-count:])
+        return dict(ranked[:count] + ranked[-count:])
 
     def most_confidently_wrong(self, count: int) -> list[int]:
         """Return the indices of the `count` misclassified images with the highest confidence, highest first."""
