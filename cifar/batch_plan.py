@@ -9,19 +9,12 @@ from cifar.errors import UserError, count
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The division of an optimizer step's images into shares of the processes, and of these into micro-batches.
+    """The division of an optimizer step's images into shares of the processes, and of these into micro-batches."""
 
-    Attributes:
-        world_size: processes that train together.
-        local_batch_size: the most images that one process runs at once.
-        global_batch_size: images that one optimizer step sees.
-        steps_per_epoch: optimizer steps in an epoch; the remaining images are dropped (different ones every epoch).
-    """
-
-    world_size: int
-    local_batch_size: int
-    global_batch_size: int
-    steps_per_epoch: int
+    world_size: int  # processes that train together
+    local_batch_size: int  # the most images that one process runs at once
+    global_batch_size: int  # images that one optimizer step sees
+    steps_per_epoch: int  # optimizer steps in an epoch; the remaining images are dropped, different ones every epoch
 
     @classmethod
     def make(cls, config: TrainConfig, world_size: int, train_size: int) -> "BatchPlan":

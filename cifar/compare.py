@@ -25,19 +25,13 @@ class Comparison:
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """The records of a run.
-
-    Attributes:
-        cells: the row of the table, by column.
-        accuracy: the test accuracy of the last evaluation, 0 to 1; None before the first.
-        by_seconds, by_images: test accuracy over seconds of training, and over training images seen.
-    """
+    """The records of a run."""
 
     name: str
-    cells: dict[str, str]
-    accuracy: float | None
-    by_seconds: Series
-    by_images: Series
+    cells: dict[str, str]  # the row of the table, by column
+    accuracy: float | None  # in the last test, 0 to 1; None before the first
+    by_seconds: Series  # test accuracy over seconds of training
+    by_images: Series  # ... and over training images seen
 
 
 def run_dirs(path: Path) -> list[Path]:

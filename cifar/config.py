@@ -129,8 +129,6 @@ class TrainConfig(Recipe):
             )
         if self.comm_hook == "powersgd" and self.precision == "fp16":
             raise UserError("--comm-hook powersgd needs --precision bf16 or fp32: its error feedback keeps an overflow")
-        if self.nesterov and self.momentum == 0:
-            raise UserError("--nesterov needs a --momentum above 0")
         if self.autoresume and self.run_dir is None:
             raise UserError("--autoresume needs --run-dir, the directory to begin or to continue")
 
@@ -178,10 +176,8 @@ def read_config(run_dir: Path) -> TrainConfig:
     path = run_dir / "config.json"
     try:
         return TrainConfig.from_json(read_json(path)["config"] | {"resume": str(run_dir)})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, UserError) as error:
         raise UserError(f"--resume {run_dir}: there is no run to continue ({path}: {error})") from error
-    except UserError as error:
-        raise UserError(f"--resume {run_dir}: {path}: {error}") from error
 
 
 def differences(a: TrainConfig, b: TrainConfig) -> list[tuple[str, Any, Any]]:

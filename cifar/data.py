@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from cifar.augment import AUGMENTATIONS, Augmentation, derive_seed
 from cifar.batch_plan import BatchPlan
 from cifar.config import TrainConfig
-from cifar.datasets.base import Split
 from cifar.datasets.choice import choose_dataset
 from cifar.distributed.runtime import Runtime
 
@@ -23,14 +22,7 @@ _SAMPLE = 5000  # training images for data-dependent initialization
 
 
 class DeviceImages(Dataset[tuple[Tensor, Tensor]]):
-    """Images and labels on one device, read in whole batches.
-
-    Attributes:
-        images: uint8 [n, 3, 32, 32], channels-last in memory.
-        labels: int64 [n].
-        classes: the class names, in the order of the labels.
-        augment: applied to every batch before normalization, or None.
-    """
+    """Images and labels on one device, read in whole batches."""
 
     def __init__(
         self,
@@ -40,10 +32,10 @@ class DeviceImages(Dataset[tuple[Tensor, Tensor]]):
         device: torch.device,
         memory_format: torch.memory_format = torch.channels_last,
     ) -> None:
-        self.images = images.to(device, memory_format=torch.channels_last)
-        self.labels = labels.to(device)
-        self.classes = classes
-        self.augment: Augmentation | None = None
+        self.images = images.to(device, memory_format=torch.channels_last)  # uint8 [n, 3, 32, 32]
+        self.labels = labels.to(device)  # int64 [n]
+        self.classes = classes  # names, in the order of the labels
+        self.augment: Augmentation | None = None  # of every batch, before normalization
         self._memory_format = memory_format
 
     def __len__(self) -> int:
@@ -68,19 +60,14 @@ class BatchedDistributedSampler(DistributedSampler[Tensor]):
 
     The k-th optimizer step takes the k-th slice of one permutation, at every world size W, and rank r every W-th image
     of it. An item has several micro-batches, of about `CHUNK` images together.
-
-    Attributes:
-        first: the optimizer step of the epoch to begin at.
-        micro_batch_sizes: those of a step of this rank.
-        chunk: micro-batches in an item.
     """
 
     def __init__(self, dataset: DeviceImages, plan: BatchPlan, rank: int, seed: int) -> None:
         seed = derive_seed(seed, "shuffle")
         super().__init__(dataset, num_replicas=plan.world_size, rank=rank, seed=seed, drop_last=True)
-        self.first = 0
-        self.micro_batch_sizes = plan.micro_batch_sizes(rank)
-        self.chunk = max(1, CHUNK // self.micro_batch_sizes[0])
+        self.first = 0  # optimizer step of the epoch to begin at
+        self.micro_batch_sizes = plan.micro_batch_sizes(rank)  # of a step of this rank
+        self.chunk = max(1, CHUNK // self.micro_batch_sizes[0])  # micro-batches in an item
         self.device = dataset.labels.device
         self._plan = plan
 
@@ -153,21 +140,14 @@ class EvalLoader(DataLoader[Any]):
 
 @dataclass(frozen=True)
 class Data:
-    """The training and the test set of a run.
+    """The training and the test set of a run."""
 
-    Attributes:
-        name: of the dataset, "cifar10" for one.
-        classes: the class names, in the order of the labels.
-        plan: how the training images are divided into batches.
-        note, fingerprint, decoder: of the dataset; see `datasets.base.Dataset`.
-    """
-
-    name: str
-    classes: tuple[str, ...]
-    plan: BatchPlan
+    name: str  # of the dataset, "cifar10" for one
+    classes: tuple[str, ...]  # names, in the order of the labels
+    plan: BatchPlan  # how the training images are divided into batches
     train: TrainLoader
     test: EvalLoader
-    note: str = ""
+    note: str = ""  # this and the following: see `datasets.base.Dataset`
     fingerprint: dict[str, str] = field(default_factory=dict)
     decoder: str = ""
 
@@ -185,11 +165,10 @@ class Data:
 def load_data(config: TrainConfig, runtime: Runtime) -> Data:
     """Load the dataset, the same on every rank, onto the device. Collective."""
     name, dataset = choose_dataset(config, runtime)
-
-    def to_device(split: Split) -> DeviceImages:
-        return DeviceImages(*split, dataset.classes, runtime.device, runtime.memory_format)
-
-    train, test = to_device(dataset.train), to_device(dataset.test)
+    train, test = (
+        DeviceImages(*split, dataset.classes, runtime.device, runtime.memory_format)
+        for split in (dataset.train, dataset.test)
+    )
     train.augment = AUGMENTATIONS[config.augment](config, len(train), runtime.device)
     plan = BatchPlan.make(config, runtime.world_size, len(train))
     train_loader = TrainLoader(train, plan, runtime.rank, config.seed)

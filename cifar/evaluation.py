@@ -19,20 +19,13 @@ _WITH_VIEWS = 1 / 4  # share of the test images, the least certain ones, whose v
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The metrics of a test set of n images, the same on every rank.
+    """The metrics of a test set of n images, the same on every rank; its tensors are on the CPU."""
 
-    Attributes:
-        losses: cross-entropy of each image, float64 [n]; NaN if it is not finite or exceeds four million.
-        labels, predicted: int64 [n], on the CPU, in the order of the test set.
-        confidence: float64 [n], the probability of the predicted class.
-        classes: the class names, in the order of the labels.
-    """
-
-    losses: Tensor
-    labels: Tensor
-    predicted: Tensor
-    confidence: Tensor
-    classes: tuple[str, ...]
+    losses: Tensor  # cross-entropy of each image, float64 [n]; NaN if it is not finite or exceeds four million
+    labels: Tensor  # int64 [n], in the order of the test set
+    predicted: Tensor  # classes, int64 [n]
+    confidence: Tensor  # probability of the predicted class, float64 [n]
+    classes: tuple[str, ...]  # names, in the order of the labels
 
     @property
     def loss(self) -> float:
@@ -64,14 +57,11 @@ class Evaluation:
         confusion = self.confusion().double()
         return dict(zip(self.classes, (confusion.diagonal() / confusion.sum(1)).tolist(), strict=True))
 
-    def lowest_and_highest(self, count: int) -> tuple[dict[str, float], dict[str, float]]:
-        """Return the `count` lowest class accuracies, lowest first, and the `count` highest, highest last.
-
-        Classes without test images are left out, and no class is in both.
-        """
+    def lowest_and_highest(self, count: int) -> dict[str, float]:
+        """Return the `count` lowest and the `count` highest class accuracies, ascending; NaN is left out."""
         finite = {name: accuracy for name, accuracy in self.class_accuracies().items() if math.isfinite(accuracy)}
         ranked = sorted(finite.items(), key=lambda item: item[1])
-        return dict(ranked[:count]), dict(ranked[count:][-count:])
+        return dict(ranked[:count] + ranked[-count:])
 
     def most_confidently_wrong(self, count: int) -> list[int]:
         """Return the indices of the `count` misclassified images with the highest confidence, highest first."""

@@ -107,13 +107,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write the file, and print a line about it."""
     asked = parse_flags(Export, argv, prog="python -m cifar.export")
     suffix = f".{asked.format}"
-    # The rule also keeps a slip from replacing a checkpoint.
-    if asked.out is not None and asked.out.suffix != suffix:
-        raise UserError(f"--out {asked.out} does not end in {suffix}: rename it, or choose another --format")
-    model, content = build_trained_model(asked.checkpoint)
     out = asked.out or asked.checkpoint.with_suffix(suffix)
-    if out == asked.checkpoint:
-        raise UserError(f"{out} is the checkpoint itself: name another file with --out")
+    if out.suffix != suffix or out == asked.checkpoint:  # a slip must not replace a checkpoint
+        raise UserError(f"the model cannot be exported to {out}: name another file with --out, ending in {suffix}")
+    model, content = build_trained_model(asked.checkpoint)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's exporters warn of deprecations in torch itself
         exported = FORMATS[asked.format](model, _metadata(content))

@@ -50,8 +50,7 @@ def remove_temporaries(path: Path) -> None:
 def lock(path: Path, action: str) -> AbstractContextManager[object]:
     """Return a lock, the file `path`, that one process at a time holds until the end of the block.
 
-    Args:
-        action: of the process that holds it, for the line that a wait prints, such as "downloads CIFAR-10".
+    `action` is what its holder does, such as "downloads CIFAR-10", for the line that a wait prints.
     """
     file_lock = FileLock(path)
     try:
@@ -75,10 +74,7 @@ def read_json(path: Path) -> dict[str, Any]:
         OSError: the file cannot be read.
         ValueError: it is damaged.
     """
-    try:
-        content = json.loads(path.read_bytes())
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+    content = json.loads(path.read_bytes())
     if not isinstance(content, dict):
         raise ValueError("not a JSON object")
     return content

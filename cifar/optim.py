@@ -102,6 +102,8 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"orthogonal": False})
+        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+            self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     # fp16's loss scaler sets these before a step, instead of reading found_inf on the host.
     _step_supports_amp_scaling = True
@@ -121,7 +123,7 @@ class Muon(torch.optim.Optimizer):
             if not parameters:
                 continue
             gradients = [parameter.grad for parameter in parameters]
-            buffers = [self._momentum_buffer(parameter) for parameter in parameters]
+            buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
             if (found_inf := getattr(self, "found_inf", None)) is None:
                 self._update(parameters, gradients, buffers, group)
                 continue
@@ -131,12 +133,6 @@ class Muon(torch.optim.Optimizer):
             self._update(parameters, gradients, buffers, group)
             for tensor, old in zip(parameters + buffers, before, strict=True):
                 torch.where(found_inf > 0, old, tensor, out=tensor)  # a product with zero would keep NaN
-
-    def _momentum_buffer(self, parameter: Tensor) -> Tensor:
-        state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        return state["momentum_buffer"]
 
     @staticmethod
     def _update(

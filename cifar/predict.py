@@ -52,20 +52,14 @@ def evaluate_checkpoint(config: TrainConfig, model: nn.Module, data: Data, runti
     assert config.evaluate is not None
     content = load_checkpoint(config.evaluate)
     if tuple(content["classes"]) != data.classes:
-        raise UserError(
-            f"{config.evaluate} was trained on the classes of {content['dataset']} ({_shown(content['classes'])}), "
-            f"not on those of {data.name} here ({_shown(data.classes)})"
-        )
+        trained = f"{config.evaluate} was trained on {content['dataset']}"
+        raise UserError(f"{trained}, with other classes than those of {data.name} in {config.data_dir}: see --data-dir")
     load_weights(unwrap(model), content, config.model, config.evaluate)
     where = f"{config.evaluate}: {config.model}, trained on {content['dataset']} to step {content['state']['step']:,}"
     runtime.print0(f"{where}; testing on {data.name} in {runtime.precision}")
     test = evaluate(model, data.test, runtime)
     tta_test = evaluate(model, data.test, runtime, config.tta, test) if config.tta != "none" else None
     print_test(runtime.print0, data.name, test, tta_test)
-
-
-def _shown(classes: Sequence[str]) -> str:
-    return ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
 
 
 @torch.no_grad()

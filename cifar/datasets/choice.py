@@ -26,7 +26,7 @@ def choose_dataset(config: TrainConfig, runtime: Runtime) -> tuple[str, Dataset]
             except UnavailableError as error:
                 if config.dataset != "auto":
                     raise
-                missing = error.reason
+                missing = str(error)
     if reasons := [reason for reason in runtime.gather(missing) if reason is not None]:
         runtime.print0(f"WARNING: training on the synthetic dataset, not on CIFAR-10: {reasons[0]}")
         name = "synthetic"

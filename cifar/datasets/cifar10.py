@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from cifar.datasets.base import Dataset, Split
-from cifar.datasets.download import Archive, prepare
+from cifar.datasets.download import Archive
 from cifar.errors import UserError
 
 CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -32,16 +32,6 @@ CIFAR100 = Archive(
     sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
     urls=("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",),
 )
-
-
-def prepare_cifar10(data_dir: Path, data_url: str | None) -> None:
-    """Ensure that `data_dir/cifar-10-batches-py` exists; see `download.prepare`."""
-    prepare(CIFAR10, data_dir, data_url)
-
-
-def prepare_cifar100(data_dir: Path, data_url: str | None) -> None:
-    """Ensure that `data_dir/cifar-100-python` exists; see `download.prepare`."""
-    prepare(CIFAR100, data_dir, data_url)
 
 
 def load_cifar10(data_dir: Path) -> Dataset:

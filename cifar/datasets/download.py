@@ -32,11 +32,7 @@ class Archive:
 
 
 class UnavailableError(UserError):
-    """A dataset is not on disk and cannot be downloaded; `reason` says why, without advice."""
-
-    def __init__(self, text: str, reason: str) -> None:
-        super().__init__(text)
-        self.reason = reason
+    """A dataset is not on disk and cannot be downloaded."""
 
 
 def prepare(archive: Archive, data_dir: Path, data_url: str | None) -> None:
@@ -65,11 +61,9 @@ def prepare(archive: Archive, data_dir: Path, data_url: str | None) -> None:
             else:
                 raise UserError(f"{file} is corrupt or incomplete: move it away to download it again")
     except OSError as error:
-        reason = f"it is not in {data_dir} and cannot be put there ({error})"
         raise UnavailableError(
-            f"{title} is not available: {reason}; name a mirror with --data-url URL, copy the directory "
-            f"{archive.folder} or the file {archive.name} into {data_dir}, or use --dataset synthetic",
-            reason,
+            f"{title} is not in {data_dir} and cannot be put there ({error}): name a mirror with --data-url URL, copy "
+            f"the directory {archive.folder} or the file {archive.name} there, or use --dataset synthetic"
         ) from error
 
 

@@ -20,28 +20,16 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from <malloc.h>
 
 
 def available_cores(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return the number of cores that this process may use: affinity, and a container's CPU quota (cgroups 1 and 2)."""
+    """Return the number of cores that this process may use: affinity, and a container's CPU quota (cgroup v2)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError):
-        for line in proc.read_text().splitlines():  # "0::/path" is version 2, "4:cpu,cpuacct:/path" version 1
-            _, controllers, path = line.split(":", 2)
-            base = root / "cpu" if "cpu" in controllers.split(",") else root
-            if controllers and base == root:
-                continue
-            process_group = base / path.lstrip("/")
-            for group in (process_group, *process_group.parents):  # a quota binds all groups below it
-                if group.is_relative_to(base):
-                    cores = min(cores, _quota(group))
-    return cores
-
-
-def _quota(group: Path) -> int:
-    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+    own_group = root
+    with contextlib.suppress(OSError):  # no Linux
+        own_group = root / proc.read_text().strip().rpartition("0::/")[2]
+    for group in (own_group, *own_group.parents):  # a quota binds all groups below it
         with contextlib.suppress(OSError, ValueError):  # "max", or no such file: no quota
-            quota, period = " ".join((group / name).read_text() for name in names).split()
-            if int(quota) > 0:
-                return max(1, int(quota) // int(period))
-    return 1 << 30
+            quota, period = map(int, (group / "cpu.max").read_text().split())
+            cores = min(cores, max(1, quota // period))
+    return cores
 
 
 def threads_per_process(local_world_size: int) -> int:

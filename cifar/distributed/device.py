@@ -20,27 +20,21 @@ _DRIVER = Path("/proc/driver/nvidia/gpus")  # NVIDIA's driver has a directory th
 def resolve(config: TrainConfig, launch: Launch) -> TrainConfig:
     """Return `config` with the device and the precision that "auto" stands for here.
 
-    A UserError says which flag names what this host does not have. Rank zero prints why training will be slow.
+    A UserError says which flag names what this host does not have. Rank zero warns of too few cores for the GPUs.
     """
     device = choose_device(config.device, launch)
     precision = choose_precision(config.precision, device)
     if precision == "fp16" and device == "cpu":
         raise UserError("--precision fp16 needs a GPU: use bf16 or fp32 on the CPU")
-    if precision == "bf16" and device == "cuda" and not torch.cuda.is_bf16_supported():
-        raise UserError(f"--precision bf16: {torch.cuda.get_device_name()} does not support it; use fp16 or fp32")
     if config.cuda_graph and (device != "cuda" or launch.world_size > 1):
         raise UserError("--cuda-graph needs a GPU and a single process")
-    warnings, cores = [], available_cores()
-    if precision == "bf16" and device == "cpu" and not computes_in_bf16():
-        warnings.append("this CPU has no bfloat16 instructions: bf16 is emulated, and many times slower than fp32")
-    if device == "cuda" and cores < launch.local_world_size:
-        warnings.append(
-            f"{launch.local_world_size} GPUs get their kernels from {cores} CPU core(s) of this host: ask the "
-            f"scheduler for more, such as --cpus-per-gpu=4"
+    cores = available_cores()
+    if device == "cuda" and launch.rank == 0 and cores < launch.local_world_size:
+        print(
+            f"WARNING: {launch.local_world_size} GPUs get their kernels from {cores} CPU core(s) of this host: ask the "
+            f"scheduler for more, such as --cpus-per-gpu=4",
+            flush=True,
         )
-    if launch.rank == 0:
-        for warning in warnings:
-            print(f"WARNING: {warning}", flush=True)
     return dataclasses.replace(config, device=device, precision=precision)
 
 

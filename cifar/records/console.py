@@ -111,17 +111,13 @@ def print_test(print_line: PrintLine, dataset: str, test: Evaluation, tta_test: 
         without = f"without: {100 * test.accuracy:.2f} %"
         print_line(f"with test-time augmentation: {100 * tta_test.accuracy:.2f} %, {without}")
     accuracies = test.class_accuracies()
-    half = MANY_CLASSES // 2
     if len(accuracies) > MANY_CLASSES:
-        lowest, highest = test.lowest_and_highest(half)
-        accuracies = lowest | highest
+        half = MANY_CLASSES // 2
+        accuracies = test.lowest_and_highest(half)
         print_line(f"The {half} lowest and the {half} highest accuracies of {len(test.classes)} classes:")
     width = max(map(len, accuracies))
-    rows = [f"Accuracy for class: {name:{width}s} is {100 * value:.1f} %" for name, value in accuracies.items()]
-    if len(test.classes) > MANY_CLASSES:
-        rows.insert(half, "...")
-    for row in rows:
-        print_line(row)
+    for name, value in accuracies.items():
+        print_line(f"Accuracy for class: {name:{width}s} is {100 * value:.1f} %")
     if dataset == "synthetic":
         print_line(SYNTHETIC_WARNING)
 

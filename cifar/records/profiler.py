@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from torch.profiler import ProfilerActivity, profile, schedule
+from torch.profiler import profile, schedule
 
 from cifar.distributed.environment import quiet_profiler
 
@@ -19,12 +19,11 @@ class StepProfiler:
     """
 
     def __init__(self, run_dir: Path, rank: int, on_gpu: bool, print_line: Callable[[str], None]) -> None:
-        """Start counting steps; see `after_step`. On other hosts than rank zero's, `run_dir` is created if need be."""
-        self._rank, self._on_gpu, self._print = rank, on_gpu, print_line
-        self._path = run_dir / f"trace-rank{rank}.json"
+        """Start counting steps. On other hosts than rank zero's, `run_dir` is created if need be."""
+        self._path, self._print = run_dir / f"trace-rank{rank}.json", print_line
+        self._order = f"self_{'device' if on_gpu else 'cpu'}_time_total"
         quiet_profiler()
         self._profile = profile(
-            activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU],
             schedule=schedule(skip_first=FIRST - 1, wait=0, warmup=1, active=LAST - FIRST + 1, repeat=1),
             on_trace_ready=self._write,
             record_shapes=True,
@@ -34,7 +33,7 @@ class StepProfiler:
         self._profile.step()  # the trace names step 1 ProfilerStep#1, not #0
 
     def after_step(self, last: bool) -> None:
-        """Note the end of a training step; after the last one to be profiled, or the `last` of all, write the trace."""
+        """Note the end of a training step; after the `last` of all, write the trace if that has not been done."""
         if last:
             self.close()
         elif self._running:
@@ -45,18 +44,14 @@ class StepProfiler:
         if self._running:
             self._running = False
             self._profile.stop()
-            if self._profile.step_num < FIRST:
-                self._print(f"no profile: training ended before step {FIRST} of this process")
 
     def _write(self, finished: profile) -> None:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             finished.export_chrome_trace(str(self._path))
         except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
-            print(f"WARNING: rank {self._rank} cannot write {self._path}: {error}", flush=True)
-        if self._rank == 0:
-            order = f"self_{'device' if self._on_gpu else 'cpu'}_time_total"
-            operations = finished.key_averages(group_by_input_shape=True)
-            table = operations.table(sort_by=order, row_limit=_ROWS, max_shapes_column_width=_SHAPES)
-            self._print(f"The most expensive operations of steps {FIRST} to {LAST}:\n{table}")
-            self._print(f"every step and rank: {self._path.with_name('trace-rank*.json')}, at ui.perfetto.dev")
+            print(f"WARNING: {self._path} cannot be written: {error}", flush=True)
+        operations = finished.key_averages(group_by_input_shape=True)
+        table = operations.table(sort_by=self._order, row_limit=_ROWS, max_shapes_column_width=_SHAPES)
+        self._print(f"The most expensive operations of steps {FIRST} to {LAST}:\n{table}")
+        self._print(f"every step and rank: {self._path.with_name('trace-rank*.json')}, at ui.perfetto.dev")

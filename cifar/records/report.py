@@ -135,8 +135,7 @@ def _draw_class_accuracies(axes: Axes, test: Evaluation) -> None:
     if len(accuracies) > MANY_CLASSES:
         half = MANY_CLASSES // 2
         title = f"The {half} lowest and {half} highest of {len(accuracies)} classes, %"
-        lowest, highest = test.lowest_and_highest(half)
-        accuracies = lowest | highest
+        accuracies = test.lowest_and_highest(half)
     percents = [100 * value for value in accuracies.values()]
     bars = axes.barh(range(len(percents)), percents, 0.7, tick_label=list(map(_short, accuracies)), color=_TRAIN)
     axes.bar_label(bars, fmt="%.1f", padding=4, fontsize=9, color=_INK)

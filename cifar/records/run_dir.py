@@ -4,6 +4,8 @@ import contextlib
 import os
 import socket
 import sys
+import tempfile
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -74,18 +76,16 @@ def _read_launch(run_dir: Path) -> dict[str, Any]:
 
 def create_run_dir(wanted: Path | None, recipe: str) -> Path:
     """Create and return `wanted`, or a new directory in runs/; a UserError says why it cannot be created."""
-    stem = f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{recipe}"
-    number = 1
     try:
         if wanted is not None:
             wanted.mkdir(parents=True, exist_ok=True)
             return wanted
         while True:
-            run_dir = Path("runs") / (stem if number == 1 else f"{stem}-{number}")
-            with contextlib.suppress(FileExistsError):  # another launch in the same second
+            run_dir = Path("runs") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{recipe}"
+            with contextlib.suppress(FileExistsError):  # another launch in the same second: take the next one
                 run_dir.mkdir(parents=True)
                 return run_dir
-            number += 1
+            time.sleep(0.1)
     except OSError as error:
         raise UserError(f"the run directory cannot be created: {error}; name another with --run-dir") from error
 
@@ -108,19 +108,16 @@ def check_writable(run_dir: Path, model: nn.Module) -> None:
     it, there is a UserError, and a new directory is left empty, so that the same command can be repeated.
     """
     need = 3 * 8 * sum(parameter.numel() for parameter in model.parameters()) + (4 << 20)  # bytes
-    checkpoints, probe = run_dir / "checkpoints", run_dir / ".space-probe"
+    checkpoints = run_dir / "checkpoints"
     try:
         checkpoints.mkdir(exist_ok=True)
         for leftover in checkpoints.glob(".*.tmp"):
             leftover.unlink()
-        try:
-            with probe.open("wb") as file:
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(file.fileno(), 0, need)
-                else:  # macOS
-                    file.write(bytes(need))
-        finally:
-            probe.unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=run_dir) as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, need)
+            else:  # macOS
+                file.write(bytes(need))
     except OSError as error:
         with contextlib.suppress(OSError):
             checkpoints.rmdir()  # fails unless it is empty

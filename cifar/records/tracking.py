@@ -1,6 +1,5 @@
 """The records of a run, which rank zero writes: config.json, metrics.jsonl, the W&B run, result.json, the report."""
 
-import math
 import platform
 import subprocess
 from collections.abc import Callable
@@ -65,7 +64,6 @@ def make_result(
 ) -> dict[str, Any]:
     """Return what result.json holds, but for the test with augmentation; `facts` are those of config.json."""
     trained_on = parts(facts, state.step, "world_size", "device")
-    accuracies = test.class_accuracies().values()
     return {
         **{name: getattr(config, name) for name in ("recipe", "model", "epochs", "seed", "precision", "tta")},
         "dataset": facts["dataset"],
@@ -82,7 +80,7 @@ def make_result(
         "test_correct": test.correct,
         "test_total": test.total,
         "test_accuracy": test.accuracy,
-        "test_class_accuracy": [accuracy if math.isfinite(accuracy) else None for accuracy in accuracies],
+        "test_class_accuracy": list(test.class_accuracies().values()),
         "best_accuracy": state.best_accuracy,
         "best_step": state.best_step,
     }

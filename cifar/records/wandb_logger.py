@@ -16,7 +16,6 @@ from cifar.errors import first_line
 from cifar.evaluation import Evaluation
 from cifar.files import write_atomically
 
-_STEP_AXIS = "trainer/step"  # x axis of the training charts
 _PROJECT = "cifar-ddp"
 _SETTINGS = {
     "silent": True,
@@ -103,8 +102,7 @@ class WandbRun:
 
         setup = wandb.setup().settings
         id_file = self._run_dir / "wandb" / "id.txt"
-        is_new = not id_file.exists()
-        if is_new:
+        if not id_file.exists():
             id_file.parent.mkdir(exist_ok=True)
             new_id = setup.run_id or uuid.uuid4().hex[:8]
             write_atomically(id_file, lambda file: file.write(f"{new_id}\n".encode()))
@@ -112,29 +110,20 @@ class WandbRun:
         for name, value in _SETTINGS.items():  # wandb.init would prefer them to the user's variables
             if hasattr(settings, name) and f"WANDB_{name.upper()}" not in os.environ:
                 setattr(settings, name, value)
-        run = wandb.init(
+        return wandb.init(
             project=setup.project or _PROJECT, dir=os.environ.get("WANDB_DIR") or str(self._run_dir),
             name=setup.run_name or self._run_dir.name, id=id_file.read_text().strip(), mode=mode, settings=settings,
             # Offline, "allow" would make `wandb sync` shift the steps that an earlier record has, too (seen with 0.31).
             resume=(setup.resume or "allow") if mode == "online" else None,
         )  # fmt: skip
-        if is_new and run.starting_step > 0:
-            steps = f"up to step {run.starting_step - 1:,}"
-            self._print(f"WARNING: W&B's run {run.id} already holds another run, {steps}: unset WANDB_RUN_ID")
-        return run
 
     def _define_metrics(self) -> None:
-        """Declare the x axis of every chart, and the summary of every metric: best, mean or last value."""
+        """Let the test's charts run over epochs, and the highest accuracy count, as in a sweep's search."""
         define = self._run.define_metric
-        define(_STEP_AXIS, hidden=True)
         define("epoch", hidden=True)
-        define("train/*", step_metric=_STEP_AXIS)
-        define("train/loss", step_metric=_STEP_AXIS, summary="min")
-        define("train/images_per_second", step_metric=_STEP_AXIS, summary="mean")
         define("test/*", step_metric="epoch")
-        define("test/loss", step_metric="epoch", summary="min")
         define("test/accuracy", step_metric="epoch", summary="max")
-        define("test_class/*", step_metric="epoch", summary="last")
+        define("test_class/*", step_metric="epoch")
 
     def _replay(self, recorded: list[dict[str, Any]]) -> None:
         """Log the steps of earlier starts that W&B lacks; online, the server says at which step its record ends.
@@ -167,17 +156,14 @@ class WandbRun:
         classes = [name for name in values if name.startswith("test_class/")]
         left_out = {"step", *classes} if len(classes) > _MANY_CLASSES else {"step"}
         charted = {name: value for name, value in values.items() if name not in left_out}
-        self._run.log({_STEP_AXIS: step, **charted}, step=step)
+        self._run.log(charted, step=step)
 
     @_never_fails
     def log_result(self, step: int, result: dict[str, Any], test: Evaluation, images: Tensor, best: Path) -> None:
         """Log the result, confusion matrix, wrong images and, if asked for, the model; see `Tracking.finish`."""
         run = self._run
         run.summary.update(result)  # before the pictures, which may fail
-        # One call each, in this order: W&B stores an image once, where the list has it, and the table refers to that
-        # file. A resumed run may be beyond `step` already.
-        for name, value in _pictures(images, test).items():
-            run.log({name: value}, step=max(step, run.step))
+        run.log(_pictures(images, test), step=max(step, run.step))  # a resumed run may be beyond `step` already
         log_model = os.environ.get("WANDB_LOG_MODEL", "false").lower()  # of Hugging Face's Trainer
         if log_model == "checkpoint":
             self._print("WARNING: WANDB_LOG_MODEL=checkpoint counts as end: W&B gets the best checkpoint only")
@@ -210,19 +196,16 @@ def _stop_service() -> None:
 
 
 def _pictures(images: Tensor, test: Evaluation) -> dict[str, Any]:
-    """Return the most confidently wrong of `images`, as a panel and as a table, and the confusion matrix."""
+    """Return a table of the most confidently wrong of `images`, and the confusion matrix."""
     import wandb
 
-    panel: list[Any] = []
     table = wandb.Table(columns=["image", "index", "class", "predicted", "confidence"])
     for i in test.most_confidently_wrong(_WRONG_IMAGES):
         # Enlarged four times: dashboards do not scale up.
         pixels = images[i].cpu().permute(1, 2, 0).numpy().repeat(4, axis=0).repeat(4, axis=1)
         label, predicted = test.classes[test.labels[i]], test.classes[test.predicted[i]]
-        confidence = float(test.confidence[i])
-        panel.append(wandb.Image(pixels, caption=f"{label}, predicted {predicted} ({100 * confidence:.0f} %)"))
-        table.add_data(panel[-1], i, label, predicted, round(confidence, 4))
-    pictures: dict[str, Any] = {"test/most_confidently_wrong_images": panel, "test/most_confidently_wrong": table}
+        table.add_data(wandb.Image(pixels), i, label, predicted, round(float(test.confidence[i]), 4))
+    pictures: dict[str, Any] = {"test/most_confidently_wrong": table}
     if len(test.classes) <= _MANY_CLASSES:
         pictures["test/confusion_matrix"] = wandb.plot.confusion_matrix(
             y_true=test.labels.tolist(), preds=test.predicted.tolist(), class_names=list(test.classes),

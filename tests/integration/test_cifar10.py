@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cifar.datasets import cifar10
+from cifar.datasets.download import prepare
 from tests.helpers.http_server import Server, serves
 
 
@@ -23,7 +24,7 @@ def test_from_the_server_to_the_tensors(real_data, tmp_path, monkeypatch):
     changed = replace(cifar10.CIFAR10, size=len(content), sha256=hashlib.sha256(content).hexdigest(), urls=())
     monkeypatch.setattr(cifar10, "CIFAR10", changed)
     with Server() as server:
-        cifar10.prepare_cifar10(tmp_path / "data", server.plays("/a", serves(content)))
+        prepare(cifar10.CIFAR10, tmp_path / "data", server.plays("/a", serves(content)))
     data = cifar10.load_cifar10(tmp_path / "data")
     for (images, labels), train in ((data.train, True), (data.test, False)):
         theirs = CIFAR10(real_data, train=train)

@@ -121,7 +121,7 @@ def source(monkeypatch):
     def prepare(*arguments):
         source.asked.append(arguments)
         if source.missing:
-            raise UnavailableError(f"not available: {source.missing}", source.missing)
+            raise UnavailableError(source.missing)
 
     monkeypatch.setitem(choice.PREPARE, "cifar10", prepare)
     monkeypatch.setitem(choice.DATASETS, "cifar10", lambda _: tiny_dataset(50))

@@ -190,8 +190,7 @@ def test_accelerate_configuration_that_would_be_ignored_is_refused(environment, 
         ("0::/", {"cpu.max": "150000 100000"}, 1),  # two threads would get three quarters of a core each
         ("0::/a/b", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000"}, 3),  # a limit of the parent
         ("0::/not/mounted/here", {"cpu.max": "50000 100000"}, 1),
-        ("2:cpuset:/\n1:cpu,cpuacct:/x", {"cpu/x/cpu.cfs_quota_us": "400000", "cpu/x/cpu.cfs_period_us": "100000"}, 4),
-        ("1:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        ("1:name=systemd:/x\n0::/a", {"a/cpu.max": "300000 100000"}, 3),
         (None, {}, 8),
     ],
 )

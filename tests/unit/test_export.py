@@ -107,10 +107,10 @@ def test_out_is_replaced(tmp_path, model, capsys):
 @pytest.mark.parametrize(
     ("argv", "reason"),
     [
-        ("c.pt --out c.pt", r"does not end in \.pt2: rename it"),
-        ("c.pt --out x.onnx", "another --format"),
+        ("c.pt --out c.pt", r"to c.pt: name another file with --out, ending in \.pt2"),
+        ("c.pt --out x.onnx", r"ending in \.pt2"),
         ("c.pt --format safetensors --out nowhere/x.safetensors", "No such .*: name another file"),
-        ("c.safetensors --format safetensors", "is the checkpoint itself: name another file"),
+        ("c.safetensors --format safetensors", "to c.safetensors: name another file"),
         ("missing.pt", "No such file"),
         ("unknown.pt", "'resnet', which this version does not have"),
     ],

@@ -44,9 +44,8 @@ def test_steps_10_to_20_are_in_the_trace(tiny, tmp_path, capsys):
     assert any("conv" in line and "[[4, " in line for line in out.splitlines()), "a batch of 4 images"
 
 
-def test_run_that_ends_before_step_10(tiny, tmp_path, capsys):
+def test_run_that_ends_before_step_10(tiny, tmp_path):
     assert not profiled(tmp_path, "--max-steps", "9").exists()
-    assert "no profile: training ended before step 10 of this process\n" in capsys.readouterr().out
 
 
 def test_a_trace_that_cannot_be_written_costs_one_warning(tiny, tmp_path, monkeypatch, capsys):
@@ -56,7 +55,7 @@ def test_a_trace_that_cannot_be_written_costs_one_warning(tiny, tmp_path, monkey
     monkeypatch.setattr(profiler.profile, "export_chrome_trace", fail)
     trace = profiled(tmp_path, "--max-steps", "12")
     out = capsys.readouterr().out
-    assert out.count(f"WARNING: rank 0 cannot write {trace}: [Errno 28] No space left on device") == 1
+    assert out.count(f"WARNING: {trace} cannot be written: [Errno 28] No space left on device") == 1
     assert "Finished Training" in out
 
 

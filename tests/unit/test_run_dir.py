@@ -52,7 +52,7 @@ def test_directory_that_holds_a_part_of_a_run_is_refused(tmp_path, name):
 
 def test_other_files_and_the_leftovers_of_a_killed_start_are_no_run(tmp_path):
     directory = create_run_dir(tmp_path / "a" / "b", "tutorial")
-    for name in ("train.log", ".hidden", ".lock", "launch.json", ".space-probe"):
+    for name in ("train.log", ".hidden", ".lock", "launch.json"):
         (directory / name).touch()
     (directory / "checkpoints").mkdir()
     assert create_run_dir(directory, "tutorial") == directory
@@ -60,11 +60,11 @@ def test_other_files_and_the_leftovers_of_a_killed_start_are_no_run(tmp_path):
 
 
 def test_runs_of_the_same_second_get_different_names(tmp_path, monkeypatch):
-    noon = datetime(2026, 1, 2, 12, 0, 0)
+    times = iter([datetime(2026, 1, 2, 12, 0, second) for second in (0, 0, 0, 1)])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run_dir, "datetime", SimpleNamespace(now=lambda: noon))
-    names = [create_run_dir(None, "wide").as_posix() for _ in range(3)]
-    assert names == [f"runs/2026-01-02_12-00-00-wide{suffix}" for suffix in ("", "-2", "-3")]
+    monkeypatch.setattr(run_dir, "datetime", SimpleNamespace(now=lambda: next(times)))
+    names = [create_run_dir(None, "wide").as_posix() for _ in range(2)]
+    assert names == [f"runs/2026-01-02_12-00-0{second}-wide" for second in (0, 1)]
 
 
 @pytest.mark.parametrize("reserves", [True, False])
