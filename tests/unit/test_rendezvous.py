@@ -165,6 +165,49 @@ def test_mistake_of_one_host_is_known_on_the_other(torchruns_store):
     on_two_hosts(torchruns_store().port, start)
 
 
+def fork_engines_ranks(start):
+    """Do `start(rank)` in two ranks that have torch's four variables only, as an engine starts them."""
+
+    def begin():
+        del os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"]
+        start(int(os.environ["RANK"]))
+
+    fork_ranks(2, begin)
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_ranks_with_torchs_four_variables_find_their_hosts_and_train(monkeypatch, hosts):
+    def start(rank):
+        if hosts == 2:
+            monkeypatch.setattr(rendezvous, "host_id", lambda: f"host-{rank}")
+        launch = rendezvous.locate(TIMEOUT)
+        found = launch.local_rank, launch.local_world_size, launch.host, launch.hosts
+        assert found == ((rank, 2, 0, 1) if hosts == 1 else (0, 1, rank, 2))
+        for _ in range(2):  # the second run of this process meets again
+            with Runtime(resolve(TrainConfig(device="cpu"), launch)) as runtime:
+                assert runtime.gather(runtime.accelerator.local_process_index) == [0, 1 % (3 - hosts)]
+
+    fork_engines_ranks(start)
+
+
+def test_mistake_made_before_the_hosts_are_known_is_known_on_the_other(monkeypatch, capfd):
+    """Rank zero, which serves the store, also says that it waits."""
+    monkeypatch.setattr(rendezvous, "_NOTICE_SECONDS", 0.2)
+
+    def start(rank):
+        monkeypatch.setattr(rendezvous, "host_id", lambda: f"host-{rank}")
+        if rank == 1:
+            time.sleep(1)
+            rendezvous.announce("no such file")
+            return
+        launch = rendezvous.locate(TIMEOUT)
+        with pytest.raises(UserError, match=r"^no such file \[rank 1 on host .*\]$"):
+            Runtime(resolve(TrainConfig(device="cpu"), launch))
+
+    fork_engines_ranks(start)
+    assert "waiting for 1 of 2 processes to start: rank 1" in capfd.readouterr().err
+
+
 def test_announcement_that_nobody_hears_does_not_wait(monkeypatch):
     monkeypatch.setattr(os, "environ", rank_variables(1, 2, port=1, alone=True))
     monkeypatch.setattr(rendezvous, "_store", None)
