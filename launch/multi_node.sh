@@ -28,7 +28,7 @@ shift 2
 [[ "$nodes" =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] || fail "'$nodes' is not a number of hosts, such as 2, or a range, such as 1:4"
 (( ${nodes%%:*} <= ${nodes##*:} )) || fail "'$nodes': write the range as MIN:MAX"
 [[ "$endpoint" != *:*:* || "$endpoint" == \[* ]] || endpoint="[$endpoint]"  # IPv6 without a port
-[[ "$endpoint" =~ ^([^][:]+|\[[^][]+\])(:([0-9]+))?$ ]] ||
+[[ "$endpoint" =~ ^([^]:[]+|\[[^]]+\])(:([0-9]+))?$ ]] ||
     fail "'$endpoint' is not an address, such as 10.0.0.1, 10.0.0.1:29400 or [fd00::1]:29400"
 host=${BASH_REMATCH[1]} port=${BASH_REMATCH[3]:-29400}
 

@@ -54,7 +54,10 @@ class Launch:
         If they do not say which ranks share a host, this is the first or only one of its host until `settle`. A
         UserError names them if others are missing, or if they contradict each other.
         """
-        if not any(name in os.environ for name in _VARIABLES):
+        given = os.environ.keys() & set(_VARIABLES)
+        # SageMaker's launcher names a rendezvous for the single process of a single host, too.
+        is_sagemakers = given == {"MASTER_ADDR", "MASTER_PORT"} and "," not in os.environ.get("SM_HOSTS", ",")
+        if not given or is_sagemakers:
             return _other_launcher()[1]
         try:
             local_rank = _integer("LOCAL_RANK", 0)
@@ -65,7 +68,7 @@ class Launch:
                 local_world_size=_integer("LOCAL_WORLD_SIZE", local_rank + 1),
                 host=_integer("GROUP_RANK", 0),
                 hosts=_integer("GROUP_WORLD_SIZE", 1),
-                finds_host=not {"LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys(),
+                finds_host=not {"LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= given,
                 elastic="TORCHELASTIC_RUN_ID" in os.environ,
                 restarts_left=_integer("TORCHELASTIC_MAX_RESTARTS", 0) - _integer("TORCHELASTIC_RESTART_COUNT", 0),
             )

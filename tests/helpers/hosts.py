@@ -58,7 +58,7 @@ class Hosts:
         return ["nsenter", f"--net=/run/netns/{self.names[host]}", *map(str, command)]
 
     def cut(self) -> None:
-        """Unplug the cable from host 1, for good if it is IPv6's."""
+        """Unplug the cable from host 1."""
         _ip("-netns", self.names[1], "link", "set", "cable", "down")
 
     def mend(self) -> None:

@@ -68,47 +68,43 @@ def test_impossible_environment_is_an_error_that_is_printed(environment, monkeyp
     assert known_launch().rank == 0
 
 
-@pytest.fixture
-def pod(environment, monkeypatch):
-    """Set torch's four variables of rank 3 of 5, and have four GPUs."""
-    environment(RANK=3, WORLD_SIZE=5, MASTER_ADDR="10.0.0.1", MASTER_PORT=29400)
-    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"):
-        monkeypatch.setenv(name, "")  # undone after the test, and deleted for it
-        monkeypatch.delenv(name)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    return environment
+def test_single_process_of_sagemaker(environment):
+    environment(MASTER_ADDR="algo-1", MASTER_PORT=7777, SM_HOSTS='["algo-1"]')
+    assert Launch.from_environment() == Launch()
+    environment(SM_HOSTS='["algo-1","algo-2"]')
+    with pytest.raises(UserError, match="variables are incomplete"):
+        Launch.from_environment()
+
+
+POD = {"RANK": "3", "WORLD_SIZE": "5", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29400"}
+HOSTS = ["b", "a", "b", "a", "a"]  # of each rank
 
 
 @pytest.mark.parametrize(
     ("given", "local_rank", "local_world_size"),
-    [
-        ({}, 1, 3),
-        ({"LOCAL_RANK": 2}, 2, 3),  # pyxis and Azure ML; another order of the ranks
-        ({"LOCAL_WORLD_SIZE": 2}, 1, 2),
-    ],
+    [({}, 1, 3), ({"LOCAL_RANK": "2"}, 2, 3), ({"LOCAL_WORLD_SIZE": "2"}, 1, 2)],
 )
-def test_ranks_find_out_which_of_them_share_a_host(pod, given, local_rank, local_world_size):
-    pod(**given)
-    launch = Launch.from_environment().settle(["b", "a", "b", "a", "a"])
+def test_ranks_find_out_which_of_them_share_a_host(monkeypatch, given, local_rank, local_world_size):
+    monkeypatch.setattr(os, "environ", POD | given)
+    launch = Launch.from_environment().settle(HOSTS)
     assert launch == Launch(3, local_rank, 5, local_world_size, host=1, hosts=2, finds_host=True)
     assert Launch.from_environment() == Launch(3, local_rank, 5, local_world_size, host=1, hosts=2)
     assert os.environ["LOCAL_RANK"] == str(local_rank), "accelerate reads it"
 
 
-def test_local_rank_that_contradicts_the_hosts_is_refused(pod):
-    pod(LOCAL_RANK=3)
+def test_local_rank_that_contradicts_the_hosts_is_refused(monkeypatch):
+    monkeypatch.setattr(os, "environ", POD | {"LOCAL_RANK": "3"})
     with pytest.raises(UserError, match=r"contradict each other: .* LOCAL_RANK=3, LOCAL_WORLD_SIZE=3: set the first"):
-        Launch.from_environment().settle(["b", "a", "b", "a", "a"])
+        Launch.from_environment().settle(HOSTS)
 
 
-def test_rank_that_counts_hosts_with_several_gpus_is_told_torchrun(pod, monkeypatch):
-    """As in PyTorchJob's pods. Not where the launcher says that there is one process a host, nor with one GPU."""
-    hosts = [f"pod-{rank}" for rank in range(5)]
-    launch = Launch.from_environment().settle(hosts)
-    with pytest.raises(
-        UserError, match=r"5 processes .* 4 GPUs: start `torchrun --nnodes \$WORLD_SIZE .* train_ddp.py`"
-    ):
+def test_rank_that_counts_hosts_of_several_gpus_is_told_of_torchrun(monkeypatch):
+    """As in PyTorchJob's pods; not where the launcher says that there is one process a host, nor with one GPU."""
+    monkeypatch.setattr(os, "environ", POD.copy())
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    launch = Launch.from_environment().settle([f"pod-{rank}" for rank in range(5)])
+    with pytest.raises(UserError, match=r"5 processes .* 4 GPUs: start `torchrun --nnodes \$WORLD_SIZE --node-rank"):
         choose_device("auto", launch)
     assert choose_device("cpu", launch) == "cpu"
     assert choose_device("auto", Launch.from_environment()) == "cuda"

@@ -165,8 +165,8 @@ def test_mistake_of_one_host_is_known_on_the_other(torchruns_store):
     on_two_hosts(torchruns_store().port, start)
 
 
-def fork_engines_ranks(start):
-    """Do `start(rank)` in two ranks that have torch's four variables only, as an engine starts them."""
+def with_torchs_four_variables(start):
+    """Do `start(rank)` in two ranks that an engine starts."""
 
     def begin():
         del os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"]
@@ -175,23 +175,18 @@ def fork_engines_ranks(start):
     fork_ranks(2, begin)
 
 
-@pytest.mark.parametrize("hosts", [1, 2])
-def test_ranks_with_torchs_four_variables_find_their_hosts_and_train(monkeypatch, hosts):
+def test_ranks_with_torchs_four_variables_find_their_places_and_join():
     def start(rank):
-        if hosts == 2:
-            monkeypatch.setattr(rendezvous, "host_id", lambda: f"host-{rank}")
         launch = rendezvous.locate(TIMEOUT)
-        found = launch.local_rank, launch.local_world_size, launch.host, launch.hosts
-        assert found == ((rank, 2, 0, 1) if hosts == 1 else (0, 1, rank, 2))
+        assert launch == Launch(rank, rank, 2, 2, finds_host=True)
         for _ in range(2):  # the second run of this process meets again
             with Runtime(resolve(TrainConfig(device="cpu"), launch)) as runtime:
-                assert runtime.gather(runtime.accelerator.local_process_index) == [0, 1 % (3 - hosts)]
+                assert runtime.gather(runtime.accelerator.local_process_index) == [0, 1]
 
-    fork_engines_ranks(start)
+    with_torchs_four_variables(start)
 
 
-def test_mistake_made_before_the_hosts_are_known_is_known_on_the_other(monkeypatch, capfd):
-    """Rank zero, which serves the store, also says that it waits."""
+def test_mistake_before_the_hosts_are_known_is_heard_on_the_other_that_says_it_waits(monkeypatch, capfd):
     monkeypatch.setattr(rendezvous, "_NOTICE_SECONDS", 0.2)
 
     def start(rank):
@@ -200,11 +195,10 @@ def test_mistake_made_before_the_hosts_are_known_is_known_on_the_other(monkeypat
             time.sleep(1)
             rendezvous.announce("no such file")
             return
-        launch = rendezvous.locate(TIMEOUT)
         with pytest.raises(UserError, match=r"^no such file \[rank 1 on host .*\]$"):
-            Runtime(resolve(TrainConfig(device="cpu"), launch))
+            Runtime(resolve(TrainConfig(device="cpu"), rendezvous.locate(TIMEOUT)))
 
-    fork_engines_ranks(start)
+    with_torchs_four_variables(start)
     assert "waiting for 1 of 2 processes to start: rank 1" in capfd.readouterr().err
 
 
