@@ -154,17 +154,6 @@ def test_program_is_the_package_and_the_script_that_runs(monkeypatch, tmp_path):
     assert rendezvous._program() not in programs
 
 
-def test_mistake_of_one_host_is_known_on_the_other(torchruns_store):
-    def start(rank):
-        if rank == 1:
-            rendezvous.announce("no such file")
-            return
-        with pytest.raises(UserError, match=r"^no such file \[rank 1 on host .*\]$"):
-            Runtime(resolve(TrainConfig(), Launch.from_environment()))
-
-    on_two_hosts(torchruns_store().port, start)
-
-
 def with_torchs_four_variables(start):
     """Do `start(rank)` in two ranks that an engine starts."""
 
@@ -186,7 +175,7 @@ def test_ranks_with_torchs_four_variables_find_their_places_and_join():
     with_torchs_four_variables(start)
 
 
-def test_mistake_before_the_hosts_are_known_is_heard_on_the_other_that_says_it_waits(monkeypatch, capfd):
+def test_mistake_of_one_host_is_known_on_the_other_which_says_that_it_waits(monkeypatch, capfd):
     monkeypatch.setattr(rendezvous, "_NOTICE_SECONDS", 0.2)
 
     def start(rank):
