@@ -17,7 +17,7 @@ from cifar.command import expand_home, parse_flags
 from cifar.config import MAY_CHANGE, Recipe, TrainConfig, differences, flag, read_config
 from cifar.datasets import DATASETS
 from cifar.distributed.device import resolve
-from cifar.distributed.environment import Launch
+from cifar.distributed.rendezvous import locate
 from cifar.distributed.runtime import Runtime
 from cifar.errors import LocalError, StoppedError, UserError, out_of_memory, without_credentials
 from cifar.models import MODELS
@@ -33,7 +33,7 @@ def launch(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") -> Ite
     ends the block, without an error.
     """
     config = parse_args(argv, prog)
-    place = Launch.from_environment()
+    place = locate()
     place.check()
     resolved = resolve(config, place)
     try:

@@ -27,9 +27,10 @@ endpoint=$1 nodes=$2
 shift 2
 [[ "$nodes" =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] || fail "'$nodes' is not a number of hosts, such as 2, or a range, such as 1:4"
 (( ${nodes%%:*} <= ${nodes##*:} )) || fail "'$nodes': write the range as MIN:MAX"
-host=${endpoint%:*} port=29400
-[[ "$endpoint" != *:* ]] || port=${endpoint##*:}
-[[ -n "$host" && "$port" =~ ^[0-9]+$ ]] || fail "'$endpoint' is not an address, such as 10.0.0.1 or 10.0.0.1:29400"
+[[ "$endpoint" != *:*:* || "$endpoint" == \[* ]] || endpoint="[$endpoint]"  # IPv6 without a port
+[[ "$endpoint" =~ ^([^]:[]+|\[[^]]+\])(:([0-9]+))?$ ]] ||
+    fail "'$endpoint' is not an address, such as 10.0.0.1, 10.0.0.1:29400 or [fd00::1]:29400"
+host=${BASH_REMATCH[1]} port=${BASH_REMATCH[3]:-29400}
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=$(command -v python || command -v python3)
@@ -41,7 +42,7 @@ nproc=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_coun
 mine=$("$python" - "$host" "$port" <<'PYTHON'
 import socket, sys
 
-host, port = sys.argv[1], int(sys.argv[2])
+host, port = sys.argv[1].strip("[]"), int(sys.argv[2])
 try:
     family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:

@@ -53,11 +53,22 @@ def choose_device(wanted: Device, launch: Launch) -> Device:
                 f"{launch.local_world_size} processes were started on this host, and this one sees {gpus} GPU(s): "
                 f"let each see as many as there are processes, or use --nproc_per_node={gpus}, or --device cpu"
             )
+        _check_hosts(gpus, launch)
     if wanted == "mps" and not has_mps:
         raise UserError("--device mps: PyTorch finds no Apple GPU here; use --device cpu")
     if wanted == "mps" and launch.world_size > 1:
         raise UserError(f"--device mps trains in one process, not {launch.world_size}; use --device cpu")
     return wanted
+
+
+def _check_hosts(gpus: int, launch: Launch) -> None:
+    """Refuse to train on one GPU of each host where an engine has started a single process, as for torchrun."""
+    if launch.finds_host and launch.local_world_size == 1 < min(launch.world_size, gpus):
+        raise UserError(
+            f"{launch.world_size} processes were started, one on each host, and this host has {gpus} GPUs: start "
+            f"`torchrun --nnodes $WORLD_SIZE --node-rank $RANK --nproc-per-node gpu --master-addr $MASTER_ADDR "
+            f"--master-port $MASTER_PORT train_ddp.py` instead, or set CUDA_VISIBLE_DEVICES=0 to train on one of them"
+        )
 
 
 def _check_driver(has_cuda: bool) -> None:

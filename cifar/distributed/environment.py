@@ -1,16 +1,18 @@
-"""The environment that the launcher set: plain `python`, torchrun or accelerate launch; others are refused."""
+"""The environment that the launcher set: plain `python`, torchrun, accelerate launch, or an engine's own."""
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import psutil
 
 from cifar.distributed.process import process_id
 from cifar.errors import UserError
 
-# Set by torchrun, and by accelerate launch, for each process.
-_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Set for each process by torchrun and by accelerate launch. Engines that start the processes themselves may leave out
+# the last one (pyxis, Azure ML), or the last two (PyTorchJob).
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 # Where torchrun expects a worker's error, below a directory that each agent makes for itself (mkdtemp; torch 2.14).
 _ERROR_FILE = re.compile(r"(.+)/attempt_\d+/\d+/error\.json")
 
@@ -41,6 +43,7 @@ class Launch:
     local_world_size: int = 1  # number of processes on this host
     host: int = 0  # index of this host (torchrun's group rank); may change when the run restarts
     hosts: int = 1  # number of hosts
+    finds_host: bool = False  # whether the ranks find out which of them share a host, as the launcher did not say
     elastic: bool = False  # whether torchrun started this process and supervises it
     restarts_left: int = 0  # how many more failures torchrun's agent on this host answers with a restart
 
@@ -48,18 +51,24 @@ class Launch:
     def from_environment(cls) -> "Launch":
         """Return the place that torchrun's variables give; without any of them, a single process or another launcher's.
 
-        A UserError names them if some are missing, or if they contradict each other.
+        If they do not say which ranks share a host, this is the first or only one of its host until `settle`. A
+        UserError names them if others are missing, or if they contradict each other.
         """
-        if not any(name in os.environ for name in _TORCHRUN):
+        given = os.environ.keys() & set(_VARIABLES)
+        # SageMaker's launcher names a rendezvous for the single process of a single host, too.
+        is_sagemakers = given == {"MASTER_ADDR", "MASTER_PORT"} and "," not in os.environ.get("SM_HOSTS", ",")
+        if not given or is_sagemakers:
             return _other_launcher()[1]
         try:
+            local_rank = _integer("LOCAL_RANK", 0)
             launch = cls(
                 rank=_integer("RANK"),
-                local_rank=_integer("LOCAL_RANK"),
+                local_rank=local_rank,
                 world_size=_integer("WORLD_SIZE"),
-                local_world_size=_integer("LOCAL_WORLD_SIZE"),
+                local_world_size=_integer("LOCAL_WORLD_SIZE", local_rank + 1),
                 host=_integer("GROUP_RANK", 0),
                 hosts=_integer("GROUP_WORLD_SIZE", 1),
+                finds_host=not {"LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= given,
                 elastic="TORCHELASTIC_RUN_ID" in os.environ,
                 restarts_left=_integer("TORCHELASTIC_MAX_RESTARTS", 0) - _integer("TORCHELASTIC_RESTART_COUNT", 0),
             )
@@ -69,13 +78,26 @@ class Launch:
         except (KeyError, ValueError):  # not set, or not an integer
             possible = False
         if not possible:
-            values = ", ".join(f"{name}={os.environ.get(name, '(unset)')}" for name in _TORCHRUN)
+            values = ", ".join(f"{name}={os.environ.get(name, '(unset)')}" for name in _VARIABLES)
             raise UserError(
-                f"torchrun's variables are incomplete or contradict each other: {values}: set all of them, as "
-                f"torchrun and `accelerate launch --config_file launch/accelerate.yaml` do, or unset them to train "
+                f"torchrun's variables are incomplete or contradict each other: {values}: set the first four or all, "
+                f"as torchrun and `accelerate launch --config_file launch/accelerate.yaml` do, or unset them to train "
                 f"in one process"
             )
         return launch
+
+    def settle(self, host_ids: Sequence[str]) -> "Launch":
+        """Return this place with the host that it has by the `host_ids` of all ranks, and set torchrun's variables.
+
+        accelerate reads them, too. What the launcher has set counts; a UserError names a contradiction.
+        """
+        local_ranks = [rank for rank, host_id in enumerate(host_ids) if host_id == host_ids[self.rank]]
+        hosts = list(dict.fromkeys(host_ids))
+        found = {"LOCAL_RANK": local_ranks.index(self.rank), "LOCAL_WORLD_SIZE": len(local_ranks)}
+        found |= {"GROUP_RANK": hosts.index(host_ids[self.rank]), "GROUP_WORLD_SIZE": len(hosts)}
+        for name, value in found.items():
+            os.environ.setdefault(name, str(value))
+        return replace(Launch.from_environment(), finds_host=True)
 
     def check(self) -> None:
         """Refuse what would train otherwise than its launcher was asked to, by a UserError."""

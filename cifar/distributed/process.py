@@ -1,9 +1,24 @@
-"""The identity of a process, which its number alone is not."""
+"""The identity of a process, which its number alone is not, and of its host."""
 
 import os
+import socket
 from pathlib import Path
 
 import psutil
+
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+def host_id() -> str:
+    """Return an ID that processes share if they run on one host and, on Linux, in one container.
+
+    Pods on one machine may have GPUs of their own, each counted from zero: they are hosts of their own. Those in the
+    machine's network have its name, too, but not its namespace of process IDs.
+    """
+    if not _BOOT.exists():
+        return socket.gethostname()
+    namespaces = [os.readlink(f"/proc/self/ns/{kind}") for kind in ("net", "pid")]
+    return ":".join([socket.gethostname(), _BOOT.read_text().strip(), *namespaces])
 
 
 def process_id(pid: int) -> str:
@@ -16,11 +31,10 @@ def process_id(pid: int) -> str:
     Raises:
         OSError, psutil.Error: there is no such process.
     """
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    if not boot.exists():
+    if not _BOOT.exists():
         return f"{pid}:{psutil.Process(pid).create_time()}"
     start = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]  # the name before ")" may hold spaces
-    return f"{boot.read_text().strip()}:{os.readlink('/proc/self/ns/pid')}:{pid}:{start}"
+    return f"{_BOOT.read_text().strip()}:{os.readlink('/proc/self/ns/pid')}:{pid}:{start}"
 
 
 def is_running(pid: int, own_id: str) -> bool:

@@ -16,11 +16,12 @@ from urllib.parse import quote, unquote, urlsplit
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
+from torch.distributed.rendezvous import register_rendezvous_handler
 
 import cifar
 from cifar.config import TrainConfig, flag
 from cifar.distributed.environment import Launch, known_launch
+from cifar.distributed.process import host_id
 from cifar.errors import UserError
 
 _SCHEME = "restartable"
@@ -33,6 +34,7 @@ _NOTICE_SECONDS = 5.0  # until rank zero names those that are missing; then twic
 _CLAIM_SECONDS = 2.0
 
 _MAY_DIFFER = ("data_dir", "data_url", "run_dir")  # between hosts; only rank zero uses the last
+_first_store: dist.Store | None = None  # kept, as rank zero serves the next one at the same port
 _store: dist.Store | None = None  # without the keys of earlier starts
 _joined = False
 
@@ -73,21 +75,42 @@ def has_joined() -> bool:
     return _joined
 
 
+def locate(timeout: timedelta = _STARTUP_TIMEOUT) -> Launch:
+    """Return this process's place; if the launcher has not said which ranks share a host, they tell each other."""
+    launch = Launch.from_environment()
+    if not launch.finds_host:
+        return launch
+    global _first_store
+    _first_store = _open_store(launch, timeout)
+    keys = [f"host/{rank}" for rank in range(launch.world_size)]
+    _first_store.set(keys[launch.rank], host_id())
+    return launch.settle([text.decode() for text in _first_store.multi_get(keys)])
+
+
 def meet(launch: Launch, facts: dict[str, Any], timeout: timedelta) -> dist.Store:
-    """Return torch's `env://` store, prefixed for this start of the processes, after comparing all ranks' `facts`.
+    """Return the store of this start of the processes, after comparing all ranks' `facts`.
 
     That is before the process group is made: NCCL on one host and gloo on another would wait for each other.
+    """
+    global _store
+    _store = _open_store(launch, timeout)
+    compare(_store, launch.rank, launch.world_size, facts)
+    return _store
+
+
+def _open_store(launch: Launch, timeout: timedelta) -> dist.Store:
+    """Return torch's store, prefixed for this start of the processes, once all are there.
 
     torchrun's agent serves the store and restarts failed workers on the same one (torch 2.11 to 2.15,
     pytorch/pytorch#135712), where gloo and NCCL then read the addresses of dead processes: they fail or hang.
     TORCHELASTIC_RESTART_COUNT cannot be the prefix, because it differs between hosts: when a rank of one host is
     killed, the other host's agent restarts its workers for a changed membership, without counting (torch 2.14).
     """
-    global _store
-    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    _store = dist.PrefixStore(agree_on_prefix(store, rank, world_size, timeout), store)
-    compare(_store, rank, world_size, facts)
-    return _store
+    address, of_rank_zero = launch.store()
+    is_server = of_rank_zero and launch.rank == 0
+    # As env:// does, but there rank zero waits for the others without a word.
+    store = dist.TCPStore(*address, None, is_server, timeout, wait_for_workers=False, multi_tenant=of_rank_zero)
+    return dist.PrefixStore(agree_on_prefix(store, launch.rank, launch.world_size, timeout), store)
 
 
 def compare(store: dist.Store, rank: int, world_size: int, facts: dict[str, Any]) -> None:
@@ -130,7 +153,7 @@ def announce(mistake: str) -> None:
         return
     # On one host, all ranks make it. If the environment is the mistake, there is no way to the others.
     with contextlib.suppress(UserError, RuntimeError, KeyboardInterrupt):
-        launch = Launch.from_environment()
+        launch = locate(_MISTAKE_TIMEOUT)
         if launch.world_size > launch.local_world_size:
             meet(launch, {"mistake": mistake}, _MISTAKE_TIMEOUT)
 

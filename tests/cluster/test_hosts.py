@@ -12,7 +12,7 @@ import pytest
 
 from cifar.datasets.cifar10 import CIFAR10
 from tests.helpers.disturb import FLAGS, Started
-from tests.helpers.hosts import ADDRESSES, Hosts, why_not
+from tests.helpers.hosts import ADDRESSES, IPV6_ADDRESSES, Hosts, why_not
 from tests.helpers.processes import ROOT, records, result, torchrun
 
 pytestmark = pytest.mark.cluster
@@ -31,12 +31,12 @@ def hosts():
 
 
 @contextmanager
-def on_both(hosts, nodes, *flags, cwd, roots=(ROOT, ROOT), own_flags=((), ()), restarts=3):
+def on_both(hosts, nodes, *flags, cwd, roots=(ROOT, ROOT), own_flags=((), ()), restarts=3, address=ADDRESSES[0]):
     """Run the same command on both hosts, with a copy of the program and flags of its own on each."""
     with ExitStack() as started:
         both = []
         for host, (root, own) in enumerate(zip(roots, own_flags, strict=True)):
-            command = hosts.on(host, root / "launch" / "multi_node.sh", ADDRESSES[0], nodes, *flags, *own)
+            command = hosts.on(host, root / "launch" / "multi_node.sh", address, nodes, *flags, *own)
             variables = {"PATH": PATH, "CUDA_VISIBLE_DEVICES": "", "MAX_RESTARTS": str(restarts)}
             path = f"{root}{os.pathsep}{ROOT}"
             both.append(Started(command, cwd / f"host-{host}.txt", PYTHONPATH=path, **variables))
@@ -105,10 +105,36 @@ def test_hosts_that_would_not_run_the_same_both_say_so(hosts, tmp_path, other, f
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("asked", [0, 1])
-def test_host_that_is_stopped_stops_the_other_without_restarts(hosts, tmp_path, asked):
+@contextmanager
+def pods(hosts, *flags, cwd):
+    """Start the program on each host, as an engine that sets torch's four variables only."""
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": "cable"}
+    with ExitStack() as started:
+        both = []
+        for rank in (0, 1):
+            command = hosts.on(rank, sys.executable, ROOT / "train_ddp.py", *flags)
+            both.append(Started(command, cwd / f"host-{rank}.txt", RANK=str(rank), **place))
+            started.callback(both[-1].kill)
+        yield both
+
+
+def test_engine_that_sets_torchs_four_variables_only(hosts, tmp_path):
+    """It starts the pods again after one was killed, at the same port."""
+    flags = [*FLAGS, *MODEST, "--max-steps", "20000"]
+    with pods(hosts, *flags, "--run-dir", tmp_path / "run", cwd=tmp_path) as both:
+        both[0].until_line("2 processes on CPU (gloo), 1 thread each, on 2 hosts")
+        both[0].until_line("   100] loss:")
+        both[1].process.kill()
+        assert both[0].process.wait(60) == 1
+    with pods(hosts, "--resume", tmp_path / "run", "--max-steps", "3000", cwd=tmp_path) as both:
+        assert statuses(both) == [0, 0], both[0].output()
+    assert [step for step, _ in records(tmp_path / "run", "train/loss")] == list(range(20, 3001, 20))
+
+
+@pytest.mark.parametrize(("asked", "address"), [(0, f"[{IPV6_ADDRESSES[0]}]:29401"), (1, ADDRESSES[0])])
+def test_host_that_is_stopped_stops_the_other_without_restarts(hosts, tmp_path, asked, address):
     flags = [*FLAGS, *MODEST, "--max-steps", "60000", "--run-dir", tmp_path / "run"]
-    with on_both(hosts, "2", *flags, cwd=tmp_path, restarts=0) as both:
+    with on_both(hosts, "2", *flags, cwd=tmp_path, restarts=0, address=address) as both:
         both[0].until_line("   100] loss:")
         both[asked].process.terminate()
         assert statuses(both, 60) == [1, 1], "neither has finished"

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
+IPV6_ADDRESSES = ("fd77::1", "fd77::2")
 
 
 def why_not() -> str | None:
@@ -36,8 +37,9 @@ class Hosts:
             first, second = self.names
             cable = ("link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", second)
             _ip("-netns", first, *cable)
-            for name, address in zip(self.names, ADDRESSES, strict=True):
+            for name, address, ipv6_address in zip(self.names, ADDRESSES, IPV6_ADDRESSES, strict=True):
                 _ip("-netns", name, "address", "add", f"{address}/24", "dev", "cable")
+                _ip("-netns", name, "address", "add", f"{ipv6_address}/64", "dev", "cable", "nodad")
                 _ip("-netns", name, "link", "set", "lo", "up")
                 _ip("-netns", name, "link", "set", "cable", "up")
         except BaseException:

@@ -9,8 +9,9 @@ import psutil
 import pytest
 
 from cifar.distributed.cpu import available_cores, threads_per_process
+from cifar.distributed.device import choose_device
 from cifar.distributed.environment import Launch, known_launch, prepare_nccl
-from cifar.distributed.process import process_id
+from cifar.distributed.process import host_id, process_id
 from cifar.errors import UserError
 from tests.helpers.processes import ROOT, clean_environment, rank_variables, run
 
@@ -26,6 +27,9 @@ def environment(monkeypatch):
             monkeypatch.setenv(name, str(value))
 
     return set_all
+
+
+BOOT = "/proc/sys/kernel/random/boot_id"
 
 
 def test_plain_python_is_one_process(environment):
@@ -50,7 +54,7 @@ def test_torchrun(environment):
 @pytest.mark.parametrize(
     "wrong",
     [
-        *(f"{name}=(unset)" for name in rank_variables(1, 2)),
+        *(f"{name}=(unset)" for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")),
         *("RANK=2", "RANK=-1", "RANK=one", "LOCAL_RANK=-1", "LOCAL_WORLD_SIZE=1", "LOCAL_WORLD_SIZE=3"),
         *("WORLD_SIZE=0", "WORLD_SIZE=", "MASTER_PORT=http", "MASTER_PORT=65536"),
     ],
@@ -62,6 +66,49 @@ def test_impossible_environment_is_an_error_that_is_printed(environment, monkeyp
     with pytest.raises(UserError, match=rf"^torchrun's variables .*{re.escape(wrong)}[,:].*launch/accelerate.yaml"):
         Launch.from_environment()
     assert known_launch().rank == 0
+
+
+def test_single_process_of_sagemaker(environment):
+    environment(MASTER_ADDR="algo-1", MASTER_PORT=7777, SM_HOSTS='["algo-1"]')
+    assert Launch.from_environment() == Launch()
+    environment(SM_HOSTS='["algo-1","algo-2"]')
+    with pytest.raises(UserError, match="variables are incomplete"):
+        Launch.from_environment()
+
+
+POD = {"RANK": "3", "WORLD_SIZE": "5", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29400"}
+HOSTS = ["b", "a", "b", "a", "a"]  # of each rank
+
+
+@pytest.mark.parametrize(
+    ("given", "local_rank", "local_world_size"),
+    [({}, 1, 3), ({"LOCAL_RANK": "2"}, 2, 3), ({"LOCAL_WORLD_SIZE": "2"}, 1, 2)],
+)
+def test_ranks_find_out_which_of_them_share_a_host(monkeypatch, given, local_rank, local_world_size):
+    monkeypatch.setattr(os, "environ", POD | given)
+    launch = Launch.from_environment().settle(HOSTS)
+    assert launch == Launch(3, local_rank, 5, local_world_size, host=1, hosts=2, finds_host=True)
+    assert os.environ["LOCAL_RANK"] == str(local_rank), "accelerate reads it"
+
+
+def test_local_rank_that_contradicts_the_hosts_is_refused(monkeypatch):
+    monkeypatch.setattr(os, "environ", POD | {"LOCAL_RANK": "3"})
+    with pytest.raises(UserError, match=r"contradict each other: .* LOCAL_RANK=3, LOCAL_WORLD_SIZE=3: set the first"):
+        Launch.from_environment().settle(HOSTS)
+
+
+def test_rank_that_counts_hosts_of_several_gpus_is_told_of_torchrun(monkeypatch):
+    """As in PyTorchJob's pods; not where the launcher says that there is one process a host, nor with one GPU."""
+    monkeypatch.setattr(os, "environ", POD.copy())
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    launch = Launch.from_environment().settle([f"pod-{rank}" for rank in range(5)])
+    with pytest.raises(UserError, match=r"5 processes .* 4 GPUs: start `torchrun --nnodes \$WORLD_SIZE --node-rank"):
+        choose_device("auto", launch)
+    assert choose_device("cpu", launch) == "cpu"
+    assert choose_device("auto", Launch.from_environment()) == "cuda"
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert choose_device("auto", launch) == "cuda"
 
 
 @pytest.mark.parametrize(
@@ -94,15 +141,21 @@ def test_process_id_depends_on_no_clock_and_no_host_name(monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has /proc")
-@pytest.mark.parametrize("path", ["/proc/sys/kernel/random/boot_id", "/proc/PID/stat", "/proc/self/ns/pid"])
-def test_process_id_tells_boots_starts_and_containers_apart(monkeypatch, path):
+@pytest.mark.parametrize(
+    ("identify", "path"),
+    [
+        *((lambda: process_id(os.getpid()), path) for path in (BOOT, "/proc/PID/stat", "/proc/self/ns/pid")),
+        *((host_id, path) for path in (BOOT, "/proc/self/ns/pid", "/proc/self/ns/net")),
+    ],
+)
+def test_ids_tell_boots_starts_and_containers_apart(monkeypatch, identify, path):
     path = path.replace("PID", f"{os.getpid()}")
-    before = process_id(os.getpid())
+    before = identify()
     read_text, readlink = Path.read_text, os.readlink
     earlier = "1 (a (b) c) " + " ".join(["0"] * 50)  # the name of a process may hold anything
     monkeypatch.setattr(Path, "read_text", lambda self: earlier if str(self) == path else read_text(self))
     monkeypatch.setattr(os, "readlink", lambda name: "pid:[1]" if name == path else readlink(name))
-    assert process_id(os.getpid()) != before
+    assert identify() != before
 
 
 # What the launchers set, as seen with SLURM 22.05, Open MPI 4.1 and, for PMI_, srun --mpi=pmi2; see also tests/cluster.

@@ -29,15 +29,17 @@ def test_shellcheck():
     ("command", "complaint"),
     [
         (["local.sh"], "NPROC is 'all': set it to a number of processes, such as 2"),
-        (["multi_node.sh", "127.0.0.1", "1"], "NPROC is 'all': set it to a number of processes, such as 2"),
+        *((["multi_node.sh", address, "1"], "NPROC is 'all': set it to a number of processes, such as 2")
+          for address in ("127.0.0.1", "::1", "[::1]", "[::1]:29400")),
         (["multi_node.sh"], "missing arguments: launch/multi_node.sh HOST[:PORT] NODES [FLAGS]"),
         (["multi_node.sh", "10.0.0.1"], "missing arguments: launch/multi_node.sh HOST[:PORT] NODES [FLAGS]"),
         (["multi_node.sh", "10.0.0.1", "two"], "'two' is not a number of hosts, such as 2, or a range, such as 1:4"),
         (["multi_node.sh", "10.0.0.1", "4:1"], "'4:1': write the range as MIN:MAX"),
-        (["multi_node.sh", "10.0.0.1:x", "2"], "'10.0.0.1:x' is not an address, such as 10.0.0.1 or 10.0.0.1:29400"),
+        *((["multi_node.sh", wrong, "2"], f"'{wrong}' is not an address, such as 10.0.0.1, 10.0.0.1:29400 or "
+          "[fd00::1]:29400") for wrong in ("10.0.0.1:x", "[fd00::1", "[fd00::1]:x", ":29400")),
         (["slurm.sbatch"], "submit it to SLURM: sbatch launch/slurm.sbatch [FLAGS]"),
     ],
-)
+)  # fmt: skip
 def test_mistake_is_one_line_and_status_2(command, complaint, tmp_path):
     output = run([ROOT / "launch" / command[0], *command[1:]], tmp_path, NPROC="all")
     assert output.returncode == 2

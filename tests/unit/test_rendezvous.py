@@ -154,15 +154,41 @@ def test_program_is_the_package_and_the_script_that_runs(monkeypatch, tmp_path):
     assert rendezvous._program() not in programs
 
 
-def test_mistake_of_one_host_is_known_on_the_other(torchruns_store):
+def with_torchs_four_variables(start):
+    """Do `start(rank)` in two ranks that an engine starts."""
+
+    def begin():
+        del os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"]
+        start(int(os.environ["RANK"]))
+
+    fork_ranks(2, begin)
+
+
+def test_ranks_with_torchs_four_variables_find_their_places_and_join():
     def start(rank):
+        launch = rendezvous.locate(TIMEOUT)
+        assert launch == Launch(rank, rank, 2, 2, finds_host=True)
+        for _ in range(2):  # the second run of this process meets again
+            with Runtime(resolve(TrainConfig(device="cpu"), launch)) as runtime:
+                assert runtime.gather(runtime.accelerator.local_process_index) == [0, 1]
+
+    with_torchs_four_variables(start)
+
+
+def test_mistake_of_one_host_is_known_on_the_other_which_says_that_it_waits(monkeypatch, capfd):
+    monkeypatch.setattr(rendezvous, "_NOTICE_SECONDS", 0.2)
+
+    def start(rank):
+        monkeypatch.setattr(rendezvous, "host_id", lambda: f"host-{rank}")
         if rank == 1:
+            time.sleep(1)
             rendezvous.announce("no such file")
             return
         with pytest.raises(UserError, match=r"^no such file \[rank 1 on host .*\]$"):
-            Runtime(resolve(TrainConfig(), Launch.from_environment()))
+            Runtime(resolve(TrainConfig(device="cpu"), rendezvous.locate(TIMEOUT)))
 
-    on_two_hosts(torchruns_store().port, start)
+    with_torchs_four_variables(start)
+    assert "waiting for 1 of 2 processes to start: rank 1" in capfd.readouterr().err
 
 
 def test_announcement_that_nobody_hears_does_not_wait(monkeypatch):
