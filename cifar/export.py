@@ -15,6 +15,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from cifar.checkpoint import checkpoint_file
 from cifar.command import exit_on_error, parse_flags
 from cifar.data import normalize
 from cifar.errors import UserError, first_line
@@ -33,7 +34,7 @@ class Export:
     """
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
-    """A checkpoint of train_ddp.py, runs/NAME/checkpoints/step-NNNNNNNN.pt."""
+    """A checkpoint of train_ddp.py, runs/NAME/checkpoints/step-NNNNNNNN.pt, or a run, for its best one."""
     format: Literal["pt2", "onnx", "safetensors"] = "pt2"
     """pt2: a program for torch. onnx: for ONNX Runtime and others. safetensors: no program, only the weights."""
     out: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: beside the checkpoint)")] = None
@@ -110,9 +111,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The rule also keeps a slip from replacing a checkpoint.
     if asked.out is not None and asked.out.suffix != suffix:
         raise UserError(f"--out {asked.out} does not end in {suffix}: rename it, or choose another --format")
-    model, content = build_trained_model(asked.checkpoint)
-    out = asked.out or asked.checkpoint.with_suffix(suffix)
-    if out == asked.checkpoint:
+    checkpoint = checkpoint_file(asked.checkpoint)
+    model, content = build_trained_model(checkpoint)
+    out = asked.out or checkpoint.with_suffix(suffix)
+    if out == checkpoint:
         raise UserError(f"{out} is the checkpoint itself: name another file with --out")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's exporters warn of deprecations in torch itself
