@@ -145,6 +145,15 @@ def checkpoints(run_dir: Path) -> dict[int, Path]:
     return {int(step): paths[step] for step in sorted(filter(str.isdigit, paths), key=int, reverse=True)}
 
 
+def checkpoint_file(path: Path) -> Path:
+    """Return `path`, or if it is the directory of a run, its checkpoint with the highest test accuracy."""
+    paths = checkpoints(path)
+    if not paths:
+        return path
+    newest = next(iter(paths.values()))
+    return paths.get(load_checkpoint(newest)["state"]["best_step"], newest)
+
+
 def load_weights(model: nn.Module, content: dict[str, Any], name: str, path: Path) -> None:
     """Load the weights of the checkpoint `content`, read from `path`, into `model`, built as `name`."""
     saved = content["config"].get("model")

@@ -7,12 +7,12 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import tyro
 
 from cifar.augment import AUGMENTATIONS
-from cifar.checkpoint import load_checkpoint
+from cifar.checkpoint import checkpoint_file, load_checkpoint
 from cifar.command import expand_home, parse_flags
 from cifar.config import MAY_CHANGE, Recipe, TrainConfig, differences, flag, read_config
 from cifar.datasets import DATASETS
@@ -58,13 +58,15 @@ def launch(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") -> Ite
 
 def parse_args(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") -> TrainConfig:
     """Return the configuration for the flags `argv`, or for those of this process."""
-    named = _flags_that_decide_defaults(argv)
+    words = _spell_booleans(sys.argv[1:] if argv is None else argv)
+    named = _flags_that_decide_defaults(words)
     base = _base_config(named)
     flags = _flags_class()
-    parsed = parse_flags(flags, argv, prog, flags(**vars(base) | _from_environment(base, named)))
+    parsed = parse_flags(flags, words, prog, flags(**vars(base) | _from_environment(base, named)))
     # Absolute, as a run is resumed and a checkpoint evaluated from other directories, too. Links are left as they are:
     # one that names the data may come to lead to another place.
-    config = TrainConfig(**vars(parsed) | {"data_dir": parsed.data_dir.absolute()})
+    paths = {"data_dir": parsed.data_dir.absolute(), "evaluate": named.evaluate}
+    config = TrainConfig(**vars(parsed) | paths)
     config.check()
     if config.autoresume and named.resume is not None:
         # The run may have been recorded under another path, of another mount, and has chosen its precision.
@@ -84,7 +86,25 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") ->
     return config
 
 
-def _flags_that_decide_defaults(argv: Sequence[str] | None) -> argparse.Namespace:
+def _spell_booleans(argv: Sequence[str]) -> list[str]:
+    """Return `argv` with --flag=True or --flag 1 as --flag, and --flag=False as --no-flag, which is what tyro takes.
+
+    W&B's agents, SageMaker and launch/sweep.sh write a value for every flag.
+    """
+    booleans = {flag(name) for name, hint in get_type_hints(TrainConfig).items() if hint is bool}
+    values = {"true": "--", "1": "--", "false": "--no-", "0": "--no-"}
+    words: list[str] = []
+    for word in argv:
+        name, _, value = word.partition("=")
+        if words and words[-1] in booleans and word.lower() in values:
+            name, value = words.pop(), word
+        name = name.replace("_", "-")
+        is_boolean = name in booleans and value.lower() in values
+        words.append(name.replace("--", values[value.lower()], 1) if is_boolean else word)
+    return words
+
+
+def _flags_that_decide_defaults(argv: Sequence[str]) -> argparse.Namespace:
     """Return --recipe, --resume and --evaluate, which decide the defaults of other flags.
 
     With --autoresume, `resume` is the run in --run-dir if there is one.
@@ -99,6 +119,7 @@ def _flags_that_decide_defaults(argv: Sequence[str] | None) -> argparse.Namespac
         named = parser.parse_known_args(argv)[0]
     except argparse.ArgumentError:  # a flag without its value, which tyro will explain
         return parser.parse_args([])
+    named.evaluate = named.evaluate and checkpoint_file(named.evaluate)
     if named.autoresume and named.resume is None and named.run_dir and (named.run_dir / "config.json").exists():
         named.resume = named.run_dir
     return named

@@ -109,7 +109,7 @@ class TrainConfig(Recipe):
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: online if a W&B key is configured, else offline; never a prompt."""
     evaluate: Path | None = None
-    """Print the test accuracy of this checkpoint, on its own dataset by default, instead of training."""
+    """Print the test accuracy of this checkpoint, or of a run's best, on its own dataset, instead of training."""
 
     lr_batch_size: int = 4
     """The recipe's own global batch, for which lr is stated; not a flag."""
@@ -177,7 +177,9 @@ def read_config(run_dir: Path) -> TrainConfig:
     try:
         return TrainConfig.from_json(read_json(path)["config"] | {"resume": str(run_dir)})
     except (OSError, ValueError, KeyError, TypeError, UserError) as error:
-        raise UserError(f"--resume {run_dir}: there is no run to continue ({path}: {error})") from error
+        found = next((above for above in run_dir.parents if (above / "config.json").exists()), None)
+        advice = f": --resume {found}" if found else ""
+        raise UserError(f"--resume {run_dir}: there is no run to continue ({path}: {error}){advice}") from error
 
 
 def differences(a: TrainConfig, b: TrainConfig) -> list[tuple[str, Any, Any]]:

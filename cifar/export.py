@@ -15,6 +15,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from cifar.checkpoint import checkpoint_file
 from cifar.command import exit_on_error, parse_flags
 from cifar.data import normalize
 from cifar.errors import UserError, first_line
@@ -33,7 +34,7 @@ class Export:
     """
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
-    """A checkpoint of train_ddp.py, runs/NAME/checkpoints/step-NNNNNNNN.pt."""
+    """A checkpoint of train_ddp.py, runs/NAME/checkpoints/step-NNNNNNNN.pt, or a run, for its best one."""
     format: Literal["pt2", "onnx", "safetensors"] = "pt2"
     """pt2: a program for torch. onnx: for ONNX Runtime and others. safetensors: no program, only the weights."""
     out: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(default: beside the checkpoint)")] = None
@@ -107,10 +108,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write the file, and print a line about it."""
     asked = parse_flags(Export, argv, prog="python -m cifar.export")
     suffix = f".{asked.format}"
-    out = asked.out or asked.checkpoint.with_suffix(suffix)
-    if out.suffix != suffix or out == asked.checkpoint:  # a slip must not replace a checkpoint
+    checkpoint = checkpoint_file(asked.checkpoint)
+    out = asked.out or checkpoint.with_suffix(suffix)
+    if out.suffix != suffix or out == checkpoint:  # a slip must not replace a checkpoint
         raise UserError(f"the model cannot be exported to {out}: name another file with --out, ending in {suffix}")
-    model, content = build_trained_model(asked.checkpoint)
+    model, content = build_trained_model(checkpoint)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's exporters warn of deprecations in torch itself
         exported = FORMATS[asked.format](model, _metadata(content))

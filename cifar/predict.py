@@ -10,7 +10,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from cifar.checkpoint import load_checkpoint, load_weights
+from cifar.checkpoint import checkpoint_file, load_checkpoint, load_weights
 from cifar.command import exit_on_error, parse_flags
 from cifar.config import TrainConfig
 from cifar.data import Data, normalize
@@ -28,7 +28,7 @@ class Prediction:
     """Name the three most probable classes of each picture."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
-    """A checkpoint of train_ddp.py, runs/NAME/checkpoints/step-NNNNNNNN.pt."""
+    """A checkpoint of train_ddp.py, runs/NAME/checkpoints/step-NNNNNNNN.pt, or a run, for its best one."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Pictures (PNG, JPEG, WebP, ...: see cifar/README.md); the middle square is scaled to 32 x 32."""
 
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = parse_flags(Prediction, argv, prog="python -m cifar.predict")
     if not asked.images:
         raise UserError("no picture is named: python -m cifar.predict CHECKPOINT IMAGE [IMAGE ...]")
-    model, content = build_trained_model(asked.checkpoint)
+    model, content = build_trained_model(checkpoint_file(asked.checkpoint))
     classes, failed = content["classes"], False
     for path in asked.images:
         try:

@@ -48,6 +48,7 @@ def _read(reader: str, archive: Archive, data_dir: Path) -> Dataset:
     """Read an unpacked archive by torchvision's class `reader`, which checks each file's MD5 before unpickling it."""
     from torchvision import datasets  # takes a second to import
 
+    data_dir = archive.parent(data_dir)
     folder = data_dir / archive.folder
     splits: list[Split] = []
     try:

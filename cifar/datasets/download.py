@@ -30,6 +30,10 @@ class Archive:
     sha256: str  # in hexadecimal
     urls: tuple[str, ...]  # sources, to be tried in order
 
+    def parent(self, data_dir: Path) -> Path:
+        """Return the directory that holds the folder: `data_dir`, or the one above it if `data_dir` is the folder."""
+        return data_dir.parent if data_dir.name == self.folder else data_dir
+
 
 class UnavailableError(UserError):
     """A dataset is not on disk and cannot be downloaded."""
@@ -42,6 +46,7 @@ def prepare(archive: Archive, data_dir: Path, data_url: str | None) -> None:
     source to try before the archive's own. A UserError names a corrupt archive; an UnavailableError says why no source
     worked or nothing can be written.
     """
+    data_dir = archive.parent(data_dir)
     folder, title = data_dir / archive.folder, archive.title
     try:
         if folder.exists():

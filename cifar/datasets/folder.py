@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,8 @@ from cifar.datasets.picture_cache import DECODER, Files, find_pictures, prepare_
 from cifar.errors import UserError
 from cifar.pictures import SUFFIXES
 
-_LAST_TEST_HASH = 2**64 // 10  # without test/, a tenth of the pictures have this hash or a lower one
+_TEST_SPLITS = ("test", "val", "valid", "validation")  # the last three as of ImageNet, Roboflow, timm
+_LAST_TEST_HASH = 2**64 // 10  # without a test split, a tenth of the pictures have this hash or a lower one
 
 
 def prepare_folder(data_dir: Path, data_url: str | None = None) -> None:
@@ -44,12 +46,17 @@ def load_folder(data_dir: Path) -> Dataset:
     pictures = find_pictures(data_dir, files)
     if pictures is None:
         raise UserError(f"the pictures in {data_dir} have changed while they were read: start again")
-    notes = [f"{len(pictures.problems):,} unreadable left out"] if pictures.problems else []
     paths = sorted(files.keys() - pictures.problems.keys(), key=_hash)
-    test_paths = {path for path in paths if path.startswith("test/")}
-    if not any(path.startswith("test/") for path in files):
-        test_paths = _hold_out(paths)
-        notes.insert(0, "test: a tenth of train/, by a hash of each picture's name, at least one of each class")
+    test_paths = {path for path in paths if not path.startswith("train/")}
+    notes = []
+    match _test_splits(data_dir):
+        case []:
+            test_paths = _hold_out(paths)
+            notes = ["test: a tenth of train/, by a hash of each picture's name, at least one of each class"]
+        case [split, *others] if split != "test" or others:
+            notes = [f"test: {split}/", *(f"{other}/ is not used" for other in others)]
+    if pictures.problems:
+        notes.append(f"{len(pictures.problems):,} unreadable left out")
     rows = {path: row for row, path in enumerate(files)}
     labels = {name: label for label, name in enumerate(sorted({_class_of(path) for path in files}))}
     splits: list[Split] = []
@@ -61,12 +68,22 @@ def load_folder(data_dir: Path) -> Dataset:
     return Dataset(tuple(labels), splits[0], splits[1], "; ".join(notes), DECODER)
 
 
+def _test_splits(data_dir: Path) -> list[str]:
+    """Return the directories that may be the test split; the first one is."""
+    return [name for name in _TEST_SPLITS if (data_dir / name).is_dir()]
+
+
 def _class_of(path: str) -> str:
-    return path.split("/", 2)[1]
+    return _composed(path.split("/", 2)[1])
+
+
+def _composed(name: str) -> str:
+    """Return the composed form (NFC): macOS and Linux may write the same name in different characters."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _hold_out(paths: list[str]) -> set[str]:
-    """Return the pictures that are for the test, without test/: about a tenth of each class, but neither none nor all.
+    """Return the pictures that are for the test where no split is: about a tenth of each class, neither none nor all.
 
     Each name decides for itself, so that a new picture moves no other one to the other split.
     """
@@ -90,44 +107,49 @@ def list_files(data_dir: Path) -> Files:
     """Return the picture files of `data_dir`, sorted by path; a UserError says what is wrong with the folder.
 
     A picture is a file with a suffix of `pictures.FORMATS`, at any depth below its class. Hidden files and directories
-    do not count; symbolic links are followed.
+    do not count. Symbolic links are followed, but not those into a split or around it, whose pictures count there.
     """
-    train, test = data_dir / "train", data_dir / "test"
+    splits = ["train", *_test_splits(data_dir)[:1]]
     files: Files = {}
     try:
+        train = data_dir / "train"
         if not train.is_dir():
             raise UserError(f"there is no {train}: --dataset folder reads the pictures in {train / 'CLASS'}")
-        classes = _class_names(train)
-        if not 2 <= len(classes) <= 1000:
-            raise UserError(f"{train} must hold 2 to 1,000 directories, one for each class, not {len(classes):,}")
-        if test.is_dir() and (single := sorted(set(classes) ^ set(_class_names(test)))):
-            raise UserError(f"only one of {train} and {test} has the class {single[0]}: both must")
-        for split in ("train", "test") if test.is_dir() else ("train",):
-            for name in classes:
-                pictures = dict(_walk(data_dir, f"{split}/{name}"))
-                if not pictures:
-                    raise UserError(f"there is no picture in {data_dir / split / name}: add some, or remove the class")
-                files |= pictures
+        directories = {split: _class_directories(data_dir / split) for split in splits}
+        classes = [{_composed(name) for name in names} for names in directories.values()]
+        if not 2 <= len(classes[0]) <= 1000:
+            raise UserError(f"{train} must hold 2 to 1,000 directories, one for each class, not {len(classes[0]):,}")
+        if single := sorted(classes[0] ^ classes[-1]):
+            raise UserError(f"only one of {' and '.join(splits)} in {data_dir} has the class {single[0]!r}: both must")
+        roots = [(data_dir / split).resolve() for split in splits]
+        for folder in [f"{split}/{name}" for split in splits for name in directories[split]]:
+            pictures = dict(_walk(data_dir, folder, roots))
+            if not pictures:
+                raise UserError(f"there is no picture in {data_dir / folder}: add some, or remove the class")
+            files |= pictures
     except OSError as error:
         raise UserError(f"cannot read {data_dir}: {error}") from error
     return dict(sorted(files.items()))
 
 
-def _class_names(split: Path) -> list[str]:
+def _class_directories(split: Path) -> list[str]:
     return sorted(entry.name for entry in split.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _walk(data_dir: Path, folder: str) -> Iterator[tuple[str, tuple[int, int]]]:
+def _walk(data_dir: Path, folder: str, splits: list[Path]) -> Iterator[tuple[str, tuple[int, int]]]:
     """Yield the path of each picture below `data_dir / folder`, its size and when it was modified, in ns."""
     for entry in os.scandir(data_dir / folder):
         path = f"{folder}/{entry.name}"
-        if entry.name.startswith("."):
+        if entry.name.startswith(".") or (entry.is_symlink() and _leads_back(entry.path, splits)):
             continue
         if entry.is_dir():
-            parents = Path(entry.path).parents
-            is_loop = entry.is_symlink() and any(os.path.samefile(entry.path, parent) for parent in parents)
-            if not is_loop:
-                yield from _walk(data_dir, path)
+            yield from _walk(data_dir, path, splits)
         elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and (entry.is_file() or entry.is_symlink()):
             status = entry.stat(follow_symlinks=entry.is_file())  # a broken link is a picture that cannot be read
             yield path, (status.st_size, status.st_mtime_ns)
+
+
+def _leads_back(link: str, splits: list[Path]) -> bool:
+    """Return whether a symbolic link leads into one of the splits, or to a directory that holds one."""
+    target = Path(os.path.realpath(link))
+    return target.exists() and any(target.is_relative_to(split) or split.is_relative_to(target) for split in splits)

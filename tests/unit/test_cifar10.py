@@ -183,13 +183,14 @@ def test_full_disk_unpacks_nothing(archive, data_dir, monkeypatch):
     load_cifar10(data_dir)
 
 
-def test_existing_directory_is_not_touched(unpacked):
+@pytest.mark.parametrize("named", [".", "cifar-10-batches-py"])
+def test_existing_directory_is_not_touched(unpacked, named):
     """It may be on a read-only file system: not even the lock file is created."""
     (unpacked / ".cifar-10.lock").unlink()
     (unpacked / ARCHIVE).write_bytes(b"not read")
     before = {path: os.stat(path).st_mtime_ns for path in [unpacked, *unpacked.rglob("*")]}
-    prepare_cifar10(unpacked, None)
-    load_cifar10(unpacked)
+    prepare_cifar10(unpacked / named, None)
+    load_cifar10(unpacked / named)
     assert {path: os.stat(path).st_mtime_ns for path in [unpacked, *unpacked.rglob("*")]} == before
 
 

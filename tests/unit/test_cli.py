@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from cifar import command
-from cifar.checkpoint import save_checkpoint
+from cifar.checkpoint import checkpoint_path, save_checkpoint
 from cifar.cli import launch, parse_args
 from cifar.command import exit_on_error
 from cifar.config import TrainConfig, differences
@@ -128,9 +128,32 @@ def test_a_checkpoint_is_evaluated_as_what_it_is(monkeypatch, tmp_path):
         parse_args(["--evaluate", str(tmp_path)])
 
 
+def test_a_run_is_evaluated_by_its_best_checkpoint(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    for step in (100, 200):
+        content = small() | {"config": {"model": "net"}, "state": {"best_step": 100}}
+        save_checkpoint(checkpoint_path(tmp_path, step), content)
+    assert parse_args(["--evaluate", str(tmp_path)]).evaluate == checkpoint_path(tmp_path, 100)
+    checkpoint_path(tmp_path, 100).unlink()
+    assert parse_args(["--evaluate", str(tmp_path)]).evaluate == checkpoint_path(tmp_path, 200)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--nesterov", True), ("--no-nesterov", False), ("--nesterov=True", True), ("--nesterov=false", False),
+        ("--nesterov True", True), ("--nesterov 0", False), ("--nesterov=False --nesterov=1", True),
+    ],
+)  # fmt: skip
+def test_yes_or_no_with_or_without_a_value(flags, expected):
+    config = parse_args([*flags.split(), "--cuda_graph=False", "--epochs", "1"])
+    assert (config.nesterov, config.cuda_graph, config.epochs) == (expected, False, 1)
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
+        ("--nesterov=perhaps", ["perhaps"]),
         ("--eppochs 3", ["--eppochs", "--epochs"]),
         ("--recipe fast", ["fast", *RECIPES]),
         ("--recipe", ["--recipe"]),
@@ -261,6 +284,13 @@ def test_resume_without_a_run(tmp_path, content):
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=r"^--resume [^\n]*$"):
         parse_args(["--resume", str(tmp_path)])
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("below", ["checkpoints", "checkpoints/step-00000002.pt"])
+def test_resume_of_a_checkpoint_names_its_run(tmp_path, below):
+    with pytest.raises(UserError, match=f"there is no run to continue .*: --resume {tmp_path}$"):
+        parse_args(["--resume", str(tmp_path / below)])
 
 
 # exit_on_error

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import unicodedata
 
 import numpy as np
 import PIL
@@ -108,7 +109,9 @@ def test_files_that_count(folder, ant, tmp_path):
     for place in ("train/ant/.hidden.png", "train/ant/.hidden/x.png", "train/.hidden/x.png", "train/x.png", "x/x.png"):
         draw(folder / place)
     (ant / "around").symlink_to(ant)
-    (ant / "up").symlink_to(folder)
+    for name, target in {"up": folder, "top": folder.parent, "bees": folder / "train/bee", "tests": folder / "test/ant",
+                         "bee.png": folder / "train/bee/0.png", "again.png": ant / "0.png"}.items():  # fmt: skip
+        (ant / name).symlink_to(target)
     assert contents(load(folder).train) == before
     linked, more = draw(tmp_path / "linked.png", 99), tmp_path / "more"
     draw(more / "x.png", 98)
@@ -117,6 +120,29 @@ def test_files_that_count(folder, ant, tmp_path):
     (ant / "more").symlink_to(more)
     added = [(read_image(path).numpy().tobytes(), 0) for path in (linked, more / "x.png")]
     assert contents(load(folder).train) == sorted(before + added)
+
+
+@pytest.mark.parametrize(
+    ("test", "others", "note"),
+    [("val", [], "test: val/"), ("valid", [], "test: valid/"), ("test", ["val"], "test: test/; val/ is not used"),
+     ("val", ["validation"], "test: val/; validation/ is not used")],
+)  # fmt: skip
+def test_a_validation_split_is_the_test_split(folder, test, others, note):
+    images = expected(folder, "test")
+    (folder / "test").rename(folder / test)
+    for other in others:
+        draw(folder / other / "dog" / "x.png")
+    dataset = load(folder)
+    assert (contents(dataset.test), len(dataset.train[0]), dataset.note) == (images, 18, note)
+
+
+def test_names_of_classes_are_compared_in_composed_form(folder):
+    """macOS and Linux may write the same name in different characters."""
+    for split, form in (("train", "NFC"), ("test", "NFD")):
+        (folder / split / "bee").rename(folder / split / unicodedata.normalize(form, "bée"))
+    dataset = load(folder)
+    assert dataset.classes == ("ant", "bée", "cat")
+    assert len(dataset.test[0]) == 6
 
 
 # Without test/
@@ -199,7 +225,7 @@ NUMBER = "{}/train must hold 2 to 1,000 directories, one for each class, not "
         (shutil.rmtree, "there is no {}/train: --dataset folder reads the pictures in {}/train/CLASS"),
         (remove("train/ant", "train/cat"), NUMBER + "1"),
         (lambda folder: [(folder / "train" / f"{k}").mkdir() for k in range(1001)], NUMBER + "1,004"),
-        (remove("train/bee"), "only one of {}/train and {}/test has the class bee: both must"),
+        (remove("train/bee"), "only one of train and test in {} has the class 'bee': both must"),
         (lambda folder: [path.unlink() for path in (folder / "test" / "bee").iterdir()],
          "there is no picture in {}/test/bee: add some, or remove the class"),
         (lambda folder: broken(folder / "test" / "bee" / "x.png"),
