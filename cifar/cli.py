@@ -66,6 +66,10 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") ->
     # one that names the data may come to lead to another place.
     config = TrainConfig(**vars(parsed) | {"data_dir": parsed.data_dir.absolute()})
     config.check()
+    if config.autoresume and named.resume is not None:
+        # The run may have been recorded under another path, of another mount, and has chosen its precision.
+        precision = base.precision if config.precision == "auto" else config.precision
+        config = dataclasses.replace(config, run_dir=base.run_dir, resume=named.resume, precision=precision)
     if argv is None:  # W&B records the command line
         sys.argv[1:] = [without_credentials(part) if "://" in part else part for part in sys.argv[1:]]
     if config.evaluate is not None and not config.evaluate.is_file():  # known before a download
@@ -81,15 +85,23 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") ->
 
 
 def _flags_that_decide_defaults(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return --recipe, --resume and --evaluate, which decide the defaults of other flags."""
+    """Return --recipe, --resume and --evaluate, which decide the defaults of other flags.
+
+    With --autoresume, `resume` is the run in --run-dir if there is one.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--recipe", default="tutorial")
     parser.add_argument("--resume", type=lambda text: expand_home(Path(text)))
     parser.add_argument("--evaluate", type=lambda text: expand_home(Path(text)))
+    parser.add_argument("--run-dir", type=lambda text: expand_home(Path(text)))
+    parser.add_argument("--autoresume", action=argparse.BooleanOptionalAction)
     try:
-        return parser.parse_known_args(argv)[0]
+        named = parser.parse_known_args(argv)[0]
     except argparse.ArgumentError:  # a flag without its value, which tyro will explain
         return parser.parse_args([])
+    if named.autoresume and named.resume is None and named.run_dir and (named.run_dir / "config.json").exists():
+        named.resume = named.run_dir
+    return named
 
 
 def _base_config(named: argparse.Namespace) -> TrainConfig:

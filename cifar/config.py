@@ -96,6 +96,8 @@ class TrainConfig(Recipe):
     """auto: CUDA if there is a GPU, else MPS for a single process, else the CPU."""
     run_dir: Path | None = None
     """Directory of this run; it must not hold another run."""
+    autoresume: bool = False
+    """Continue the run in --run-dir if there is one, else begin it. If it has finished, say so, with exit status 0."""
     resume: Path | None = None
     """Continue the run in this directory from its newest valid checkpoint, with its own configuration."""
     checkpoint_steps: Annotated[int | None, _COUNT] = None
@@ -129,6 +131,8 @@ class TrainConfig(Recipe):
             raise UserError("--comm-hook powersgd needs --precision bf16 or fp32: its error feedback keeps an overflow")
         if self.nesterov and self.momentum == 0:
             raise UserError("--nesterov needs a --momentum above 0")
+        if self.autoresume and self.run_dir is None:
+            raise UserError("--autoresume needs --run-dir, the directory to begin or to continue")
 
     def to_json(self) -> dict[str, Any]:
         """Return every field as a JSON value; paths become strings, and the URL loses its credentials."""
@@ -164,8 +168,8 @@ def _is_a(value: Any, hint: Any) -> bool:
 
 # Flags that may change on resume, as they do not define the experiment; every other flag must match the run's own.
 MAY_CHANGE = frozenset({
-    "resume", "epochs", "max_steps", "log_steps", "checkpoint_steps", "keep_checkpoints", "local_batch_size", "timeout",
-    "data_dir", "data_url", "device", "compile", "cuda_graph", "profile", "tta", "wandb",
+    "resume", "autoresume", "epochs", "max_steps", "log_steps", "checkpoint_steps", "keep_checkpoints",
+    "local_batch_size", "timeout", "data_dir", "data_url", "device", "compile", "cuda_graph", "profile", "tta", "wandb",
 })  # fmt: skip
 
 

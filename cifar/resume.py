@@ -58,24 +58,24 @@ def find_own_run(config: TrainConfig, runtime: Runtime) -> TrainConfig:
     return dataclasses.replace(hosts[0], data_dir=config.data_dir, data_url=config.data_url) if hosts else config
 
 
-def restore(config: TrainConfig, runtime: Runtime, data: Data, state: TrainState, is_own: bool) -> Resumed:
+def restore(config: TrainConfig, runtime: Runtime, data: Data, state: TrainState, is_repeated: bool) -> Resumed:
     """Restore `state` from the newest valid checkpoint of `config.resume`. Collective; only rank zero reads files.
 
     Args:
-        is_own: whether this launch began the run, so that starting it again is no mistake.
+        is_repeated: whether the same command may have begun the run, so that it is no mistake if the run has finished.
 
     Raises:
         UserError: the run cannot continue with this configuration, or has finished.
-        StoppedError: the run has finished and is this launch's own.
+        StoppedError: the run has finished and `is_repeated`.
     """
     resumed = None
     with runtime.fail_together():
         if runtime.is_main:
-            resumed = _find(config, data, is_own)
+            resumed = _find(config, data, is_repeated)
     resumed = runtime.from_main(resumed)
     for reason in resumed.corrupt:
         runtime.print0(f"WARNING: skipping corrupt checkpoint {reason}")
-    if resumed.finished and is_own:
+    if resumed.finished and is_repeated:
         raise StoppedError(f"the run in {config.resume} has finished", status=0)
     if resumed.checkpoint is not None:
         with runtime.fail_together():
@@ -84,7 +84,7 @@ def restore(config: TrainConfig, runtime: Runtime, data: Data, state: TrainState
     return resumed
 
 
-def _find(config: TrainConfig, data: Data, is_own: bool) -> Resumed:
+def _find(config: TrainConfig, data: Data, is_repeated: bool) -> Resumed:
     """Return the point at which the run in `config.resume` continues, after all checks."""
     run_dir, plan = config.resume, data.plan
     assert run_dir is not None
@@ -104,7 +104,7 @@ def _find(config: TrainConfig, data: Data, is_own: bool) -> Resumed:
             )
         finished = finished and step == last
     _check_images(run_dir, facts, data)
-    if finished and not is_own:
+    if finished and not is_repeated:
         raise UserError(
             f"--resume {run_dir}: that run has finished, with step {recorded_steps:,} of {last:,}"
             + ("; raise --epochs or --max-steps to continue it" if path else ", and its checkpoints are gone")
@@ -169,6 +169,7 @@ def _check_checkpoint(run_dir: Path, path: Path, content: dict[str, Any], before
 
 def _changes(config: TrainConfig, before: TrainConfig, facts: dict[str, Any], world_size: int) -> list[str]:
     """Return the differences from the run's last start, in words."""
+    before = dataclasses.replace(before, autoresume=config.autoresume)
     changes = [f"{flag(name)} {old} -> {new}" for name, new, old in differences(config, before)]
     if facts["world_size"] != world_size:
         changes.append(f"world size {facts['world_size']} -> {world_size}")

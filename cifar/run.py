@@ -54,7 +54,7 @@ class Run:
 
         Raises:
             UserError: the directory cannot be used, or there is nothing to resume.
-            StoppedError: torchrun has restarted a run that had finished.
+            StoppedError: the run had finished, which is no mistake after a restart or with --autoresume.
         """
         self.runtime, self.data, self.plan = runtime, data, data.plan
         settle_buckets(model, data.train.dataset.images[:2])
@@ -90,9 +90,11 @@ class Run:
         self.dir = runtime.from_main(run_dir)
         if config.resume is not None:
             is_own = runtime.from_main(self._lock and self._lock.owned_by(launches))
-            resumed = restore(config, runtime, self.data, self.state, bool(is_own))
+            resumed = restore(config, runtime, self.data, self.state, config.autoresume or bool(is_own))
         batch_size = self.plan.global_batch_size
-        self.config = dataclasses.replace(config, run_dir=self.dir, resume=None, global_batch_size=batch_size)
+        self.config = dataclasses.replace(
+            config, run_dir=self.dir, resume=None, autoresume=False, global_batch_size=batch_size
+        )
         self._facts = self._environment()
         with runtime.fail_together():
             if self._lock is not None:

@@ -45,16 +45,10 @@ mkdir -p "$folder"
 trap 'echo "sweep.sh: stopped; to continue: FOLDER=$folder $0 $*"; exit 130' INT
 count=$(wc -l <<<"$grid") number=0 failed=()
 while read -r -a run; do
-    number=$((number + 1)) run_dir=$folder/${run[0]}
+    number=$((number + 1))
     echo "sweep.sh: run $number of $count: ${run[*]:1} $*"
-    if [[ -e "$run_dir/result.json" ]]; then
-        echo "sweep.sh: already finished"
-    elif [[ -e "$run_dir/config.json" ]] && compgen -G "$run_dir/checkpoints/step-*.pt" >/dev/null; then
-        "$root/launch/local.sh" --resume "$run_dir" </dev/null || failed+=("${run[0]}")
-    else
-        rm -rf "$run_dir"
-        "$root/launch/local.sh" --wandb=disabled "${run[@]:1}" --run-dir "$run_dir" "$@" </dev/null || failed+=("${run[0]}")
-    fi
+    "$root/launch/local.sh" --wandb=disabled "${run[@]:1}" --run-dir "$folder/${run[0]}" --autoresume "$@" </dev/null ||
+        failed+=("${run[0]}")
 done <<<"$grid"
 
 echo

@@ -97,7 +97,7 @@ def check_unused(run_dir: Path) -> None:
     """
     for name in _RECORDS:
         if next(run_dir.glob(name), None) is not None:
-            advice = f"name a new directory, or continue it with --resume {run_dir}"
+            advice = "name a new directory, or continue it with --autoresume"
             raise UserError(f"--run-dir {run_dir} holds a run ({name}): {advice}")
 
 

@@ -81,7 +81,7 @@ def test_sweep_survives_a_failing_run_and_skips_finished_ones(folder):
     (folder / "grid.yaml").write_text(GRID.replace(", 1.0e+30", ""))
     again = run([SWEEP, *flags], folder, **ENVIRONMENT)
     assert again.returncode == 0
-    assert "sweep.sh: already finished" in again.stdout
+    assert "the run in runs/sweep/lr-0.02_global_batch_size-32 has finished" in again.stdout
 
 
 def test_ctrl_c_stops_the_sweep(folder):

@@ -172,7 +172,8 @@ def test_value_out_of_range_is_named_in_one_line(flags):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [("--nesterov --momentum 0", r"--nesterov.*--momentum"),
-     ("--comm-hook powersgd --precision fp16", r"--comm-hook powersgd.*--precision bf16")],
+     ("--comm-hook powersgd --precision fp16", r"--comm-hook powersgd.*--precision bf16"),
+     ("--autoresume", "--autoresume needs --run-dir")],
 )  # fmt: skip
 def test_flags_that_do_not_go_together(flags, message):
     with pytest.raises(UserError, match=message):
@@ -218,6 +219,22 @@ def test_resume_takes_the_recorded_configuration(recorded, tmp_path):
     assert parse_args(["--resume", str(tmp_path)]) == dataclasses.replace(recorded, resume=tmp_path)
     config = parse_args(["--resume", str(tmp_path), "--epochs", "12", "--wandb", "disabled", "--device", "cpu"])
     assert (config.epochs, config.wandb, config.device, config.lr) == (12, "disabled", "cpu", 0.3)
+
+
+def test_the_command_that_began_a_run_continues_it_with_autoresume(tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    monkeypatch.chdir(tmp_path)
+    command = ["--run-dir", "run", "--autoresume", "--recipe", "wide", "--lr", "0.3", "--precision", "auto"]
+    begun = parse_args(command)
+    assert (begun.resume, begun.run_dir) == (None, Path("run"))
+    # A run resolves its precision and batch, and may be mounted at another place.
+    recorded = dataclasses.replace(begun, run_dir=Path("/mnt/run"), precision="bf16", global_batch_size=8)
+    record(run_dir, dataclasses.replace(recorded, autoresume=False))
+    assert parse_args([*command, "--epochs", "12"]) == dataclasses.replace(recorded, resume=Path("run"), epochs=12)
+    for changed in ("--lr 0.5", "--precision fp32"):
+        with pytest.raises(UserError, match=f"^{changed} conflicts with .* of the run in run: "):
+            parse_args([*command, *changed.split()])
 
 
 def test_resume_reads_the_data_where_they_are_now(recorded, tmp_path, monkeypatch):

@@ -139,6 +139,26 @@ def test_killed_before_the_result(undisturbed, run_dir):
     assert_same_run(run_dir, undisturbed)
 
 
+def test_one_command_begins_a_run_continues_it_and_says_that_it_has_finished(undisturbed, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    command = [*RUN, "--run-dir", str(run_dir), "--autoresume"]
+    train_ddp.main(command)
+    for after in (12, 0):
+        killed(run_dir, after)
+        train_ddp.main(command)
+        assert changed(capsys.readouterr().out) == []
+        assert_same_run(run_dir, undisturbed)
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.name != ".lock"}
+    train_ddp.main(command)  # without an error
+    assert capsys.readouterr().out == f"the run in {run_dir} has finished\n"
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.name != ".lock"} == before
+    with pytest.raises(UserError, match="that run has finished"):
+        resume(run_dir)
+    train_ddp.main([*command, "--epochs", "3"])
+    assert changed(capsys.readouterr().out) == ["--epochs 2 -> 3"]
+    assert result(run_dir)["steps"] == 30
+
+
 def changed(text):
     return [line.removeprefix("changed").strip() for line in text.splitlines() if line.startswith("changed")]
 

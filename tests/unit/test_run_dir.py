@@ -46,7 +46,7 @@ def lock_elsewhere(directory, seconds):
 def test_directory_that_holds_a_part_of_a_run_is_refused(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).touch()
-    with pytest.raises(UserError, match=r"holds a run \(.*\): name a new directory, or continue it with --resume"):
+    with pytest.raises(UserError, match=r"holds a run \(.*\): name a new directory, or continue it with --autoresume"):
         check_unused(tmp_path)
 
 
