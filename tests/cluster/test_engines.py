@@ -1,17 +1,17 @@
 """launch/kubernetes.yaml and launch/skypilot.yaml: their own commands, as these engines run them on two nodes.
 
-The engines themselves are not here. A node is a network namespace with the names and variables that its engine gives it.
+The engines are not here: a node is a network namespace with the names and the variables that its engine gives it.
 """
 
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -23,93 +23,65 @@ from tests.helpers.hosts import ADDRESSES, Hosts, why_not
 from tests.helpers.processes import ROOT, kill_tree, torchrun
 
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-PROCESSES = "2"  # of each node, instead of four GPUs
-# Added to the flags in the files, and instead of some: the last one counts.
-SMALL = [*FLAGS, "--model", "net", "--precision", "fp32", "--local-batch-size", "4", "--max-steps", "1000"]
+PROCESSES = "2"  # on each node, instead of four GPUs
+# Appended to the flags in the files: the last value of a flag counts.
+SMALL = [*FLAGS, "--model", "net", "--precision", "fp32", "--local-batch-size", "4", "--max-steps", "400"]
 
 
-@dataclass(frozen=True)
-class Engine:
-    """What a file of launch/ says, and what its engine does with it."""
-
-    command: str  # for bash
-    volume: str  # the directory that all nodes share
-    variables: Callable[[int, list[str]], dict[str, str]]  # of a node, from its rank and the addresses of all
-    names: str  # a node's /etc/hosts, with its rank, its own address and the first node's
-    preempt: Callable[[Started], None]
-    seconds: int  # in which all nodes end then
-    statuses: list[int]
-    message: str  # of the run that ends, with the step of its last checkpoint
+def kubernetes_documents():
+    documents = list(yaml.safe_load_all((ROOT / "launch" / "kubernetes.yaml").read_text()))
+    assert [document["kind"] for document in documents] == ["TrainingRuntime", "TrainJob"], "refused in another order"
+    return documents
 
 
-def kubernetes() -> Engine:
-    """Return a TrainJob: a pod gets SIGTERM."""
+def kubernetes():
+    """Return what concerns a TrainJob, one of whose pods gets SIGTERM."""
     runtime, job = kubernetes_documents()
     (node,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
     pod, trainer = node["template"]["spec"]["template"]["spec"], job["spec"]["trainer"]
-    name = f"{job['metadata']['name']}-{node['name']}-0"
-
-    def variables(rank: int, addresses: list[str]) -> dict[str, str]:
-        torch_plugin = {"NNODES": str(len(addresses)), "NPROC_PER_NODE": PROCESSES, "NODE_RANK": str(rank),
-                        "MASTER_ADDR": f"{name}-0.{job['metadata']['name']}", "MASTER_PORT": "29500"}  # fmt: skip
-        own = {each["name"]: each["value"] for each in trainer["env"] if "value" in each}
-        return {f"PET_{key}": value for key, value in torch_plugin.items()} | own
-
-    return Engine(
-        command="exec " + shlex.join([*trainer["command"], *trainer["args"]]),
-        volume=pod["containers"][0]["volumeMounts"][0]["mountPath"],
-        variables=variables,
-        names=f"{{own}} {name}-{{rank}}\n{{first}} {name}-0.{job['metadata']['name']}",
-        preempt=lambda pod: pod.process.send_signal(signal.SIGTERM),
-        seconds=pod["terminationGracePeriodSeconds"],
+    # As Trainer's plugin for torch sets them.
+    variables = {"PET_NNODES": "2", "PET_NPROC_PER_NODE": PROCESSES, "PET_MASTER_PORT": "29500",
+                 "PET_MASTER_ADDR": "cifar-ddp-node-0-0.cifar-ddp"}  # fmt: skip
+    own = {each["name"]: each["value"] for each in trainer["env"] if "value" in each}
+    return SimpleNamespace(
+        command="exec " + shlex.join([*trainer["command"], *trainer["args"]]),  # for bash
+        volume=pod["containers"][0]["volumeMounts"][0]["mountPath"],  # the directory that the nodes share
+        variables=lambda rank, addresses: {**own, **variables, "PET_NODE_RANK": str(rank)},
+        preempt=lambda node: node.process.send_signal(signal.SIGTERM),
+        seconds=pod["terminationGracePeriodSeconds"],  # in which both nodes end
         statuses=[1, 1],
-        message="Stopped by SIGTERM after step {step} of 1,000",
+        message="Stopped by SIGTERM after step {step} of 400",  # of the run that ends, with its last checkpoint
     )
 
 
-def skypilot() -> Engine:
-    """Return a managed job: a machine is gone, without a signal."""
+def skypilot():
+    """Return what concerns a managed job, one of whose machines is gone without a signal."""
     task = yaml.safe_load((ROOT / "launch" / "skypilot.yaml").read_text())
-
-    def variables(rank: int, addresses: list[str]) -> dict[str, str]:
-        values = {"NODE_RANK": str(rank), "NODE_IPS": "\n".join(addresses), "NUM_NODES": str(len(addresses)),
-                  "NUM_GPUS_PER_NODE": PROCESSES}  # fmt: skip
-        return {f"SKYPILOT_{key}": value for key, value in values.items()}
-
-    (volume,) = task["file_mounts"]
-    return Engine(
+    variables = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NUM_GPUS_PER_NODE": PROCESSES}
+    return SimpleNamespace(
         command=task["run"],
-        volume=volume,
-        variables=variables,
-        names="127.0.1.1 node-{rank}",  # in the images of Debian and Ubuntu
+        volume=next(iter(task["file_mounts"])),
+        variables=lambda rank, addresses: {
+            **variables, "SKYPILOT_NODE_RANK": str(rank), "SKYPILOT_NODE_IPS": "\n".join(addresses)
+        },
         preempt=lambda node: kill_tree(node.agent),
         seconds=60,
         statuses=[1, -signal.SIGKILL],
         message="another process of this run is gone",
-    )
-
-
-def kubernetes_documents():
-    """Return the TrainingRuntime and the TrainJob, in this order, as the one must exist before the other."""
-    documents = list(yaml.safe_load_all((ROOT / "launch" / "kubernetes.yaml").read_text()))
-    assert [document["kind"] for document in documents] == ["TrainingRuntime", "TrainJob"]
-    return documents
+    )  # fmt: skip
 
 
 @contextmanager
 def nodes(engine, hosts, addresses, folder):
-    """Run the engine's command on two new nodes, with `folder` as their volume; rank 0 has the first address."""
-    for name in ("train_ddp.py", "launch"):  # the working directory of the image, or SkyPilot's workdir
-        (folder / name).unlink(missing_ok=True)
-        (folder / name).symlink_to(ROOT / name)
+    """Run the engine's command on two new nodes, in `folder`, which is also their volume. The first has rank 0."""
     command = f"{engine.command} {shlex.join(SMALL)}".replace(f"{engine.volume}/", f"{folder}/")
+    names = [f"cifar-ddp-node-0-{rank}" for rank in range(2)]  # as Trainer and JobSet name pods
+    lines = [f"{address} {name} {name}.cifar-ddp\n" for address, name in zip(addresses, names, strict=True)]
+    (folder / "names").write_text("".join(lines))
     with ExitStack() as started:
         pair = []
         for rank, address in enumerate(addresses):
-            names = folder / f"names-{rank}"
-            host_name = engine.names.format(rank=rank, own=address, first=addresses[0])
-            names.write_text(f"127.0.0.1 localhost\n{host_name}\n")
-            script = f"mount --bind {names} /etc/hosts; hostname {host_name.split()[1]}; {command}"
+            script = f"mount --bind names /etc/hosts; hostname {names[rank]}; {command}"
             line = hosts.on(ADDRESSES.index(address), "unshare", "--mount", "--uts", "bash", "-ec", script)
             variables = {"PATH": PATH, "CUDA_VISIBLE_DEVICES": "", **engine.variables(rank, addresses)}
             pair.append(Started(line, folder / f"node-{rank}.txt", **variables))
@@ -125,46 +97,42 @@ def hosts():
         yield two
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """Return a function that trains with these flags on one host, without a stop, and returns the numbers."""
-
-    @cache
-    def train(*flags):
-        folder = tmp_path_factory.mktemp("undisturbed")
-        done = torchrun(4, *flags, *SMALL, "--run-dir", folder / "run", cwd=folder)
+@cache
+def undisturbed(*flags):
+    """Train with these flags on one host, and return the numbers."""
+    with TemporaryDirectory() as folder:
+        done = torchrun(4, *flags, *SMALL, "--run-dir", "run", cwd=Path(folder))
         assert done.returncode == 0, done.stderr
-        return numbers(folder / "run")
-
-    return train
+        return numbers(Path(folder) / "run")
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("engine", [kubernetes, skypilot])
-def test_run_continues_on_other_nodes(engine, hosts, undisturbed, tmp_path):
-    engine = engine()
+@pytest.mark.timeout(900)  # eight torchruns, some of which start together
+@pytest.mark.parametrize("engine", [kubernetes(), skypilot()], ids=["kubernetes", "skypilot"])
+def test_run_continues_on_other_nodes(engine, hosts, tmp_path):
+    for name in ("train_ddp.py", "launch"):  # in the working directory of the image, or in SkyPilot's workdir
+        (tmp_path / name).symlink_to(ROOT / name)
     run_dir, *flags = shlex.split(engine.command.partition("--run-dir=")[2].replace("--autoresume", ""))
     run_dir = tmp_path / Path(run_dir).relative_to(engine.volume)
 
-    with nodes(engine, hosts, list(ADDRESSES), tmp_path) as pair:
-        pair[0].until_line("   100] loss:")
+    with nodes(engine, hosts, ADDRESSES, tmp_path) as pair:
+        pair[0].until_line("    40] loss:")
         engine.preempt(pair[1])
         assert [node.end(engine.seconds) for node in pair] == engine.statuses
         step = next(iter(checkpoints(run_dir)))
-        assert engine.message.format(step=f"{step:,}") in pair[0].output()
+        assert engine.message.format(step=step) in pair[0].output()
 
-    with nodes(engine, hosts, list(reversed(ADDRESSES)), tmp_path) as pair:
-        assert [node.process.wait(120) for node in pair] == [0, 0], pair[0].output() + pair[1].output()
-        assert f"resumes   after step {step:,} of 1,000" in pair[0].output() + pair[1].output()
+    for addresses, message in ((ADDRESSES[::-1], f"resumes   after step {step} of 400"), (ADDRESSES, "has finished")):
+        with nodes(engine, hosts, addresses, tmp_path) as pair:
+            statuses = [node.process.wait(120) for node in pair]
+            output = pair[0].output() + pair[1].output()
+            assert statuses == [0, 0], output
+            assert message in output
     assert numbers(run_dir) == undisturbed(*flags)
-
-    with nodes(engine, hosts, list(ADDRESSES), tmp_path) as pair:
-        assert [node.process.wait(120) for node in pair] == [0, 0], pair[0].output() + pair[1].output()
-        assert "has finished" in pair[0].output() + pair[1].output()
 
 
 def test_kubernetes_knows_every_field():
-    """Its models ignore unknown fields: none may be lost on the way through them."""
+    """Its models drop the fields that they do not know."""
     models = pytest.importorskip("kubeflow_trainer_api.models")
     for document in kubernetes_documents():
         model = getattr(models, f"TrainerV1alpha1{document['kind']}")
