@@ -116,7 +116,7 @@ def test_run_continues_on_other_nodes(engine, hosts, tmp_path):
     run_dir = tmp_path / Path(run_dir).relative_to(engine.volume)
 
     with nodes(engine, hosts, ADDRESSES, tmp_path) as pair:
-        pair[0].until_line("    40] loss:")
+        pair[0].until_line("    40] loss:", timeout=200)
         engine.preempt(pair[1])
         assert [node.end(engine.seconds) for node in pair] == engine.statuses
         step = next(iter(checkpoints(run_dir)))
@@ -124,7 +124,7 @@ def test_run_continues_on_other_nodes(engine, hosts, tmp_path):
 
     for addresses, message in ((ADDRESSES[::-1], f"resumes   after step {step} of 400"), (ADDRESSES, "has finished")):
         with nodes(engine, hosts, addresses, tmp_path) as pair:
-            statuses = [node.process.wait(120) for node in pair]
+            statuses = [node.process.wait(200) for node in pair]
             output = pair[0].output() + pair[1].output()
             assert statuses == [0, 0], output
             assert message in output
