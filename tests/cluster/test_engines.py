@@ -77,7 +77,7 @@ def nodes(engine, hosts, addresses, folder):
     command = f"{engine.command} {shlex.join(SMALL)}".replace(f"{engine.volume}/", f"{folder}/")
     names = [f"cifar-ddp-node-0-{rank}" for rank in range(2)]  # as Trainer and JobSet name pods
     lines = [f"{address} {name} {name}.cifar-ddp\n" for address, name in zip(addresses, names, strict=True)]
-    (folder / "names").write_text("".join(lines))
+    (folder / "names").write_text("".join(["127.0.0.1 localhost\n", *lines]))
     with ExitStack() as started:
         pair = []
         for rank, address in enumerate(addresses):
