@@ -21,7 +21,6 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from cifar.distributed.ddp import ddp_options
-from cifar.recipes import config_from_recipe
 from cifar.records.plotting import Figure, default_style
 from tests.helpers.hosts import ADDRESSES, Hosts, why_not
 from tests.helpers.measuring import machine
@@ -33,12 +32,9 @@ LINKS = ("unlimited", "1000", "100", "10")  # Mbit/s
 WHOLE_STEPS = ddp_options("powersgd").comm_state_option["start_powerSGD_iter"] - 1  # one of them is settle_buckets'
 
 
-def train(recipe: str, seed: int, link: str, *words: object) -> Iterator[dict[str, Any]]:
-    """Start `link_worker WORDS` on two hosts; yield what rank zero measures for each method, as soon as it is there."""
-    batch = config_from_recipe(recipe).lr_batch_size
-    flags = ("--recipe", recipe, "--global-batch-size", batch, "--local-batch-size", batch // 2, "--seed", seed,
-             "--dataset", "cifar10", "--device", "cpu", "--wandb", "disabled")  # fmt: skip
-    command = (sys.executable, "-m", "tests.benchmarks.link_worker", *words, *flags)
+def train(methods: list[str], recipe: str, link: str, *words: object) -> Iterator[dict[str, Any]]:
+    """Start `link_worker` on two hosts; yield what rank zero measures for each method, as soon as it is there."""
+    command = (sys.executable, "-m", "tests.benchmarks.link_worker", ",".join(methods), recipe, *words)
     with Hosts() as hosts:
         if link != "unlimited":
             hosts.slow_down(float(link))
@@ -64,13 +60,13 @@ def measure(args: argparse.Namespace, record: dict[str, Any], recipe: str) -> No
     for seed in args.seeds if "steps" in args.measure else ():
         methods = [method for method in args.methods if f"{recipe}/{method}/{seed}" not in record["steps"]]
         if methods:
-            add("steps", seed, train(recipe, seed, "unlimited", ",".join(methods), *TARGETS[recipe]))
+            add("steps", seed, train(methods, recipe, "unlimited", seed, *TARGETS[recipe]))
     for link in args.links:
         if "cost" in args.measure:
             record["machine"] = machine()
-            add("cost", link, train(recipe, 0, link, ",".join(args.methods), 0, 0))
+            add("cost", link, train(args.methods, recipe, link, 0, 0, 0))
         if "whole" in args.measure:
-            for found in train(recipe, args.seeds[0], link, ",".join(args.methods), *TARGETS[recipe]):
+            for found in train(args.methods, recipe, link, args.seeds[0], *TARGETS[recipe]):
                 steps = list(found["accuracies"])[-1]
                 print(f"{recipe}, {found['method']} at {link}: {found['seconds']:.1f} s for {steps} steps", flush=True)
 

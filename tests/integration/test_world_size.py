@@ -158,60 +158,52 @@ def test_statistics_of_batchnorm_are_the_ranks_mean_and_resume_exactly(tmp_path)
 @pytest.fixture(scope="module")
 def powersgd_runs(tmp_path_factory):
     """Return the directory of a run of 32 steps by its number of ranks; PowerSGD compresses after 20."""
-    folder = tmp_path_factory.mktemp("powersgd")
+    runs = {processes: tmp_path_factory.mktemp("powersgd") / "run" for processes in (2, 3)}
     flags = ["--dataset", "synthetic", "--global-batch-size", 15, "--local-batch-size", 8, "--comm-hook", "powersgd",
              "--max-steps", 32, "--checkpoint-steps", 8, "--keep-checkpoints", 9]  # fmt: skip
-    for processes in (2, 3):
-        run_dir = folder / f"{processes}"
-        output = train_forked(*flags, "--run-dir", run_dir, cwd=folder, processes=processes, small=True)
+    for processes, run_dir in runs.items():
+        output = train_forked(*flags, "--run-dir", run_dir, cwd=run_dir.parent, processes=processes, small=True)
         assert output.returncode == 0, output.stderr
-    return {processes: folder / f"{processes}" for processes in (2, 3)}
+    return runs
 
 
-def resume_powersgd(calm, run_dir, step, processes, *flags):
-    """Continue a copy of the run `calm` after `step`; return the last state and the banner's line of changes."""
-    shutil.copytree(calm, run_dir)
+def resume_powersgd(run_dir, step, processes, *flags):
+    """Continue a run after `step`; return its last state and the banner's line of changes."""
     for later in range(step + 8, 33, 8):
-        checkpoint_path(run_dir, later).unlink(missing_ok=True)
+        checkpoint_path(run_dir, later).unlink()
     output = train_forked("--resume", run_dir, *flags, cwd=run_dir.parent, processes=processes, small=True)
     assert output.returncode == 0, output.stderr
-    changed = re.search(r"^changed +(.*)$", output.stdout, re.M)
-    return load_checkpoint(checkpoint_path(run_dir, 32))["state"], changed and changed[1]
+    return load_checkpoint(checkpoint_path(run_dir, 32))["state"], re.findall("^changed +(.*)$", output.stdout, re.M)
 
 
 @pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize("step", [8, 24])
 def test_powersgd_resumes_exactly(powersgd_runs, tmp_path, processes, step):
     """From the first steps, whose gradients are sent whole, and from later ones, when each rank keeps an error."""
-    mine, changed = resume_powersgd(powersgd_runs[processes], tmp_path / "run", step, processes)
-    theirs = load_checkpoint(checkpoint_path(powersgd_runs[processes], 32))["state"]
-    errors = [memory["error_dict"][0] for memory in theirs["hook"]]
-    assert len({error.norm().item() for error in errors} - {0.0}) == processes
-    assert changed is None
+    calm = powersgd_runs[processes]
+    mine, changed = resume_powersgd(shutil.copytree(calm, tmp_path / "run"), step, processes)
+    theirs = load_checkpoint(checkpoint_path(calm, 32))["state"]
+    errors = {memory["error_dict"][0].norm().item() for memory in theirs["hook"]}
+    assert len(errors - {0.0}) == processes
     assert same(mine, theirs)
+    assert changed == []
 
 
 @pytest.mark.parametrize(
     ("processes", "flags", "words"),
-    [
-        (3, (), "world size 2 -> 3, PowerSGD begins again"),
-        (2, ("--local-batch-size", 4), "--local-batch-size 8 -> 4, PowerSGD begins again"),
-        (2, (), "PowerSGD begins again"),
-    ],
+    [(3, (), "world size 2 -> 3, "), (2, ("--local-batch-size", 4), "--local-batch-size 8 -> 4, "), (2, (), "")],
     ids=["other ranks", "other memory format", "file of an earlier version"],
 )
 def test_powersgd_begins_again(powersgd_runs, tmp_path, processes, flags, words):
     """With whole gradients, as in a new run."""
-    calm = powersgd_runs[2]
-    if words.startswith("P"):
-        calm = shutil.copytree(calm, tmp_path / "old")
-        saved = load_checkpoint(checkpoint_path(calm, 24))
+    run_dir = shutil.copytree(powersgd_runs[2], tmp_path / "run")
+    if not words:
+        saved = load_checkpoint(checkpoint_path(run_dir, 24))
         del saved["state"]["hook"]
-        save_checkpoint(checkpoint_path(calm, 24), saved)
-    state, changed = resume_powersgd(calm, tmp_path / "run", 24, processes, *flags)
-    assert changed == words
-    assert [memory["iter"] for memory in state["hook"]] == [1 + 8] * processes
-    assert not any(memory["error_dict"] for memory in state["hook"])
+        save_checkpoint(checkpoint_path(run_dir, 24), saved)
+    state, changed = resume_powersgd(run_dir, 24, processes, *flags)
+    assert changed == [f"{words}PowerSGD begins again"]
+    assert [(memory["iter"], memory["error_dict"]) for memory in state["hook"]] == [(1 + 8, {})] * processes
 
 
 @pytest.mark.parametrize("flags", [[], ["--precision", "bf16", "--local-batch-size", 12]], ids=["fp32", "bf16"])
