@@ -10,10 +10,10 @@ import os
 import sys
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 from unittest.mock import patch
 
-from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.distributed.algorithms.model_averaging.utils import average_parameters
 
 from cifar.distributed.ddp import ddp_options, settle_buckets, unwrap
@@ -39,16 +39,23 @@ def build(method: str, recipe: str, seed: int, **powersgd: int) -> Parts:
         parts = Parts(recipe, "cpu", global_batch_size=batch, local_batch_size=batch // 2, **how)
     if kind == "local":
         parts.model = unwrap(parts.model)
-        averager = PeriodicModelAverager(int(number), warmup_steps=int(number) - 1)
 
         def local_step(*arguments: Any) -> Any:
             loss = train_step(*arguments)
-            averager.average_parameters(parts.model.parameters())
+            if (parts.state.step + 1) % int(number) == 0:
+                average(parts)
             return loss
 
         parts.train_step = local_step
     settle_buckets(parts.model, parts.train.images[:2])
     return parts
+
+
+def average(parts: Parts) -> None:
+    """Average the weights of both processes, in the memory format that they have, unless DDP keeps them equal."""
+    if unwrap(parts.model) is parts.model:
+        average_parameters(parts.model.parameters(), None)
+        parts.model.to(memory_format=parts.runtime.memory_format)  # torch makes them contiguous
 
 
 def train_to_accuracy(parts: Parts, target: float, every: int) -> dict[str, Any]:
@@ -64,13 +71,13 @@ def train_to_accuracy(parts: Parts, target: float, every: int) -> dict[str, Any]
         parts.steps(min(every, last - parts.state.step))
         seconds += time.perf_counter() - began
         if parts.state.step > last / 2:
-            average_parameters(parts.model.parameters(), None)
+            average(parts)
             accuracies[parts.state.step] = evaluate(parts.model, parts.data.test, parts.runtime).accuracy
     return {"accuracies": accuracies, "seconds": seconds}
 
 
-def measure_steps(parts: Parts, length: int) -> dict[str, list[float]]:
-    """Return the seconds and the bytes sent of a step, means over `length` of them, for 4 s or at least 5 times."""
+def measure_steps(parts: Parts, length: int) -> dict[str, Any]:
+    """Return the seconds and the bytes sent of a step, medians over rounds of `length` steps: 5 or more, for 4 s."""
 
     def train_round() -> tuple[float, float]:
         began, sent = time.perf_counter(), bytes_sent()
@@ -80,8 +87,8 @@ def measure_steps(parts: Parts, length: int) -> dict[str, list[float]]:
     train_round()  # the first steps allocate memory, and PowerSGD's first one is whole
     seconds, _ = train_round()
     count = parts.runtime.from_main(min(50, max(5, round(4 / (seconds * length)))))
-    rounds = [train_round() for _ in range(count)]
-    return {"seconds": [seconds for seconds, _ in rounds], "bytes": [sent for _, sent in rounds]}
+    all_seconds, sent = zip(*(train_round() for _ in range(count)), strict=True)
+    return {"seconds": median(all_seconds), "bytes": median(sent), "rounds": count}
 
 
 def bytes_sent() -> int:

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from math import nan
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 from typing import Any
 
 from cifar.distributed.ddp import ddp_options
@@ -55,7 +55,7 @@ def measure(args: argparse.Namespace, record: dict[str, Any], recipe: str) -> No
     def add(part: str, place: object, measured: Iterator[dict[str, Any]]) -> None:
         for found in measured:
             record[part][f"{recipe}/{found['method']}/{place}"] = found
-            args.json.write_text(json.dumps(record) + "\n")
+            args.json.write_text(json.dumps(record, indent=1) + "\n")
 
     for seed in args.seeds if "steps" in args.measure else ():
         methods = [method for method in args.methods if f"{recipe}/{method}/{seed}" not in record["steps"]]
@@ -81,18 +81,20 @@ def arrivals(record: dict[str, Any], recipe: str, method: str) -> list[int | Non
 def costs(record: dict[str, Any], recipe: str, method: str, link: str, unit: str) -> list[float]:
     """Return the "seconds" or the "bytes" to the accuracy for each seed that arrives; NaN if they were not measured."""
     steps = [count for count in arrivals(record, recipe, method) if count]
-    step, whole_step = (record["cost"].get(f"{recipe}/{name}/{link}", {unit: [nan]}) for name in (method, "none"))
+    step, whole_step = (record["cost"].get(f"{recipe}/{name}/{link}", {unit: nan}) for name in (method, "none"))
     whole = WHOLE_STEPS if method.startswith("powersgd") else 0
-    return [whole * median(whole_step[unit]) + (count - whole) * median(step[unit]) for count in steps]
+    return [whole * whole_step[unit] + (count - whole) * step[unit] for count in steps]
 
 
 def table(args: argparse.Namespace, record: dict[str, Any], recipe: str) -> Iterator[str]:
     """Yield the lines of a recipe's table, in Markdown."""
     names = [link if link == "unlimited" else f"{int(link):,} Mbit/s" for link in args.links]
-    yield f"| `{recipe}` to {TARGETS[recipe][0]:.0%} | arrive | steps | MB sent | {' | '.join(names)} |"
+    yield f"| `{recipe}` to {100 * TARGETS[recipe][0]:g} % | arrive | steps | MB sent | {' | '.join(names)} |"
     yield "| --- |" + " --- |" * (3 + len(names))
     for method in args.methods:
         steps = arrivals(record, recipe, method)
+        if not steps:  # not measured
+            continue
         arrived = [count for count in steps if count]
         megabytes = [sent / 1e6 for sent in costs(record, recipe, method, args.links[0], "bytes")]
         cells = [f"{len(arrived)} of {len(steps)}", _mean(arrived), _mean(megabytes)]
@@ -117,7 +119,7 @@ def draw(args: argparse.Namespace, record: dict[str, Any]) -> None:
                 seconds = {float(link): costs(record, recipe, method, link, "seconds") for link in links}
                 means = {link: mean(values) for link, values in seconds.items() if values}  # NaN is not drawn
                 axes.plot(list(means), list(means.values()), "o-", label=method)
-            axes.set(title=f"{recipe} to {TARGETS[recipe][0]:.0%}", xlabel="Mbit/s", ylabel="seconds")
+            axes.set(title=f"{recipe} to {100 * TARGETS[recipe][0]:g} %", xlabel="Mbit/s", ylabel="seconds")
             axes.legend()
         figure.savefig(args.out, dpi=100)
 

@@ -67,14 +67,14 @@ def test_seconds_to_an_accuracy_on_a_slow_link(tmp_path, monkeypatch, capsys):
     arrives, never = ({"accuracies": {"900": 0.5, "1000": accuracy, "1100": 0.7}} for accuracy in (0.62, 0.619))
     never["accuracies"]["1100"] = 0.6
     steps = {"none/0": arrives, "powersgd-4/0": arrives, "powersgd-4/1": never, "local-8/0": never, "bf16/0": arrives}
-    cost = {"none/10": [3.0, 2.0, 9.0], "powersgd-4/10": [1.0]}
+    cost = {"none/10": 3.0, "powersgd-4/10": 1.0}
     record = {
         "steps": {f"net-fast/{name}": found for name, found in steps.items()},
-        "cost": {f"net-fast/{name}": {"seconds": values, "bytes": [1e6]} for name, values in cost.items()},
+        "cost": {f"net-fast/{name}": {"seconds": seconds, "bytes": 1e6} for name, seconds in cost.items()},
     }
     (tmp_path / "slow.json").write_text(json.dumps(record))
-    flags = ["--measure", "--recipes", "net-fast", "--links", "10", "--json", tmp_path / "slow.json",
-             "--out", tmp_path / "slow.png", "--methods", "none", "powersgd-4", "local-8", "bf16"]  # fmt: skip
+    flags = ["--measure", "--recipes", "net-fast", "--links", "10", "--json", tmp_path / "slow.json", "--out",
+             tmp_path / "slow.png", "--methods", "none", "powersgd-4", "powersgd-1", "local-8", "bf16"]  # fmt: skip
     monkeypatch.setattr("sys.argv", ["slow_link", *map(str, flags)])
     slow_link.main()
     assert [line.split(" | ")[1:] for line in capsys.readouterr().out.splitlines()[2:]] == [
