@@ -15,7 +15,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from math import nan
+from math import isnan, nan
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -103,7 +103,9 @@ def table(args: argparse.Namespace, record: dict[str, Any], recipe: str) -> Iter
 
 
 def _mean(values: list[Any], unit: str = "") -> str:
-    """Return mean and standard deviation."""
+    """Return mean and standard deviation, or why there are none."""
+    if any(isnan(value) for value in values):
+        return "not measured"
     spread = f" ± {stdev(values):,.0f}" if len(values) > 1 else ""
     return f"{mean(values):,.0f}{spread}{unit}" if values else "never"
 
@@ -118,8 +120,11 @@ def draw(args: argparse.Namespace, record: dict[str, Any]) -> None:
             for method in args.methods:
                 seconds = {float(link): costs(record, recipe, method, link, "seconds") for link in links}
                 means = {link: mean(values) for link, values in seconds.items() if values}  # NaN is not drawn
-                axes.plot(list(means), list(means.values()), "o-", label=method)
+                axes.plot(list(means), list(means.values()), "o-", label=method if means else f"{method}: never")
             axes.set(title=f"{recipe} to {100 * TARGETS[recipe][0]:g} %", xlabel="Mbit/s", ylabel="seconds")
+            for axis in (axes.xaxis, axes.yaxis):  # default_style leaves out the mathematics of 10^2
+                axis.set_major_formatter("{x:,g}")
+                axis.set_minor_formatter("")
             axes.legend()
         figure.savefig(args.out, dpi=100)
 
