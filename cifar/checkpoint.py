@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cifar.distributed.ddp import HookMemory
 from cifar.errors import UserError
 from cifar.files import write_atomically
 
@@ -30,6 +31,7 @@ class TrainState:
     Attributes:
         model: the bare module.
         scaler: the loss scaler of fp16.
+        hook: the memory of DDP's communication hook, or None.
         running_loss: this rank's losses since the last log point, summed over steps: a float32 scalar on the device.
         running_steps: optimizer steps since the last log point.
         step: optimizer steps since the run began; the plan turns it into an epoch and a position in it.
@@ -42,6 +44,7 @@ class TrainState:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    hook: HookMemory | None = None
     running_loss: Tensor = field(init=False)
     running_steps: int = 0
     step: int = 0
@@ -54,12 +57,16 @@ class TrainState:
         self.running_loss = torch.zeros((), device=next(self.model.parameters()).device)
 
     def rank_state(self, rank: int) -> dict[str, Any]:
-        """Return what differs between the ranks: the running loss, and BatchNorm's statistics on the CPU.
+        """Return what differs between the ranks: the running loss, BatchNorm's statistics and the hook's memory.
 
-        Those of rank zero are left out, for the model has them.
+        Tensors are copied to the CPU. The statistics of rank zero are left out, for the model has them.
         """
         buffers = {name: buffer for name, buffer in self.model.named_buffers() if buffer.is_floating_point()}
-        return {"running_loss": self.running_loss.item(), "buffers": copy_to_host(buffers) if rank else {}}
+        return {
+            "running_loss": self.running_loss.item(),
+            "buffers": copy_to_host(buffers) if rank else {},
+            "hook": copy_to_host(self.hook.state_dict()) if self.hook is not None else {},
+        }
 
     def state_dict(self, ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return the state as tensors, numbers, strings and containers of them; `ranks` has every `rank_state`."""
@@ -68,23 +75,29 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             **{name: getattr(self, name) for name in _NUMBERS},
-            **{name: [rank_state[name] for rank_state in ranks] for name in ("running_loss", "buffers")},
+            **{name: [rank_state[name] for rank_state in ranks] for name in ("running_loss", "buffers", "hook")},
         }
 
-    def load_state_dict(self, state: dict[str, Any], rank: int, world_size: int) -> None:
-        """Restore the state of rank `rank` of `world_size` from what `state_dict` returned for any number of ranks."""
+    def load_state_dict(self, state: dict[str, Any], rank: int, world_size: int) -> bool:
+        """Restore the state of rank `rank` of `world_size` from what `state_dict` returned for any number of ranks.
+
+        Returns:
+            Whether the communication hook begins again, for lack of a memory from as many ranks.
+        """
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         for name in _NUMBERS:
             setattr(self, name, state[name])
-        losses = state["running_loss"]
+        losses, memory = state["running_loss"], dict[str, Any]()
         if len(losses) == world_size:
             self.running_loss.fill_(losses[rank])
-            buffers = state.get("buffers", [{}] * world_size)  # earlier versions kept those of rank zero only
-            self.model.load_state_dict(buffers[rank], strict=False)
+            of_ranks = {name: state.get(name, [{}] * world_size) for name in ("buffers", "hook")}  # not in old files
+            self.model.load_state_dict(of_ranks["buffers"][rank], strict=False)
+            memory = of_ranks["hook"][rank]
         else:  # one sum per rank: with another number of ranks, their mean gives the same average
             self.running_loss.fill_(sum(losses) / len(losses))
+        return self.hook is not None and self.hook.load_state_dict(memory)
 
 
 _NUMBERS = ("running_steps", "step", "train_seconds", "first_step_seconds", "best_accuracy", "best_step")

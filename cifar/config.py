@@ -91,7 +91,7 @@ class TrainConfig(Recipe):
     profile: bool = False
     """Profile steps 10 to 20: trace-rankN.json in the run directory, the most expensive operations on the console."""
     comm_hook: Literal["none", "fp16", "bf16", "powersgd"] = "none"
-    """Compression of the gradients in the all-reduce; with powersgd, resuming is not bit-exact."""
+    """Compression of the gradients in the all-reduce."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: CUDA if there is a GPU, else MPS for a single process, else the CPU."""
     run_dir: Path | None = None

@@ -80,7 +80,8 @@ def restore(config: TrainConfig, runtime: Runtime, data: Data, state: TrainState
     if resumed.checkpoint is not None:
         with runtime.fail_together():
             load_weights(state.model, resumed.content, config.model, resumed.checkpoint)
-        state.load_state_dict(resumed.content["state"], runtime.rank, runtime.world_size)
+        if state.load_state_dict(resumed.content["state"], runtime.rank, runtime.world_size):
+            resumed = dataclasses.replace(resumed, changes=(*resumed.changes, "PowerSGD begins again"))
     return resumed
 
 

@@ -14,7 +14,7 @@ from cifar.augment import derive_seed
 from cifar.checkpoint import FORMAT, CheckpointWriter, TrainState, checkpoint_path
 from cifar.config import TrainConfig
 from cifar.data import Data
-from cifar.distributed.ddp import settle_buckets, unwrap
+from cifar.distributed.ddp import HookMemory, settle_buckets, unwrap
 from cifar.distributed.preemption import StopAgreement, StopRequest
 from cifar.distributed.runtime import Runtime
 from cifar.errors import StoppedError, TrainingDivergedError, UserError
@@ -58,7 +58,7 @@ class Run:
         """
         self.runtime, self.data, self.plan = runtime, data, data.plan
         settle_buckets(model, data.train.dataset.images[:2])
-        self.state = TrainState(unwrap(model), optimizer, runtime.scaler)
+        self.state = TrainState(unwrap(model), optimizer, runtime.scaler, HookMemory(model))
         self._last_step = self.plan.last_step(config)
         self._lock: RunLock | None = None
         self._stopping = self._closing = False

@@ -4,6 +4,7 @@ import inspect
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.nn.parallel import DistributedDataParallel
 
 from cifar.config import TrainConfig
@@ -73,6 +75,46 @@ def settle_buckets(model: nn.Module, images: Tensor) -> None:
     for buffer, before in zip(model.buffers(), buffers, strict=True):
         buffer.copy_(before)
     model.zero_grad()
+
+
+class HookMemory:
+    """What a communication hook remembers from step to step on this rank; nothing unless it is PowerSGD.
+
+    PowerSGD keeps the number of its steps, the first of which send whole gradients; the error that compression has left
+    in the gradients of this rank; and the factors P and Q of the last step, from which the next one begins. It draws
+    random numbers in its first compressed step only, always from the same seed.
+    """
+
+    _DICTS = ("error_dict", "p_memory_dict", "q_memory_dict")  # by bucket, flat
+
+    def __init__(self, model: nn.Module) -> None:
+        """Find the hook of a model that may be wrapped in DistributedDataParallel; `settle_buckets` has run."""
+        hooks = getattr(model, "_comm_hooks", ())  # accelerate makes the hook and keeps no reference to it
+        self._powersgd = next((state for _, state in hooks if isinstance(state, PowerSGDState)), None)
+        # The elements of a gradient lie in a bucket in the order of its parameter's.
+        self._layout = [list(parameter.stride()) for parameter in model.parameters()]
+        self._device = next(model.parameters()).device
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the memory as tensors and plain data; they change with the next step."""
+        if self._powersgd is None:
+            return {}
+        memory = {name: getattr(self._powersgd, name) for name in self._DICTS}
+        return {"iter": self._powersgd.iter, "layout": self._layout, **memory}
+
+    def load_state_dict(self, memory: dict[str, Any]) -> bool:
+        """Restore what `state_dict` returned on this rank; return whether the hook begins again instead.
+
+        It does without a memory, and with one of another memory format, in which the elements have another order.
+        """
+        if self._powersgd is None:
+            return False
+        if memory.get("layout") != self._layout:
+            return True
+        self._powersgd.iter = memory["iter"]
+        for name in self._DICTS:
+            setattr(self._powersgd, name, {bucket: flat.to(self._device) for bucket, flat in memory[name].items()})
+        return False
 
 
 @dataclass

@@ -1,70 +1,155 @@
-"""Measure the gain of gradient compression on a slow link, as a table of images/s of two hosts.
+"""Measure the seconds to an accuracy of two hosts on a slow link, by the way in which they exchange what they learn.
 
-    python -m tests.benchmarks.slow_link --rates 100 10
+    python -m tests.benchmarks.slow_link --json slow.json --out slow.png     # all of it: hours
+    python -m tests.benchmarks.slow_link --json slow.json --measure cost     # only the seconds and bytes of a step
+    python -m tests.benchmarks.slow_link --json slow.json --measure          # nothing: the tables again
 
-Each host is a network namespace of this machine; `tc` limits the virtual cable between them to a rate in Mbit/s. Needs
-root and iproute2. Compare only the columns of a line: both hosts share the processors of this machine.
+Each host is a network namespace of this machine; `tc` limits the virtual cable between them. Needs root and iproute2.
+The steps to the accuracy do not depend on the link, nor on other programs: they are counted once for a seed, without a
+limit. The seconds to the accuracy are these steps times the cost of one, for which the machine should be idle. The
+first steps of PowerSGD, whose gradients are sent whole, cost as much as those of `none`.
 """
 
 import argparse
-import os
+import json
 import subprocess
 import sys
-import tempfile
+from collections.abc import Iterator
+from math import isnan, nan
 from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
 
+from cifar.distributed.ddp import ddp_options
+from cifar.records.plotting import Figure, default_style
 from tests.helpers.hosts import ADDRESSES, Hosts, why_not
-from tests.helpers.measuring import images_per_second, machine
-from tests.helpers.processes import ROOT, clean_environment
+from tests.helpers.measuring import machine
+from tests.helpers.processes import clean_environment, rank_variables
 
-HOOKS = ("none", "bf16", "powersgd")
-WARM_UP = 24  # steps that are not measured; PowerSGD sends the gradients of the first 20 whole
+TARGETS = {"net-fast": (0.62, 64), "wide": (0.75, 192)}  # accuracy, and the steps between two tests
+METHODS = ("none", "bf16", "powersgd-1", "powersgd-2", "powersgd-4", "local-8", "local-32")  # see `link_worker`
+LINKS = ("unlimited", "1000", "100", "10")  # Mbit/s
+WHOLE_STEPS = ddp_options("powersgd").comm_state_option["start_powerSGD_iter"] - 1  # one of them is settle_buckets'
 
 
-def measure(hosts: Hosts, run_dir: Path, hook: str, args: argparse.Namespace) -> float:
-    """Return the images/s of both hosts together after `WARM_UP` steps."""
-    flags = (
-        "--device", "cpu", "--dataset", "synthetic", "--recipe", "wide", "--model", args.model, "--wandb", "disabled",
-        "--local-batch-size", args.batch, "--max-steps", WARM_UP + args.steps, "--log-steps", WARM_UP,
-        "--comm-hook", hook, "--run-dir", run_dir,
-    )  # fmt: skip
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = clean_environment(PATH=path, CUDA_VISIBLE_DEVICES="")
-    command = [ROOT / "launch" / "multi_node.sh", ADDRESSES[0], "2", *flags]
-    started = [
-        subprocess.Popen(
-            hosts.on(host, *command), cwd=run_dir.parent, env=environment, stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )
-        for host in (0, 1)
-    ]  # fmt: skip
-    errors = [process.communicate()[1] for process in started]
-    for process, error in zip(started, errors, strict=True):
-        if process.returncode:
-            raise SystemExit(f"slow_link: error: a host failed: {error[-2000:]}")
-    return images_per_second(run_dir)
+def train(methods: list[str], recipe: str, link: str, *words: object) -> Iterator[dict[str, Any]]:
+    """Start `link_worker` on two hosts; yield what rank zero measures for each method, as soon as it is there."""
+    command = (sys.executable, "-m", "tests.benchmarks.link_worker", ",".join(methods), recipe, *words)
+    with Hosts() as hosts:
+        if link != "unlimited":
+            hosts.slow_down(float(link))
+        ranks = []
+        for rank in (0, 1):
+            place = rank_variables(rank, 2, alone=True) | {"MASTER_ADDR": ADDRESSES[0]}
+            environment = clean_environment(GLOO_SOCKET_IFNAME="cable", CUDA_VISIBLE_DEVICES="", **place)
+            started = hosts.on(rank, *command)
+            ranks.append(subprocess.Popen(started, env=environment, stdout=subprocess.PIPE, text=True))
+        yield from (json.loads(line) for line in ranks[0].stdout or () if line.startswith("{"))
+        if {rank.wait() for rank in ranks} != {0}:
+            raise SystemExit("slow_link: error: a host failed")
+
+
+def measure(args: argparse.Namespace, record: dict[str, Any], recipe: str) -> None:
+    """Add to `record`, and to its file after each method, what the command line asks for."""
+
+    def add(part: str, place: object, measured: Iterator[dict[str, Any]]) -> None:
+        for found in measured:
+            record[part][f"{recipe}/{found['method']}/{place}"] = found
+            args.json.write_text(json.dumps(record, indent=1) + "\n")
+
+    for seed in args.seeds if "steps" in args.measure else ():
+        methods = [method for method in args.methods if f"{recipe}/{method}/{seed}" not in record["steps"]]
+        if methods:
+            add("steps", seed, train(methods, recipe, "unlimited", seed, *TARGETS[recipe]))
+    for link in args.links:
+        if "cost" in args.measure:
+            record["machine"] = machine()
+            add("cost", link, train(args.methods, recipe, link, 0, 0, 0))
+        if "whole" in args.measure:
+            for found in train(args.methods, recipe, link, args.seeds[0], *TARGETS[recipe]):
+                steps = list(found["accuracies"])[-1]
+                print(f"{recipe}, {found['method']} at {link}: {found['seconds']:.1f} s for {steps} steps", flush=True)
+
+
+def arrivals(record: dict[str, Any], recipe: str, method: str) -> list[int | None]:
+    """Return the first tested step with the accuracy for each seed, or None if there is none."""
+    seeds = [found["accuracies"] for name, found in record["steps"].items() if name.startswith(f"{recipe}/{method}/")]
+    target, _ = TARGETS[recipe]
+    return [next((int(step) for step, accuracy in seed.items() if accuracy >= target), None) for seed in seeds]
+
+
+def costs(record: dict[str, Any], recipe: str, method: str, link: str, unit: str) -> list[float]:
+    """Return the "seconds" or the "bytes" to the accuracy for each seed that arrives; NaN if they were not measured."""
+    steps = [count for count in arrivals(record, recipe, method) if count]
+    step, whole_step = (record["cost"].get(f"{recipe}/{name}/{link}", {unit: nan}) for name in (method, "none"))
+    whole = WHOLE_STEPS if method.startswith("powersgd") else 0
+    return [whole * whole_step[unit] + (count - whole) * step[unit] for count in steps]
+
+
+def table(args: argparse.Namespace, record: dict[str, Any], recipe: str) -> Iterator[str]:
+    """Yield the lines of a recipe's table, in Markdown."""
+    names = [link if link == "unlimited" else f"{int(link):,} Mbit/s" for link in args.links]
+    yield f"| `{recipe}` to {100 * TARGETS[recipe][0]:g} % | arrive | steps | MB sent | {' | '.join(names)} |"
+    yield "| --- |" + " --- |" * (3 + len(names))
+    for method in args.methods:
+        steps = arrivals(record, recipe, method)
+        if not steps:  # not measured
+            continue
+        arrived = [count for count in steps if count]
+        megabytes = [sent / 1e6 for sent in costs(record, recipe, method, args.links[0], "bytes")]
+        cells = [f"{len(arrived)} of {len(steps)}", _mean(arrived), _mean(megabytes)]
+        cells += [_mean(costs(record, recipe, method, link, "seconds"), " s") for link in args.links]
+        yield f"| {method} | " + " | ".join(cells) + " |"
+
+
+def _mean(values: list[Any], unit: str = "") -> str:
+    """Return mean and standard deviation, or why there are none."""
+    if any(isnan(value) for value in values):
+        return "not measured"
+    spread = f" ± {stdev(values):,.0f}" if len(values) > 1 else ""
+    return f"{mean(values):,.0f}{spread}{unit}" if values else "never"
+
+
+def draw(args: argparse.Namespace, record: dict[str, Any]) -> None:
+    """Draw the seconds to the accuracy over the rate of the link."""
+    links = [link for link in args.links if link != "unlimited"]
+    with default_style():
+        figure = Figure(figsize=(5.5 * len(args.recipes), 4.5), layout="constrained")
+        for place, recipe in enumerate(args.recipes, 1):
+            axes = figure.add_subplot(1, len(args.recipes), place, xscale="log", yscale="log")
+            for method in args.methods:
+                seconds = {float(link): costs(record, recipe, method, link, "seconds") for link in links}
+                means = {link: mean(values) for link, values in seconds.items() if values}  # NaN is not drawn
+                axes.plot(list(means), list(means.values()), "o-", label=method if means else f"{method}: never")
+            axes.set(title=f"{recipe} to {100 * TARGETS[recipe][0]:g} %", xlabel="Mbit/s", ylabel="seconds")
+            for axis in (axes.xaxis, axes.yaxis):  # default_style leaves out the mathematics of 10^2
+                axis.set_major_formatter("{x:,g}")
+                axis.set_minor_formatter("")
+            axes.legend()
+        figure.savefig(args.out, dpi=100)
 
 
 def main() -> None:
-    """Measure each hook at each rate, and print the table."""
+    """Measure what is asked for, and print the tables."""
     parser = argparse.ArgumentParser(prog="tests.benchmarks.slow_link", description=__doc__.splitlines()[0])
-    parser.add_argument("--rates", type=float, nargs="+", default=[100, 10], metavar="MBIT")
-    parser.add_argument("--model", default="net-wide", help="default: net-wide, 3.9 MB of gradients")
-    parser.add_argument("--batch", type=int, default=64, help="images of a host in a step (default: 64)")
-    parser.add_argument("--steps", type=int, default=48, help="measured steps (default: 48)")
+    words = "whole: print the seconds of whole runs on the links, to compare (default: %(default)s)"
+    choices = ("steps", "cost", "whole")
+    parser.add_argument("--measure", nargs="*", choices=choices, default=["steps", "cost"], help=words)
+    parser.add_argument("--recipes", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--links", nargs="+", choices=LINKS, default=LINKS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--json", type=Path, required=True, help="what has been measured; later calls add to it")
+    parser.add_argument("--out", type=Path, help="picture to draw")
     args = parser.parse_args()
-    if (missing := why_not()) is not None:
+    if args.measure and (missing := why_not()) is not None:
         parser.exit(2, f"slow_link: error: {missing}\n")
-    print(", ".join(f"{key} {value}" for key, value in machine().items()), flush=True)
-    print("| link | " + " | ".join(HOOKS) + " |\n| --- |" + " --- |" * len(HOOKS))
-    with tempfile.TemporaryDirectory(prefix="slow-link-") as directory, Hosts() as hosts:
-        for rate in (None, *args.rates):
-            if rate is not None:
-                hosts.slow_down(rate)
-            speeds = [measure(hosts, Path(directory) / f"{rate}-{hook}", hook, args) for hook in HOOKS]
-            cells = (f"{speed:,.0f} images/s, {speed / speeds[0]:.2f} x" for speed in speeds)
-            name = "unlimited" if rate is None else f"{rate:g} Mbit/s"
-            print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+    record = json.loads(args.json.read_text()) if args.json.exists() else {"steps": {}, "cost": {}}
+    for recipe in args.recipes:
+        measure(args, record, recipe)
+        print("\n".join(table(args, record, recipe)), flush=True)
+    if args.out is not None:
+        draw(args, record)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The parts of a training program on one device, in this process: for a GPU's checks and timings, and the fake GPU."""
+"""The parts of a training program in this process: for a GPU's checks and timings, the fake GPU and the slow link."""
 
 import dataclasses
 import warnings
@@ -12,7 +12,7 @@ from cifar.augment import CropFlip
 from cifar.batch_plan import BatchPlan
 from cifar.checkpoint import TrainState, copy_to_host
 from cifar.cuda_graph import CudaGraph
-from cifar.data import Data, DeviceImages, EvalLoader, TrainLoader
+from cifar.data import Data, DeviceImages, EvalLoader, TrainLoader, load_data
 from cifar.distributed.ddp import unwrap
 from cifar.distributed.runtime import Runtime
 from cifar.models import build_model
@@ -36,7 +36,10 @@ def random_images(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 class Parts:
-    """Runtime, data, model, optimizer and step of a recipe, put together as train_ddp.py does, on random images."""
+    """Runtime, data, model, optimizer and step of a recipe, put together as train_ddp.py does.
+
+    The images are random, and the process trains alone, unless `dataset` says otherwise.
+    """
 
     def __init__(
         self,
@@ -51,20 +54,24 @@ class Parts:
         config = config_from_recipe(recipe, device=device, precision=precision, cuda_graph=graph, dataset="synthetic")
         self.config = config = dataclasses.replace(config, **changes)
         self.runtime = Runtime(config)
-        self.train = DeviceImages(*random_images(count), CLASSES, self.runtime.device, self.runtime.memory_format)
-        if config.augment != "none":
-            how = config.crop_padding, config.augment == "crop-altflip", config.cutout
-            self.train.augment = CropFlip(count, config.seed, self.runtime.device, *how)
-        self.plan = BatchPlan.make(config, 1, count)
-        self.loader = TrainLoader(self.train, self.plan, 0, config.seed)
-        data = Data("random", CLASSES, self.plan, self.loader, EvalLoader(self.train, 0, 1))
+        self.data = self._random_data(count) if config.dataset == "synthetic" else load_data(config, self.runtime)
+        self.plan, self.loader, self.train = self.data.plan, self.data.train, self.data.train.dataset
         torch.manual_seed(config.seed)
-        self.model = self.runtime.prepare(build_model(config.model, 10, data.sample), compile)
+        self.model = self.runtime.prepare(build_model(config.model, 10, self.data.sample), compile)
         self.optimizer = build_optimizer(self.model, config)
         self.state = TrainState(unwrap(self.model), self.optimizer, self.runtime.scaler)
         self.train_step = CudaGraph(train_step) if graph else train_step
         self.batches = self._endless()
         self.model.train()
+
+    def _random_data(self, count: int) -> Data:
+        config, device = self.config, self.runtime.device
+        train = DeviceImages(*random_images(count), CLASSES, device, self.runtime.memory_format)
+        if config.augment != "none":
+            how = config.crop_padding, config.augment == "crop-altflip", config.cutout
+            train.augment = CropFlip(count, config.seed, device, *how)
+        plan = BatchPlan.make(config, 1, count)
+        return Data("random", CLASSES, plan, TrainLoader(train, plan, 0, config.seed), EvalLoader(train, 0, 1))
 
     def _endless(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
         while True:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from cifar.checkpoint import checkpoint_path, load_checkpoint
+from cifar.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
 from cifar.cli import parse_args
 from cifar.data import load_data
 from cifar.evaluation import evaluate
@@ -29,11 +29,13 @@ FLAGS = ["--recipe", "wide", "--model", "net", "--lr", LR, "--lr-scaling", "none
          "--global-batch-size", GLOBAL_BATCH, "--log-steps", 1]  # fmt: skip
 
 
-def train_forked(*flags, cwd, processes):
+def train_forked(*flags, cwd, processes, small=False):
     """Run `processes` copies of one process that has loaded torch, which is most of what starting a process costs."""
     script = (
         "import sys, train_ddp\n"
         "from tests.helpers.forking import fork_ranks\n"
+        "from tests.helpers.small import shrink\n"
+        f"{'shrink()' if small else ''}\n"
         "fork_ranks(int(sys.argv[1]), lambda: train_ddp.main(sys.argv[2:]))\n"
     )
     return run([sys.executable, "-c", script, processes, *flags, "--device", "cpu", "--wandb", "disabled"], cwd)
@@ -151,6 +153,57 @@ def test_statistics_of_batchnorm_are_the_ranks_mean_and_resume_exactly(tmp_path)
     of_rank_zero, of_rank_one = buffers_of_ranks(theirs)
     assert same(of_rank_zero, of_rank_one), "they are not averaged"
     assert same(mine, theirs)
+
+
+@pytest.fixture(scope="module")
+def powersgd_runs(tmp_path_factory):
+    """Return the directory of a run of 32 steps by its number of ranks; PowerSGD compresses after 20."""
+    runs = {processes: tmp_path_factory.mktemp("powersgd") / "run" for processes in (2, 3)}
+    flags = ["--dataset", "synthetic", "--global-batch-size", 15, "--local-batch-size", 8, "--comm-hook", "powersgd",
+             "--max-steps", 32, "--checkpoint-steps", 8, "--keep-checkpoints", 9]  # fmt: skip
+    for processes, run_dir in runs.items():
+        output = train_forked(*flags, "--run-dir", run_dir, cwd=run_dir.parent, processes=processes, small=True)
+        assert output.returncode == 0, output.stderr
+    return runs
+
+
+def resume_powersgd(run_dir, step, processes, *flags):
+    """Continue a run after `step`; return its last state and the banner's line of changes."""
+    for later in range(step + 8, 33, 8):
+        checkpoint_path(run_dir, later).unlink()
+    output = train_forked("--resume", run_dir, *flags, cwd=run_dir.parent, processes=processes, small=True)
+    assert output.returncode == 0, output.stderr
+    return load_checkpoint(checkpoint_path(run_dir, 32))["state"], re.findall("^changed +(.*)$", output.stdout, re.M)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("step", [8, 24])
+def test_powersgd_resumes_exactly(powersgd_runs, tmp_path, processes, step):
+    """From the first steps, whose gradients are sent whole, and from later ones, when each rank keeps an error."""
+    calm = powersgd_runs[processes]
+    mine, changed = resume_powersgd(shutil.copytree(calm, tmp_path / "run"), step, processes)
+    theirs = load_checkpoint(checkpoint_path(calm, 32))["state"]
+    errors = {memory["error_dict"][0].norm().item() for memory in theirs["hook"]}
+    assert len(errors - {0.0}) == processes
+    assert same(mine, theirs)
+    assert changed == []
+
+
+@pytest.mark.parametrize(
+    ("processes", "flags", "words"),
+    [(3, (), "world size 2 -> 3, "), (2, ("--local-batch-size", 4), "--local-batch-size 8 -> 4, "), (2, (), "")],
+    ids=["other ranks", "other memory format", "file of an earlier version"],
+)
+def test_powersgd_begins_again(powersgd_runs, tmp_path, processes, flags, words):
+    """With whole gradients, as in a new run."""
+    run_dir = shutil.copytree(powersgd_runs[2], tmp_path / "run")
+    if not words:
+        saved = load_checkpoint(checkpoint_path(run_dir, 24))
+        del saved["state"]["hook"]
+        save_checkpoint(checkpoint_path(run_dir, 24), saved)
+    state, changed = resume_powersgd(run_dir, 24, processes, *flags)
+    assert changed == [f"{words}PowerSGD begins again"]
+    assert [(memory["iter"], memory["error_dict"]) for memory in state["hook"]] == [(1 + 8, {})] * processes
 
 
 @pytest.mark.parametrize("flags", [[], ["--precision", "bf16", "--local-batch-size", 12]], ids=["fp32", "bf16"])

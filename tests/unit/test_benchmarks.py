@@ -10,7 +10,7 @@ import torch
 
 from cifar.models import build_model
 from tests.benchmarks import __main__ as command
-from tests.benchmarks import baselines, scale
+from tests.benchmarks import baselines, scale, slow_link
 from tests.benchmarks.measure import OURS, Comparison, Metric
 from tests.benchmarks.runner import BenchmarkError, Runner, first_reaching
 from tests.helpers.measuring import execute, images_per_second
@@ -60,6 +60,31 @@ def test_throughput_and_time_to_accuracy_from_metrics(tmp_path):
     assert first_reaching(tmp_path, 0.6) == (300, pytest.approx(3.5), 0.61)
     with pytest.raises(BenchmarkError, match=r"70 % was not reached: the best was 61\.00 %"):
         first_reaching(tmp_path, 0.7)
+
+
+def test_seconds_to_an_accuracy_on_a_slow_link(tmp_path, monkeypatch, capsys):
+    """PowerSGD's first 20 steps cost as much as those of `none`; a seed without the accuracy never arrives."""
+    arrives, never = ({"accuracies": {"900": 0.5, "1000": accuracy, "1100": 0.7}} for accuracy in (0.62, 0.619))
+    never["accuracies"]["1100"] = 0.6
+    steps = {"none/0": arrives, "powersgd-4/0": arrives, "powersgd-4/1": never, "local-8/0": never}
+    steps |= {"bf16/0": arrives, "bf16/1": arrives}
+    cost = {"none/10": 3.0, "powersgd-4/10": 1.0}
+    record = {
+        "steps": {f"net-fast/{name}": found for name, found in steps.items()},
+        "cost": {f"net-fast/{name}": {"seconds": seconds, "bytes": 1e6} for name, seconds in cost.items()},
+    }
+    (tmp_path / "slow.json").write_text(json.dumps(record))
+    flags = ["--measure", "--recipes", "net-fast", "--links", "10", "--json", tmp_path / "slow.json", "--out",
+             tmp_path / "slow.png", "--methods", "none", "powersgd-4", "powersgd-1", "local-8", "bf16"]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["slow_link", *map(str, flags)])
+    slow_link.main()
+    assert [line.split(" | ")[1:] for line in capsys.readouterr().out.splitlines()[2:]] == [
+        ["1 of 1", "1,000", "1,000", "3,000 s |"],
+        ["1 of 2", "1,000", "1,000", "1,040 s |"],
+        ["0 of 1", "never", "never", "never |"],
+        ["2 of 2", "1,000 ± 0", "not measured", "not measured |"],
+    ]
+    assert (tmp_path / "slow.png").stat().st_size > 1000
 
 
 def test_baseline_trains_the_same_net():
