@@ -1,16 +1,19 @@
 """torchrun with warm restarts: its ranks are forked from a process that has imported the program already.
 
-    python -u launch/warm_torchrun.py [FLAGS OF torchrun] train_ddp.py [FLAGS]
+    OMP_NUM_THREADS=1 python -u launch/warm_torchrun.py [FLAGS OF torchrun] train_ddp.py [FLAGS]
 
-To start Python and to import torch takes most of the time of a restart. Here it is done once, in a process that does
-nothing else: it has no threads, no CUDA and no connections that a fork could break. torchrun's agent adopts the ranks,
-which are to it, and to themselves, what they are under plain torchrun. Where that is not possible, they start cold.
-Set OMP_NUM_THREADS=1 for several ranks on a host, as torchrun does, but before the imports.
+Most of a restart is spent on starting Python, importing torch and reading the images. Here a process of its own, the
+fork server, does so once. It has no threads, no CUDA and no connections, which would not survive a fork. The ranks are
+children of torchrun's agent in sessions of their own, with the environment, the output and the exit status that they
+have under plain torchrun. A rank that cannot be forked starts cold. OMP_NUM_THREADS=1 is what torchrun sets for several
+ranks of a host, but torch reads it when it is imported.
 """
 
 import contextlib
 import ctypes
 import gc
+import importlib
+import io
 import multiprocessing
 import os
 import runpy
@@ -26,21 +29,80 @@ import torch
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
 
+# What a rank imports until its first step, by the modules that import all of it. A script may have no `__main__` guard.
+_MODULES = (
+    *("cifar.cli", "cifar.cuda_graph", "cifar.loop", "cifar.predict", "accelerate", "torch._dynamo"),
+    *("torch.distributed.algorithms.ddp_comm_hooks.default_hooks", "torch.distributed.tensor"),
+    *("torchvision.datasets", "wandb.sdk.launch"),
+)
 _PR_SET_CHILD_SUBREAPER = 36  # from <linux/prctl.h>
-_ANSWER_SECONDS = 10  # a fork takes 20 ms
-_POLL_SECONDS = 0.01
+_ANSWER_SECONDS = 10.0  # a fork takes 20 ms
+
+Request = tuple[list[str], dict[str, str], list[str | None]]
+"""The script and its flags, the environment, and the files that replace stdout and stderr, or None."""
 
 
-def import_program(script: str) -> None:
-    """Import what a rank needs until its first step, and what it would import then."""
-    sys.path[0] = str(Path(script).resolve().parent)
-    import accelerate  # noqa: F401
-    import torch._dynamo
-    import torch.distributed.tensor
-    import torchvision.datasets
-    import wandb  # noqa: F401
+def preload(flags: list[str]) -> None:
+    """Import the program, and load the dataset that `flags` ask for; whatever fails, the ranks report."""
+    for name in _MODULES:
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # forks would wait for threads that they do not have
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+        contextlib.suppress(Exception, SystemExit),
+    ):
+        from cifar.cli import parse_args
+        from cifar.datasets.choice import preload_dataset
 
-    import train_ddp  # noqa: F401
+        preload_dataset(parse_args(flags))
+    torch.set_num_threads(threads)
+    gc.freeze()  # the garbage collector of a rank would copy the pages that they share
+
+
+def serve(agent: int, requests: Connection) -> Request:
+    """Fork a rank for each request, and return the request in that rank."""
+    while threading.active_count() == 1:
+        try:
+            request = requests.recv()
+        except (EOFError, KeyboardInterrupt):  # the agent has ended
+            break
+        if (parent := os.fork()) != 0:
+            if os.waitpid(parent, 0)[1] != 0:
+                requests.send(None)
+            continue
+        _become_child_of(agent)
+        requests.send(os.getpid())
+        requests.close()
+        return request
+    os._exit(0)
+
+
+def _become_child_of(agent: int) -> None:
+    """Fork and exit: Linux gives the new process to its next ancestor that is a "subreaper", as the agent is now."""
+    parent = os.getpid()
+    if torch.cuda._is_in_bad_fork():  # something has initialized CUDA in the fork server
+        os._exit(1)
+    if os.fork() != 0:
+        os._exit(0)
+    os.setsid()
+    while os.getppid() == parent:
+        time.sleep(0.001)
+    if os.getppid() != agent:
+        os._exit(1)
+
+
+def run_script(request: Request) -> None:
+    """Run a script in this process as `python -u SCRIPT FLAGS` does."""
+    sys.argv[:], environment, outputs = request
+    os.environ.update(environment)
+    _set_name(f"rank {environment['RANK']}")
+    for descriptor, path in enumerate(outputs, start=1):
+        if path is not None:
+            os.dup2(os.open(path, os.O_WRONLY), descriptor)
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 class Rank:
@@ -51,11 +113,10 @@ class Rank:
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        """Return the exit status, or minus the signal that killed the rank, or None while it runs."""
+        """Return the exit status, or minus the number of the signal that killed the rank, or None while it runs."""
         if self.returncode is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.returncode = os.waitstatus_to_exitcode(status)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
         return self.returncode
 
     def wait(self, timeout: float = float("inf")) -> int:
@@ -64,66 +125,37 @@ class Rank:
         while (status := self.poll()) is None:
             if time.monotonic() > end:
                 raise subprocess.TimeoutExpired(f"rank {self.pid}", timeout)
-            time.sleep(_POLL_SECONDS)
+            time.sleep(0.01)
         return status
 
 
-def serve(agent: int, requests: Connection) -> tuple[list[str], dict[str, str], tuple[str | None, ...]]:
-    """Fork a rank for each request, and return the request in that rank.
-
-    The rank's parent is a process that exits at once, so that the rank's parent is then the agent, its "subreaper".
-    """
-    os.setsid()  # a terminal signals the agent and not this process
-    _set_name("fork server")
-    gc.freeze()  # the collector would copy the pages of all that it visits
-    while True:
-        try:
-            request = requests.recv()
-        except (EOFError, KeyboardInterrupt):
-            os._exit(0)
-        if (parent := os.fork()) != 0:
-            os.waitpid(parent, 0)
-            continue
-        parent = os.getpid()
-        if os.fork() != 0:
-            os._exit(0)
-        os.setsid()
-        while os.getppid() == parent:
-            time.sleep(0.001)
-        if os.getppid() != agent:
-            os._exit(1)
-        requests.send(os.getpid())
-        requests.close()
-        return request
-
-
-def become_rank(args: list[str], environment: dict[str, str], outputs: tuple[str | None, ...]) -> None:
-    """Run the script `args` in this process as `python -u` would."""
-    os.environ.update(environment)
-    _set_name(f"rank {environment['RANK']}")
-    for descriptor, path in enumerate(outputs, start=1):
-        if path is not None:
-            os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
-    sys.argv[:] = args
-    runpy.run_path(args[0], run_name="__main__")
-
-
 def fork_ranks(server: Connection) -> None:
-    """Let torchrun fork the ranks that it would start as `python -u SCRIPT`."""
-    libc = ctypes.CDLL(None)
+    """Let torchrun start ranks by the fork server as long as it answers, and cold from then on."""
+    prctl = ctypes.CDLL(None).prctl
     start_cold = SubprocessHandler._popen
 
-    def start(self: SubprocessHandler, args: tuple[str, ...], environment: dict[str, str]) -> Any:
-        if args[:2] == (sys.executable, "-u") and not args[2].startswith("-"):
-            with contextlib.suppress(OSError, EOFError):
-                libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
-                server.send((args[2:], environment, [out and out.name for out in (self._stdout, self._stderr)]))
-                if server.poll(_ANSWER_SECONDS):
-                    pid = server.recv()
-                    return Rank(pid)
-        return start_cold(self, args, environment)
+    def fork(arguments: tuple[str, ...], environment: dict[str, str], outputs: list[str | None]) -> int | None:
+        try:
+            prctl(_PR_SET_CHILD_SUBREAPER, 1)
+            server.send((arguments, environment, outputs))
+            if server.poll(_ANSWER_SECONDS) and (pid := server.recv()) is not None:
+                return pid
+        except (OSError, EOFError):
+            pass
+        finally:
+            prctl(_PR_SET_CHILD_SUBREAPER, 0)  # the agent would not wait for any other orphan
+        server.close()
+        print("warm_torchrun.py: no rank can be forked: they start cold", file=sys.stderr, flush=True)
+        return None
 
-    SubprocessHandler._popen = start
+    def start(self: SubprocessHandler, args: tuple[str, ...], env: dict[str, str]) -> Any:
+        outputs = [file.name if file else None for file in (self._stdout, self._stderr)]
+        is_script = args[:2] == (sys.executable, "-u") and not args[2].startswith("-")
+        if is_script and not server.closed and (pid := fork(args[2:], env, outputs)) is not None:
+            return Rank(pid)
+        return start_cold(self, args, env)
+
+    SubprocessHandler._popen = start  # type: ignore[method-assign]
 
 
 def _set_name(name: str) -> None:
@@ -132,15 +164,23 @@ def _set_name(name: str) -> None:
 
 
 def main() -> None:
-    import_program(torchrun.parse_args(sys.argv[1:]).training_script)
+    """Start the fork server, and then run torchrun in this process."""
+    options = torchrun.parse_args(sys.argv[1:])
+    sys.path[0] = str(Path(options.training_script).resolve().parent)
     agent = os.getpid()
-    ours, theirs = multiprocessing.Pipe()
-    if os.fork() == 0:
-        ours.close()
-        become_rank(*serve(agent, theirs))
+    server, requests = multiprocessing.Pipe()
+    if sys.platform == "linux" and os.fork() == 0:
+        server.close()
+        os.setsid()  # a terminal signals the agent, and not this process
+        _set_name("fork server")
+        preload(options.training_script_args)
+        requests.send("ready")
+        run_script(serve(agent, requests))
         return
-    theirs.close()
-    fork_ranks(ours)
+    requests.close()
+    with contextlib.suppress(EOFError):
+        server.recv()
+        fork_ranks(server)
     torchrun.main()
 
 
