@@ -64,19 +64,18 @@ def preload(flags: list[str]) -> None:
 
 def serve(agent: int, requests: Connection) -> Request:
     """Fork a rank for each request, and return the request in that rank."""
-    while threading.active_count() == 1:
-        try:
+    with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):  # the agent has ended
+        requests.send("ready")
+        while threading.active_count() == 1:
             request = requests.recv()
-        except (EOFError, KeyboardInterrupt):  # the agent has ended
-            break
-        if (parent := os.fork()) != 0:
-            if os.waitpid(parent, 0)[1] != 0:
-                requests.send(None)
-            continue
-        _become_child_of(agent)
-        requests.send(os.getpid())
-        requests.close()
-        return request
+            if (parent := os.fork()) != 0:
+                if os.waitpid(parent, 0)[1] != 0:
+                    requests.send(None)
+                continue
+            _become_child_of(agent)
+            requests.send(os.getpid())
+            requests.close()
+            return request
     os._exit(0)
 
 
@@ -130,7 +129,11 @@ class Rank:
 
 
 def fork_ranks(server: Connection) -> None:
-    """Let torchrun start ranks by the fork server as long as it answers, and cold from then on."""
+    """Let torchrun start ranks by the fork server, once it is ready and as long as it answers; else cold."""
+    try:
+        server.recv()
+    except EOFError:  # it has ended, or there is none on this system
+        return
     prctl = ctypes.CDLL(None).prctl
     start_cold = SubprocessHandler._popen
 
@@ -174,13 +177,10 @@ def main() -> None:
         os.setsid()  # a terminal signals the agent, and not this process
         _set_name("fork server")
         preload(options.training_script_args)
-        requests.send("ready")
         run_script(serve(agent, requests))
         return
     requests.close()
-    with contextlib.suppress(EOFError):
-        server.recv()
-        fork_ranks(server)
+    fork_ranks(server)
     torchrun.main()
 
 
