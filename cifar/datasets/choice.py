@@ -1,10 +1,6 @@
 """The dataset of a run, the same on all ranks: prepared once on each host, and compared."""
 
 import socket
-from collections.abc import Callable
-from pathlib import Path
-
-import torch
 
 from cifar.config import TrainConfig
 from cifar.datasets import DATASETS, PREPARE
@@ -12,24 +8,6 @@ from cifar.datasets.base import Dataset
 from cifar.datasets.download import UnavailableError
 from cifar.distributed.runtime import Runtime
 from cifar.errors import UserError
-
-_preloaded: dict[tuple[Callable[[Path], Dataset], Path], Dataset] = {}  # by the function that loads it, and --data-dir
-
-
-def preload_dataset(config: TrainConfig) -> None:
-    """Load the dataset, if it is prepared, for the processes that will be forked from this one; see `launch/`.
-
-    A UserError says what is wrong with it.
-    """
-    name = _name(config)
-    load = DATASETS[name]
-    dataset = load(config.data_dir)
-    dataset.check(name)
-    for images, _ in (dataset.train, dataset.test):
-        # As `DeviceImages` wants them: the forks share this memory.
-        images.data = images.contiguous(memory_format=torch.channels_last)
-    assert dataset.fingerprint  # which the dataset keeps
-    _preloaded[load, config.data_dir] = dataset
 
 
 def choose_dataset(config: TrainConfig, runtime: Runtime) -> tuple[str, Dataset]:
@@ -39,7 +17,7 @@ def choose_dataset(config: TrainConfig, runtime: Runtime) -> tuple[str, Dataset]
     dataset, on all ranks, if one host can neither find nor download it. A UserError says if a file is corrupt, the
     dataset is not available, or the hosts have different images.
     """
-    name = _name(config)
+    name = "cifar10" if config.dataset == "auto" else config.dataset
     missing = None
     with runtime.fail_together():
         if runtime.local_rank == 0 and name in PREPARE:
@@ -53,15 +31,10 @@ def choose_dataset(config: TrainConfig, runtime: Runtime) -> tuple[str, Dataset]
         runtime.print0(f"WARNING: training on the synthetic dataset, not on CIFAR-10: {reasons[0]}")
         name = "synthetic"
     with runtime.fail_together():
-        load = DATASETS[name]
-        dataset = _preloaded.get((load, config.data_dir)) or load(config.data_dir)
+        dataset = DATASETS[name](config.data_dir)
         dataset.check(name)
     _check_same(name, dataset, runtime)
     return name, dataset
-
-
-def _name(config: TrainConfig) -> str:
-    return "cifar10" if config.dataset == "auto" else config.dataset
 
 
 def _check_same(name: str, dataset: Dataset, runtime: Runtime) -> None:

@@ -175,19 +175,6 @@ def test_cifar10_never_falls_back(source, monkeypatch):
 
 
 @pytest.mark.usefixtures("source")
-def test_preloaded_images_are_shared_unless_others_are_registered(monkeypatch):
-    monkeypatch.setattr(choice, "_preloaded", {})
-    cold = load("auto").train.dataset.images
-    choice.preload_dataset(TrainConfig(dataset="auto", data_dir=Path("somewhere")))
-    warm, again = (load("auto").train.dataset.images for _ in range(2))
-    assert warm.data_ptr() == again.data_ptr()
-    assert torch.equal(warm, cold)
-    assert warm.stride() == cold.stride()
-    monkeypatch.setitem(choice.DATASETS, "cifar10", lambda _: tiny_dataset(20))
-    assert len(load("auto").train.dataset) == 20
-
-
-@pytest.mark.usefixtures("source")
 @pytest.mark.parametrize("split", ["training", "test"])
 def test_hosts_with_other_images_are_named(split):
     own = load("auto").fingerprint

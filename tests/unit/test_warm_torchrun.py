@@ -3,91 +3,58 @@
 import importlib.util
 import json
 import os
-import signal
 import sys
-from multiprocessing import Pipe
 
-import psutil
 import pytest
 import torch
-from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
 
 from tests.helpers.forking import fork, wait
 from tests.helpers.processes import ROOT, run
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has subreapers")
 
-SPEC = importlib.util.spec_from_file_location("warm_torchrun", ROOT / "launch" / "warm_torchrun.py")
-warm_torchrun = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(warm_torchrun)
-
 SCRIPT = """
-import json, os, sys, time
-facts = [sys.argv[1:], os.environ["RANK"], os.getppid(), os.getsid(0) == os.getpid(), __name__, "torch" in sys.modules]
-os.write(1, json.dumps(facts).encode())
-time.sleep(float(sys.argv[1]))
-sys.exit(int(sys.argv[2]))
+import json, os, psutil, sys
+rank, agent = psutil.Process(), psutil.Process().parent()
+facts = [sys.argv[2:], agent.pid, os.getsid(0) == rank.pid, __name__, rank.name() == "rank 0", "torch" in sys.modules]
+with open("facts.txt", "a") as file:
+    print(json.dumps(facts), file=file)
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if sys.argv[1] == "no server":
+        [server] = [child for child in agent.children() if child.name() == "fork server"]
+        server.kill()
+    sys.exit(3)
 """
 
 
-@pytest.fixture
-def server(monkeypatch):
-    """Let this process be torchrun's agent; yield the process ID of its fork server."""
-    monkeypatch.setattr(SubprocessHandler, "_popen", SubprocessHandler._popen)  # restores it
-    agent, (connection, requests) = os.getpid(), Pipe()
+@pytest.mark.parametrize(
+    ("case", "forked"),
+    [("", [True, True]), ("no server", [True, False]), ("CUDA", [False, False]), ("redirected", [False, False])],
+)
+def test_rank_is_forked_if_it_can_be(case, forked, monkeypatch, tmp_path, capfd):
+    """It is a child of the agent, leads a session and has its own exit status; it fails once and is restarted."""
+    spec = importlib.util.spec_from_file_location("warm_torchrun", ROOT / "launch" / "warm_torchrun.py")
+    warm_torchrun = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(warm_torchrun)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: case == "CUDA")
+    monkeypatch.setattr(warm_torchrun, "_ANSWER_SECONDS", 10 if forked[0] else 0.3)
+    redirects = ["--redirects=3"] if case == "redirected" else []
+    flags = ["--standalone", "--nproc_per_node=1", "--max-restarts=1", *redirects, "script.py", case, "--flag"]
+    monkeypatch.setattr(sys, "argv", ["warm_torchrun.py", *flags])
 
     def work():
-        connection.close()
         try:
-            warm_torchrun.run_script(warm_torchrun.serve(agent, requests))
+            warm_torchrun.main()
         except SystemExit as end:
             os._exit(end.code)
 
-    pid = fork(work)
-    requests.close()
-    warm_torchrun.fork_ranks(connection)
-    yield pid
-    connection.close()
-    assert wait(pid) in (0, -signal.SIGKILL), "it ends with its agent"
-
-
-@pytest.fixture
-def start(tmp_path):
-    script, output = tmp_path / "script.py", tmp_path / "stdout.txt"
-    script.write_text(SCRIPT)
-
-    def start(*flags):
-        handler = SubprocessHandler(
-            sys.executable, ("-u", str(script), *flags), {"RANK": "7"}, str(output), "", 0, None
-        )
-        return handler, lambda: json.loads(output.read_text())
-
-    return start
-
-
-def test_rank_is_forked_and_a_child_of_the_agent(server, start):
-    for _ in range(2):
-        handler, facts = start("0", "3")
-        assert handler.proc.wait(20) == 3
-        assert facts() == [["0", "3"], "7", os.getpid(), True, "__main__", True]
-    handler, _ = start("60", "0")
-    assert handler.proc.poll() is None
-    assert psutil.Process(handler.proc.pid).name() == "rank 7"
-    handler.close(signal.SIGKILL)
-    assert handler.proc.wait(20) == -signal.SIGKILL
-
-
-@pytest.mark.parametrize("reason", ["the server is gone", "CUDA"])
-def test_rank_starts_cold_if_it_cannot_be_forked(reason, monkeypatch, request, start, capfd):
-    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: reason == "CUDA")
-    server = request.getfixturevalue("server")
-    if reason != "CUDA":
-        os.kill(server, signal.SIGKILL)
-    for _ in range(2):
-        handler, facts = start("0", "3")
-        assert handler.proc.wait(20) == 3
-        assert facts() == [["0", "3"], "7", os.getpid(), True, "__main__", False]
-    assert capfd.readouterr().err == "warm_torchrun.py: no rank can be forked: they start cold\n"
+    agent = fork(work)
+    assert wait(agent) == 0
+    facts = [json.loads(line) for line in (tmp_path / "facts.txt").read_text().splitlines()]
+    assert facts == [[["--flag"], agent, True, "__main__", warm, warm] for warm in forked]
+    assert "failed (exitcode: 3) local_rank: 0" in capfd.readouterr().err
 
 
 PRELOAD = """
@@ -104,10 +71,10 @@ assert threading.active_count() == len(os.listdir("/proc/self/task")) == 1
 assert torch.get_num_threads() == threads
 before = set(sys.modules)
 torch.cuda.is_available, torch.cuda.device_count = lambda: False, lambda: 0
-from cifar.datasets import synthetic
-synthetic.make_synthetic = None
-import cifar.run, train_ddp
+import cifar.datasets, cifar.run, train_ddp
+images = cifar.datasets.DATASETS["synthetic"](cifar.cli.parse_args(flags).data_dir).train[0]
 def after_step(run):
+    assert run.data.train.dataset.images.data_ptr() == images.data_ptr(), "the images are not shared"
     imported = set(sys.modules) - before - {"train_ddp"}
     os.write(1, f"{len(imported)} modules: {sorted(imported)}".encode())
     os._exit(0)
