@@ -21,41 +21,25 @@ from tests.helpers.processes import ROOT, left_of
 
 TIMEOUT = 8
 STEPS_BETWEEN = (60, 250)
-# By the signal to a rank that it takes; None: another signal, or another process.
-KINDS = {
-    "kill": signal.SIGKILL,
-    "damage": signal.SIGKILL,
-    "segfault": CRASH,
-    "held GIL": HOLD,
-    "freeze": signal.SIGSTOP,
-    "stop rank": None,
-    "stop torchrun": None,
-    "kill torchrun": None,
+# The signals to a rank.
+SIGNALS = {
+    **{"kill": signal.SIGKILL, "damage": signal.SIGKILL, "freeze": signal.SIGSTOP},
+    **{"segfault": CRASH, "held GIL": HOLD},
 }
+KINDS = (*SIGNALS, "stop rank", "stop torchrun", "kill torchrun")
 
 
 class Disturbance(NamedTuple):
-    """What was done to a run: which kind, the steps that it repeated, and how long it took.
-
-    Attributes:
-        noticed: seconds until all ranks had ended.
-        waited: seconds until the next step.
-    """
+    """What was done to a run, and what it cost."""
 
     kind: str
-    lost: int
-    noticed: float
-    waited: float
+    lost: int  # steps that were repeated
+    noticed: float  # seconds until all ranks had ended
+    waited: float  # seconds until the next step
 
 
 def soak(
-    folder: Path,
-    disturbances: int,
-    seed: int,
-    seconds: float,
-    ranks: int,
-    warm: bool = False,
-    kinds: Sequence[str] = tuple(KINDS),
+    folder: Path, disturbances: int, seed: int, seconds: float, ranks: int, warm: bool, kinds: Sequence[str] = KINDS
 ) -> dict[str, Any]:
     """Disturb a run of `ranks` processes `disturbances` times, or for `seconds`, and compare it with a quiet one.
 
@@ -102,8 +86,8 @@ def disturb(run: Watched, kind: str, chance: random.Random, resume: Any) -> tupl
     victim = chance.choice(ranks)
     resumes = run.output().count("resumes   ")
     reached, began = run.step(), time.monotonic()
-    if (number := KINDS[kind]) is not None:
-        send(victim, number)
+    if kind in SIGNALS:
+        send(victim, SIGNALS[kind])
         if kind == "damage":
             damage_newest(run.run_dir, chance.random())
         assert left_of(ranks, 20) == [], f"{kind} was not noticed"
@@ -138,7 +122,7 @@ if __name__ == "__main__":
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=3600)
     parser.add_argument("--warm", action="store_true")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=tuple(KINDS))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--folder", type=lambda text: Path(text).resolve(), required=True)
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True)
