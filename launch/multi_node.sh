@@ -61,14 +61,14 @@ if command -v ip >/dev/null; then
     grep -qs NCCL_SOCKET_IFNAME /etc/nccl.conf ~/.nccl.conf || export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-"=$device"}
 fi
 
-# torchrun waits without a word until all hosts are there; then it has children. The notice ends within a second of
-# either, for a pipe that it inherits stays open as long as it does.
+# torchrun waits without a word until all hosts are there; then it has ranks for children. The notice ends within a
+# second of either, for a pipe that it inherits stays open as long as it does.
 if [[ "$nodes" != 1 ]] && command -v pgrep >/dev/null; then
     ( (
         for ((waited = 1; ; waited++)); do
             sleep 1
             kill -0 $$ 2>/dev/null || exit 0
-            ! pgrep -P $$ >/dev/null || exit 0
+            ! pgrep -P $$ '^(rank|python|pt_)' >/dev/null || exit 0
             ((waited % 30 != 5)) || echo "multi_node.sh: waiting at $host:$port for $nodes hosts in all ($waited s)" >&2
         done
     ) & )
@@ -79,7 +79,8 @@ signals=SIGTERM,SIGINT,SIGQUIT,SIGUSR1
 [[ -n "$(trap -p HUP)" ]] || signals+=,SIGHUP
 # With the store shared by torchrun and its workers, the default, a host that returns hangs (seen with torch 2.14).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-exec "$python" -m torch.distributed.run --nnodes="$nodes" --nproc_per_node="$nproc" \
+[[ "$nproc" == 1 ]] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec "$python" -u "$root/launch/warm_torchrun.py" --nnodes="$nodes" --nproc_per_node="$nproc" \
     --rdzv-backend=c10d --rdzv-endpoint="$host:$port" --rdzv-id="${RUN_ID:-cifar-ddp}" \
     --rdzv-conf="is_host=$is_host,last_call_timeout=5" --local-addr="$address" \
     --max-restarts="${MAX_RESTARTS:-3}" --signals-to-handle="$signals" \

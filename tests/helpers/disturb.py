@@ -15,6 +15,7 @@ import psutil
 from tests.helpers.processes import ROOT, clean_environment, kill_tree, left_of
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+WARM = [sys.executable, "-u", str(ROOT / "launch" / "warm_torchrun.py")]
 # Steps of a few milliseconds, momentum, and checkpoints between log points.
 FLAGS = ["--device", "cpu", "--dataset", "synthetic", "--wandb", "disabled", "--log-steps", "20",
          "--checkpoint-steps", "25", "--keep-checkpoints", "4"]  # fmt: skip
@@ -76,7 +77,7 @@ class Started(Log):
 
 
 class Watched(Started):
-    """`torchrun ARGUMENTS SCRIPT FLAGS` in the background, whose agent is torchrun."""
+    """`torchrun ARGUMENTS SCRIPT FLAGS` in the background, whose agent is torchrun, with cold or warm restarts."""
 
     def __init__(
         self,
@@ -85,10 +86,13 @@ class Watched(Started):
         launcher: list[str],
         log: str = "log.txt",
         script: Sequence[str] = (str(ROOT / "train_ddp.py"),),
+        warm: bool = False,
         **environment: str,
     ):
         self.run_dir, self._script = run_dir, script[-1]
-        super().__init__([*TORCHRUN, *launcher, *script, *flags], run_dir.parent / log, **environment)
+        super().__init__(
+            [*(WARM if warm else TORCHRUN), *launcher, *script, *flags], run_dir.parent / log, **environment
+        )
 
     def step(self) -> int:
         """Return the last step in metrics.jsonl, or 0."""
@@ -97,8 +101,11 @@ class Watched(Started):
         return 0
 
     def ranks(self) -> list[psutil.Process]:
-        """Return the training processes by local rank."""
-        found = [child for child in self.agent.children() if self._script in child.cmdline()]
+        """Return the training processes by local rank. Of forked ones, psutil sees the agent's environment."""
+        children = self.agent.children()
+        if forked := [child for child in children if child.name().startswith("rank ")]:
+            return sorted(forked, key=lambda process: process.name())
+        found = [child for child in children if self._script in child.cmdline() and "LOCAL_RANK" in child.environ()]
         return sorted(found, key=lambda process: int(process.environ()["LOCAL_RANK"]))
 
     def until_step(self, step: int, timeout: float = 90) -> float:

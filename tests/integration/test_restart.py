@@ -17,16 +17,20 @@ from tests.helpers.soak import soak
 
 pytestmark = pytest.mark.slow
 
+WARM = pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
 TWO = ["--standalone", "--nproc_per_node=2"]
-# Number of ranks, restarts, and who is signalled: torchrun, the last rank, or all ranks.
-STOPS = ((2, 3, "rank"), (2, 0, "rank"), (1, 3, "ranks"), (2, 3, "torchrun"))
+# Number of ranks, restarts, who is signalled (torchrun, the last rank, or all ranks), and whether restarts are warm.
+STOPS = (
+    *((2, 3, "rank", False), (2, 0, "rank", False), (1, 3, "ranks", True), (2, 3, "torchrun", False)),
+    *((2, 3, "rank", True), (2, 3, "torchrun", True)),
+)
 
 
 @contextmanager
-def training(folder, *flags, launcher=TWO, script=(str(ROOT / "train_ddp.py"),)):
+def training(folder, *flags, launcher=TWO, script=(str(ROOT / "train_ddp.py"),), warm=False):
     """Yield a run that trains until it is disturbed; kill what is left of it at the end."""
     run_dir = folder / "run"
-    run = Watched(run_dir, [*FLAGS, *flags, "--run-dir", str(run_dir)], launcher, script=script)
+    run = Watched(run_dir, [*FLAGS, *flags, "--run-dir", str(run_dir)], launcher, script=script, warm=warm)
     try:
         run.until_step(20)
         yield run
@@ -37,27 +41,30 @@ def training(folder, *flags, launcher=TWO, script=(str(ROOT / "train_ddp.py"),))
 @pytest.fixture(scope="module")
 def scenarios(tmp_path_factory):
     """Run them two at a time: most of their time is waiting, for processes to start or for a frozen one."""
-    parts = (short_soak, frozen, killed_under_an_endless_step)
+    parts = [(part, warm) for part in (short_soak, frozen) for warm in (False, True)]
     with ThreadPoolExecutor(2) as pool:
-        running = {part: pool.submit(part, tmp_path_factory.mktemp(part.__name__)) for part in parts}
+        running = {(part, warm): pool.submit(part, tmp_path_factory.mktemp("warm"), warm) for part, warm in parts}
+        alone = killed_under_an_endless_step
+        running[alone] = pool.submit(alone, tmp_path_factory.mktemp("killed"))
         stops = {case: pool.submit(stopped, tmp_path_factory.mktemp("stopped"), *case) for case in STOPS}
         yield running | stops
 
 
-def short_soak(folder):
+def short_soak(folder, warm):
     """Disturb three ranks SOAK_DISTURBANCES times; by hand: python -m tests.helpers.soak."""
-    return soak(folder, int(os.environ.get("SOAK_DISTURBANCES", 3)), seed=1, seconds=600, ranks=3)
+    return soak(folder, int(os.environ.get("SOAK_DISTURBANCES", 3)), seed=1 + warm, seconds=600, ranks=3, warm=warm)
 
 
-def test_run_disturbed_at_random_equals_the_undisturbed_one(scenarios):
-    report = scenarios[short_soak].result()
+@WARM
+def test_run_disturbed_at_random_equals_the_undisturbed_one(scenarios, warm):
+    report = scenarios[short_soak, warm].result()
     assert len(report["disturbances"]) >= 3
 
 
-def stopped(folder, processes, restarts, whom):
+def stopped(folder, processes, restarts, whom, warm):
     """Send a signal."""
     launcher = ["--standalone", f"--nproc_per_node={processes}", f"--max-restarts={restarts}"]
-    with training(folder, "--max-steps", "20000", launcher=launcher) as run:
+    with training(folder, "--max-steps", "20000", launcher=launcher, warm=warm) as run:
         ranks = run.ranks()
         for process in {"torchrun": [run.agent], "rank": ranks[-1:], "ranks": ranks}[whom]:
             send(process, signal.SIGTERM if whom == "torchrun" else signal.SIGUSR1)
@@ -84,9 +91,9 @@ def test_stopped_run_is_not_finished_and_not_restarted(scenarios, case):
     assert "Traceback" not in text.split(line)[0], "torchrun's own follows"
 
 
-def frozen(folder):
+def frozen(folder, warm):
     """Freeze rank one, as a debugger or a machine that swaps does."""
-    with training(folder, "--max-steps", "60000", "--timeout", "8") as run:
+    with training(folder, "--max-steps", "60000", "--timeout", "8", warm=warm) as run:
         ranks = run.ranks()
         send(ranks[1], signal.SIGSTOP)
         late = left_of(ranks, 8 + 2)
@@ -94,8 +101,9 @@ def frozen(folder):
         return ranks[1].pid, run.output(), status, late
 
 
-def test_frozen_rank_is_named_within_the_timeout(scenarios):
-    pid, text, status, late = scenarios[frozen].result()
+@WARM
+def test_frozen_rank_is_named_within_the_timeout(scenarios, warm):
+    pid, text, status, late = scenarios[frozen, warm].result()
     assert status == 1
     assert late == []
     named = f"rank 1 (process {pid} on {socket.gethostname()}) sent no heartbeat for 6 s"

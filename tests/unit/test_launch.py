@@ -1,6 +1,8 @@
 """The scripts of launch/: --help and mistakes. Real launches are in tests/integration and tests/cluster."""
 
+import os
 import shutil
+import sys
 
 import pytest
 
@@ -44,6 +46,20 @@ def test_mistake_is_one_line_and_status_2(command, complaint, tmp_path):
     output = run([ROOT / "launch" / command[0], *command[1:]], tmp_path, NPROC="all")
     assert output.returncode == 2
     assert output.stderr == f"{command[0]}: error: {complaint}\n"
+
+
+@pytest.mark.parametrize("command", [["local.sh"], ["multi_node.sh", "127.0.0.1", "1"]], ids=lambda command: command[0])
+def test_restarts_and_threads(command, tmp_path):
+    """OMP_NUM_THREADS is set for several ranks, as torchrun would do after torch has been imported."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1" = -u ] || exec {sys.executable} "$@"\necho "$OMP_NUM_THREADS $*"\n')
+    python.chmod(0o755)
+    variables = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "NPROC": "2", "OMP_NUM_THREADS": ""}
+    for restarts in ({}, {"MAX_RESTARTS": "9"}):
+        shown = run([ROOT / "launch" / command[0], *command[1:]], tmp_path, **variables, **restarts).stdout
+        assert shown.startswith(f"1 -u {ROOT / 'launch' / 'warm_torchrun.py'} ")
+        default = 0 if command == ["local.sh"] else 3
+        assert f" --max-restarts={restarts.get('MAX_RESTARTS', default)} " in shown
 
 
 def test_unreachable_host(tmp_path):
