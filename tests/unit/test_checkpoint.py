@@ -44,19 +44,20 @@ def test_round_trip(tmp_path, recipe):
     assert [file.name for file in tmp_path.iterdir()] == ["c.pt"]
 
 
-def test_flipped_bit_never_changes_a_tensor_and_truncation_is_detected(tmp_path):
-    """Some of all bits and lengths; integration/test_disk.py tests all."""
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_flipped_bit_never_changes_a_tensor_and_truncation_is_detected(tmp_path, every):
+    """One bit of `every` so many bytes."""
     path = tmp_path / "c.pt"
     save_checkpoint(path, small())
     raw = path.read_bytes()
-    bits = {8 * place + place % 8 for place in range(0, len(raw), 3)}
+    bits = {8 * place + place % 8 for place in range(0, len(raw), every)}
     # Every bit of the tensor's entry in the directory: one there makes torch.load leave the tensor uninitialized.
     entry = raw.rindex(b"archive/data/0") - 46
     bits |= set(range(8 * entry, 8 * (entry + 60)))
     detected, changed = flip_bits(path, bits)
     assert changed == []
     assert detected > len(bits) // 3  # the rest is alignment, times and the like
-    for length in [*range(0, len(raw), 20), len(raw) - 1]:
+    for length in [*range(0, len(raw), 7 * every), len(raw) - 1]:
         path.write_bytes(raw[:length])
         with pytest.raises(DamagedCheckpointError, match=r"c\.pt: corrupt, or not a checkpoint"):
             load_checkpoint(path)

@@ -1,11 +1,13 @@
 """On a fake GPU: no step waits for the device, and no operator has tensors on two devices."""
 
+import itertools
+
 import pytest
 import torch
 
 from cifar.distributed.device import resolve
 from cifar.distributed.environment import Launch
-from cifar.recipes import config_from_recipe
+from cifar.recipes import RECIPES, config_from_recipe
 from tests.helpers.fake_cuda import DeviceError, SyncError, needs_fake_gpu, on_fake_gpu
 from tests.helpers.fake_run import train_on_fake_gpu
 from train_ddp import train_step
@@ -13,9 +15,15 @@ from train_ddp import train_step
 pytestmark = needs_fake_gpu
 
 
-@pytest.mark.parametrize(("recipe", "precision"), [("tutorial", "fp32"), ("speed94", "bf16")])
+QUICK = [("tutorial", "fp32"), ("speed94", "bf16")]
+OTHERS = sorted({*itertools.product(RECIPES, ("fp32", "bf16", "fp16"))} - {*QUICK})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "precision"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS)]
+)
 def test_training_never_waits_for_the_device(recipe, precision):
-    """Loader, augmentation, step, CUDA graph, evaluation, checkpoint and resume; all recipes in the slow tier."""
+    """Loader, augmentation, step, CUDA graph, evaluation, checkpoint and resume."""
     train_on_fake_gpu(recipe, precision)
 
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import train_ddp
 from cifar.cli import launch
 from cifar.config import TrainConfig
 from cifar.distributed import device
@@ -14,6 +15,7 @@ from cifar.distributed.runtime import Runtime
 from cifar.errors import UserError
 from cifar.models import build_model
 from cifar.records.console import describe_processes
+from tests.helpers.comparing import make_runs_tiny
 
 
 def have(monkeypatch, gpus=0, mps=False):
@@ -107,13 +109,16 @@ def test_one_process_has_no_process_group(runtime):
         raise UserError("oh")
 
 
-def test_compiler_that_does_not_work_is_one_line(monkeypatch):
+def test_compiler_that_does_not_work_is_named_before_anything_is_written(monkeypatch, tmp_path):
     def fail(_):
         raise RuntimeError("backend='inductor' raised:\nNo working C++ compiler found\nhint")
 
     monkeypatch.setattr(torch, "compile", lambda function: fail)
+    make_runs_tiny(monkeypatch)
+    flags = ["--device", "cpu", "--dataset", "synthetic", "--compile", "--run-dir", str(tmp_path / "run")]
     with pytest.raises(UserError, match=r"^--compile does not work here \(No working C\+\+ compiler found\)"):
-        Runtime(TrainConfig(device="cpu")).prepare(build_model("net", 10), compile=True)
+        train_ddp.main(flags)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture
