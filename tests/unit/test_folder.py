@@ -319,16 +319,6 @@ def upgrade(monkeypatch):
     monkeypatch.setattr(picture_cache, "read_image", lambda path: read_image(path) // 2)
 
 
-def test_each_pillow_has_its_own_pixels(folder, decodings, monkeypatch):
-    """So two can share a folder."""
-    own = load(folder)
-    with monkeypatch.context() as patched:
-        upgrade(patched)
-        assert load(folder).decoder == "Pillow 99"
-    assert load(folder).fingerprint == own.fingerprint
-    assert len(decodings) == 2
-
-
 def test_what_a_killed_process_leaves_is_removed(folder):
     """Not another decoder's, which may be at work."""
     left = fork(lambda: write_atomically(folder / CACHE, lambda file: os.kill(os.getpid(), 9)))

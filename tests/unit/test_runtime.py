@@ -14,7 +14,6 @@ from cifar.distributed.environment import Launch
 from cifar.distributed.runtime import Runtime
 from cifar.errors import UserError
 from cifar.models import build_model
-from cifar.records.console import describe_processes
 from tests.helpers.comparing import make_runs_tiny
 
 
@@ -58,12 +57,6 @@ def test_gpus_that_torch_cannot_use_are_not_passed_over(monkeypatch, tmp_path, h
     else:
         with pytest.raises(UserError, match="GPUs that torch cannot use: The NVIDIA driver is too old; or use"):
             choose_device("auto", Launch())
-
-
-def test_banner_says_that_other_gpus_are_idle(monkeypatch):
-    have(monkeypatch, gpus=8)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
-    assert describe_processes(1, 1, torch.device("cuda")).startswith("1 process on H100, 1 of 8 GPUs (torchrun --nproc")
 
 
 @pytest.mark.parametrize("wanted", ["cuda", "mps"])
