@@ -75,16 +75,6 @@ def test_a_stop_in_a_sweep_ends_the_trial(runtime, server, tmp_path, monkeypatch
     assert (own.preempting, own.exit_code) == (False, 1)
 
 
-def test_steps_of_another_run_under_the_same_id_are_no_secret(runtime, server, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("WANDB_RUN_ID", "mine")
-    for name in "ab":
-        train_steps(runtime, tmp_path / name, 1, 2)
-    (warning,) = capsys.readouterr().out.splitlines()
-    assert "W&B's run mine already holds another run, up to step 2" in warning
-    train_steps(runtime, tmp_path / "b", 3)  # resumed: its own steps
-    assert capsys.readouterr().out == ""
-
-
 @pytest.mark.parametrize("failure", [WandbServer.close, WandbServer.hang])
 def test_lost_server_delays_neither_a_stop_nor_a_resume(runtime, server, tmp_path, monkeypatch, capfd, failure):
     for name in ("init_timeout", "finish_timeout"):

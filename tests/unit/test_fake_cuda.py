@@ -5,9 +5,7 @@ import itertools
 import pytest
 import torch
 
-from cifar.distributed.device import resolve
-from cifar.distributed.environment import Launch
-from cifar.recipes import RECIPES, config_from_recipe
+from cifar.recipes import RECIPES
 from tests.helpers.fake_cuda import needs_fake_gpu
 from tests.helpers.fake_run import train_on_fake_gpu
 from train_ddp import train_step
@@ -43,13 +41,3 @@ def test_step_that_waits_or_mixes_devices_is_caught(spoil, error, capfd):
     with pytest.raises(AssertionError):
         train_on_fake_gpu("tutorial", "fp32", wrong_step)
     assert error in capfd.readouterr().err
-
-
-@pytest.mark.parametrize("cores", [0, 1])
-def test_fewer_cores_than_gpus_are_a_warning(cores, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr("cifar.distributed.device.available_cores", lambda: cores)
-    resolve(config_from_recipe("tutorial", device="cuda"), Launch())
-    warning = f"WARNING: 1 GPUs get their kernels from {cores} CPU core(s)"
-    assert (warning in capsys.readouterr().out) == (cores == 0)
