@@ -52,15 +52,15 @@ def expected(*steps):
 
 def test_resumed_run_is_one_run(runtime, server, tmp_path, monkeypatch):
     """The checkpoint is older than the last row; then rows are lost while the server is away."""
-    monkeypatch.setitem(wandb_logger._SETTINGS, "finish_timeout", 2)
     train_steps(runtime, tmp_path, 1, 2, 3, choice="auto", exit_code=1, preempting=True)  # there is a key
     own = server.runs[run_id(tmp_path)]
     assert (own.preempting, own.exit_code) == (True, 1)
-    assert run_id(tmp_path) in train_steps(runtime, tmp_path, 2, 3, 4, meanwhile=server.close, exit_code=1)
+    monkeypatch.setitem(wandb_logger._SETTINGS, "finish_timeout", 2)
+    train_steps(runtime, tmp_path, 2, 3, 4, meanwhile=server.close, exit_code=1)
     with WandbServer() as again:
         again.runs = server.runs
         monkeypatch.setenv("WANDB_BASE_URL", again.url)
-        train_steps(runtime, tmp_path, 5, 6)
+        assert run_id(tmp_path) in train_steps(runtime, tmp_path, 5, 6)
     assert list(server.runs) == [run_id(tmp_path)]
     assert losses(own.history) == expected(1, 2, 3, 4, 5, 6)
     assert own.exit_code == 0
