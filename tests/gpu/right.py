@@ -49,11 +49,11 @@ def train(c: Campaign, name: str, flags: str, pattern: str = "Finished Training"
 
 
 def captured(c: Campaign) -> None:
-    """Train on the device that the program chooses, then as a CUDA graph; continue and evaluate that run."""
+    """Train on the device that the program chooses, and evaluate that run; then train as a CUDA graph, and continue."""
     train(c, "auto", "--max-steps 200", "1 process on NVIDIA" if GPU else "1 process on")
     train(c, "graph", "--max-steps 600 --cuda-graph")
     c.expect("graph goes on", [*TRAIN, "--resume", c.work / "graph", "--max-steps", 700], pattern="resume")
-    evaluate = ["--dataset", "synthetic", "--evaluate", c.work / "graph" / "checkpoints" / "step-00000700.pt"]
+    evaluate = ["--dataset", "synthetic", "--evaluate", c.work / "auto" / "checkpoints" / "step-00000200.pt"]
     c.expect("evaluate", [*TRAIN, *evaluate], pattern="Accuracy of the network")
 
 
