@@ -52,7 +52,7 @@ class Runner:
 
         Args:
             threads: OMP_NUM_THREADS; by default that of this process, or unset, so that torch decides.
-            watch: `mark` and `memory` of `execute`.
+            watch: `mark` of `execute`.
         """
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         command = [sys.executable, *(launcher if processes > 1 else []), *arguments]

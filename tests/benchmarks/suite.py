@@ -102,32 +102,21 @@ def ddp(runner: Runner) -> list[Comparison]:
 
 
 def start(runner: Runner) -> list[Comparison]:
-    """seconds from the start of the process to the first step, and the peak memory of a tutorial run"""
+    """seconds from the start of the process to the first step"""
 
     def first_step(process: Finished) -> Numbers:
         assert process.mark_seconds is not None, f"the program does not print {FIRST_STEP!r}"
         return {"first step": process.mark_seconds}
 
-    def ours_first(seed: int) -> Numbers:
+    def ours(seed: int) -> Numbers:
         flags = ("--max-steps", 1, "--log-steps", 1, "--seed", seed)
         return first_step(runner.train(*flags, mark=FIRST_STEP)[0])
 
-    def loop_first(seed: int) -> Numbers:
+    def loop(seed: int) -> Numbers:
         return first_step(runner.baseline("tutorial", "--steps", 1, "--seed", seed, mark=FIRST_STEP)[0])
 
-    steps = 500 if runner.quick else 3_000  # through the test, which takes more memory than training
-
-    def ours_memory(seed: int) -> Numbers:
-        return {"peak memory": runner.train("--max-steps", steps, "--seed", seed, memory=True)[0].peak_mb}
-
-    def loop_memory(seed: int) -> Numbers:
-        return {"peak memory": runner.baseline("tutorial", "--steps", steps, "--seed", seed, memory=True)[0].peak_mb}
-
-    seconds, megabytes = Metric("first step", "s", digits=2), Metric("peak memory", "MB", digits=0)
-    return [
-        Comparison("from the start of the process", {OURS: ours_first, LOOP: loop_first}, (seconds,), rounds=5),
-        Comparison("with all worker processes", {OURS: ours_memory, LOOP: loop_memory}, (megabytes,)),
-    ]
+    seconds = Metric("first step", "s", digits=2)
+    return [Comparison("from the start of the process", {OURS: ours, LOOP: loop}, (seconds,), rounds=5)]
 
 
 BENCHMARKS: dict[str, Callable[[Runner], list[Comparison]]] = {

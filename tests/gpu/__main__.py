@@ -4,7 +4,6 @@ right    the numbers, the command line, several ranks on the GPU, NCCL with one 
 fast     the step times of every recipe, eager, captured and compiled; where the device's time goes
 learns   the accuracy and the seconds of every recipe on CIFAR-10 in $CIFAR_DATA_DIR
 several  a host with several GPUs: losses, images/s, hooks, ranks that are killed, frozen and stopped
-peers    speed94 beside the record holders' own scripts in --peers, on CIFAR-10 in $CIFAR_DATA_DIR
 """
 
 import argparse
@@ -20,11 +19,10 @@ import torch
 from tests.gpu.campaign import Campaign
 from tests.gpu.fast import fast
 from tests.gpu.learns import learns
-from tests.gpu.peers import peers
 from tests.gpu.right import right
 from tests.gpu.several import several
 
-PARTS = {"right": right, "fast": fast, "learns": learns, "several": several, "peers": peers}
+PARTS = {"right": right, "fast": fast, "learns": learns, "several": several}
 
 
 def main() -> int:
@@ -32,18 +30,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--out", type=Path, default=Path("gpu-results"))
-    parser.add_argument("--seconds", type=float, help="what the part may take (default: 540, peers 900)")
-    parser.add_argument("--peers", type=Path, help="directory with airbench94_muon.py, cifar10_speedrun.py, or both")
+    parser.add_argument("--seconds", type=float, default=540, help="what the part may take (default: %(default)s)")
     parser.add_argument("--only", nargs="*", default=[], help="words of the names of the checks to run, in some parts")
     args = parser.parse_args()
-    seconds = args.seconds or (900 if args.part == "peers" else 540)
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # nothing outside this machine
     count = torch.cuda.device_count()
     name = f"{count} x {torch.cuda.get_device_name()}" if count else "no GPU: a smoke test"
     print(f"{args.part}: {name}, torch {torch.__version__}", flush=True)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
-        c = Campaign(args.out.resolve(), Path(work), time.perf_counter() + seconds, args.peers, args.only)
+        c = Campaign(args.out.resolve(), Path(work), time.perf_counter() + args.seconds, args.only)
         PARTS[args.part](c)
         for file in Path(work).glob("*.txt"):
             (c.out / f"{args.part}-{file.name.replace(' ', '-')}").write_text(file.read_text(errors="replace"))

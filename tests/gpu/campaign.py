@@ -31,7 +31,6 @@ class Campaign:
         out: directory of what stays.
         work: directory of the runs; the `*.txt` in it stay, too.
         deadline: on the clock of `time.perf_counter`.
-        peers: directory of other people's scripts.
         only: words of which one must be in the name of a check that `attempt` runs; empty for all.
         at_once: number of commands that the part runs at once.
         results: by the name of the check; one that has failed begins with FAIL.
@@ -40,7 +39,6 @@ class Campaign:
     out: Path
     work: Path
     deadline: float
-    peers: Path | None = None
     only: Sequence[str] = ()
     at_once: int = 1
     began: float = field(default_factory=time.perf_counter)

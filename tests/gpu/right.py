@@ -24,7 +24,7 @@ def right(c: Campaign) -> None:
     jobs = [
         partial(checks, c),
         partial(nccl, c),
-        partial(moves, c),
+        partial(captured, c),
         partial(c.expect, "pytest", [*MODULE, "pytest", "-q", "-p", "no:cacheprovider", *TESTS], pattern="passed"),
         partial(disturbed, c, ranks),
         partial(c.attempt, "losses", partial(ranks.same_losses, (1, 2, 4))),
@@ -48,22 +48,13 @@ def train(c: Campaign, name: str, flags: str, pattern: str = "Finished Training"
     c.expect(name, [*TRAIN, *QUICK, "--run-dir", c.work / name, *flags.split()], pattern=pattern)
 
 
-def resume(c: Campaign, name: str, run: str, flags: str, pattern: str) -> None:
-    """Continue a run."""
-    c.expect(name, [*TRAIN, "--resume", c.work / run, *flags.split()], pattern=pattern)
-
-
-def moves(c: Campaign) -> None:
-    """Continue runs: from CPU to GPU and back, and one that is captured."""
-    gpu, changed = ("cuda", "changed .*--device") if GPU else ("cpu", "resume")
+def captured(c: Campaign) -> None:
+    """Train on the device that the program chooses, and evaluate that run; then train as a CUDA graph, and continue."""
     train(c, "auto", "--max-steps 200", "1 process on NVIDIA" if GPU else "1 process on")
-    train(c, "cpu", "--device cpu --max-steps 100", "1 process on CPU")
-    resume(c, "cpu to gpu", "cpu", f"--device {gpu} --max-steps 300", changed)
-    resume(c, "gpu to cpu", "cpu", "--device cpu --max-steps 350", changed)
-    evaluate = ["--dataset", "synthetic", "--evaluate", c.work / "cpu" / "checkpoints" / "step-00000350.pt"]
-    c.expect("evaluate", [*TRAIN, *evaluate], pattern="Accuracy of the network")
     train(c, "graph", "--max-steps 600 --cuda-graph")
-    resume(c, "graph goes on", "graph", "--max-steps 700", "resume")
+    c.expect("graph goes on", [*TRAIN, "--resume", c.work / "graph", "--max-steps", 700], pattern="resume")
+    evaluate = ["--dataset", "synthetic", "--evaluate", c.work / "auto" / "checkpoints" / "step-00000200.pt"]
+    c.expect("evaluate", [*TRAIN, *evaluate], pattern="Accuracy of the network")
 
 
 def nccl(c: Campaign) -> None:

@@ -19,21 +19,16 @@ NAME = "step-00050000"  # of the file in the guides, without its suffix
 GUIDES = {"pt2": "README.md", "onnx": "cifar/README.md", "safetensors": "cifar/README.md"}
 
 
-def example(format_: str) -> str:
-    """Return the guides' code that loads and uses a file of this format."""
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / GUIDES[format_]).read_text(), re.M | re.S)
-    (code,) = (block for block in blocks if f'"{NAME}.{format_}"' in block)
-    return code
-
-
 def follow(format_: str, folder: Path, images: Tensor) -> tuple[Tensor, list[str]]:
     """Follow the guides in `folder`, which holds the file; return scores, float32 [n, classes], and class names.
 
     Args:
         images: uint8 [n, 3, 32, 32].
     """
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / GUIDES[format_]).read_text(), re.M | re.S)
+    (code,) = (block for block in blocks if f'"{NAME}.{format_}"' in block)
     scope: dict[str, Any] = {"json": json, "torch": torch, "onnxruntime": onnxruntime, "safetensors": safetensors}
     scope |= {"cifar": cifar, "images": images.numpy() if format_ == "onnx" else images}
     with contextlib.chdir(folder):
-        exec(example(format_), scope)
+        exec(code, scope)
     return torch.as_tensor(scope["scores"]), scope["classes"]

@@ -7,7 +7,6 @@ import statistics
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -31,14 +30,12 @@ class Finished:
         output: standard output and standard error.
         seconds: from start to end.
         mark_seconds: from start until the mark was in the output, or None.
-        peak_mb: peak memory of the process and its children together, in 1e6 bytes; 0 if it was not watched.
     """
 
     status: int
     output: str
     seconds: float
     mark_seconds: float | None = None
-    peak_mb: float = 0.0
 
 
 def execute(
@@ -48,16 +45,14 @@ def execute(
     cwd: Path = ROOT,
     limit: float = float("inf"),
     mark: str | None = None,
-    memory: bool = False,
 ) -> Finished:
     """Run `command`, with its output in the file `log`, and wait for it to end.
 
     Args:
         limit: seconds after which it is killed.
         mark: text whose first appearance in the output is timed, to about 10 ms.
-        memory: measure the peak memory, which takes some processor time.
     """
-    began, mark_seconds, peak = time.perf_counter(), None, 0
+    began, mark_seconds = time.perf_counter(), None
     with log.open("w") as output:
         process = subprocess.Popen(
             [str(word) for word in command], cwd=cwd, env=environment, stdin=subprocess.DEVNULL, stdout=output,
@@ -73,25 +68,10 @@ def execute(
             break
         if mark is not None and mark_seconds is None and mark in log.read_text(errors="replace"):
             mark_seconds = time.perf_counter() - began
-        if memory:
-            peak = max(peak, _memory(process.pid))
-        time.sleep(0.1 if memory else 0.01)
+        time.sleep(0.01)
         status = process.poll()
     seconds = time.perf_counter() - began
-    return Finished(status, log.read_text(errors="replace"), seconds, mark_seconds, peak / 1e6)
-
-
-def _memory(pid: int) -> int:
-    """Return the bytes that a process and its children hold."""
-    total = 0
-    with suppress(psutil.Error):  # a process may end meanwhile
-        root = psutil.Process(pid)
-        for process in [root, *root.children(recursive=True)]:
-            with suppress(psutil.Error):
-                info = process.memory_full_info()
-                # PSS (Linux only) splits the pages that forked workers share, so that the sum counts each once.
-                total += getattr(info, "pss", info.uss)
-    return total
+    return Finished(status, log.read_text(errors="replace"), seconds, mark_seconds)
 
 
 def now() -> float:

@@ -37,7 +37,6 @@ def check_two_ranks() -> None:
     check_compression(runtime)
     check_one_bucket_for_powersgd(runtime)
     check_evaluation_averages_the_buffers(runtime, data)
-    check_other_weights_are_found(runtime, data)
     check_host_collectives(runtime)
     runtime.print0("two ranks passed")
     runtime.close()
@@ -119,20 +118,6 @@ def check_evaluation_averages_the_buffers(runtime: Runtime, data: Data) -> None:
         logits = net.eval()(images)
     assert (test.correct, test.total) == ((logits.argmax(1) == labels).sum(), synthetic.TEST_SIZE)
     assert abs(nn.functional.cross_entropy(logits, labels).item() - test.loss) < 1e-6
-
-
-def check_other_weights_are_found(runtime: Runtime, data: Data) -> None:
-    """One weight of rank one differs in its last bit."""
-    torch.manual_seed(0)
-    net = build_model("net", 10)
-    evaluate(net, data.test, runtime)
-    if not runtime.is_main:
-        weights = net.get_parameter("conv1.weight").data
-        weights[0, 0, 0, 0] = torch.nextafter(weights[0, 0, 0, 0], torch.tensor(1.0))
-    lines: list[str] = []
-    with patch.object(runtime, "print0", lines.append):
-        evaluate(net, data.test, runtime)
-    assert [line[:55] for line in lines] == ["WARNING: the weights of rank 1 differ from rank zero's;"]
 
 
 def check_host_collectives(runtime: Runtime) -> None:

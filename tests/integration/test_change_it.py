@@ -3,7 +3,6 @@
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 from PIL import Image
 
 from cifar.checkpoint import load_checkpoint
-from tests.helpers.processes import ROOT, clean_environment, records, result, run
+from tests.helpers.processes import ROOT, records, result, run
 
 pytestmark = pytest.mark.slow
 
@@ -81,15 +80,3 @@ def test_readme_command_trains_the_examples(changed):
     text = run_in(changed, "-m", "cifar.predict", newest, "mine/red.png")
     assert "red" in text
     assert "plane" not in text
-
-
-def test_debugger(changed):
-    """`python -m pdb train_ddp.py` stops at a line of the script."""
-    lines = (ROOT / "train_ddp.py").read_text().splitlines()
-    (number,) = (k for k, line in enumerate(lines, 1) if "train_epoch(run" in line)
-    done = subprocess.run(
-        [sys.executable, "-m", "pdb", "train_ddp.py", "--device", "cpu", "--wandb", "disabled"],
-        cwd=changed, env=clean_environment(PYTHONPATH=str(changed)), capture_output=True, text=True, timeout=240,
-        input=f"b {number}\nc\np (config.recipe, runtime.world_size)\nq\n",
-    )  # fmt: skip
-    assert "('tutorial', 1)" in done.stdout, done.stdout + done.stderr

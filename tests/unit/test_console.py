@@ -8,11 +8,9 @@ import pytest
 import torch
 
 import train_ddp
-from cifar.batch_plan import BatchPlan
 from cifar.datasets import DATASETS
 from cifar.evaluation import Evaluation
-from cifar.recipes import config_from_recipe
-from cifar.records.console import SYNTHETIC_WARNING, Console, print_test
+from cifar.records.console import SYNTHETIC_WARNING, print_test
 from tests.helpers.comparing import make_runs_tiny, tiny_dataset
 
 FLAGS = "--device cpu --wandb disabled"
@@ -58,19 +56,6 @@ def test_of_a_hundred_classes_the_lowest_and_the_highest():
     assert lines[2] == "The 10 lowest and the 10 highest accuracies of 101 classes:"
     rows = [f"Accuracy for class: {f'class {i}':8s} is {i:.1f} %" for i in range(100)]
     assert lines[3:] == [*rows[:10], *rows[90:]]
-
-
-@pytest.mark.parametrize(
-    ("gpus", "recipe", "parameters", "says"),
-    [(4, "tutorial", 62_006, True), (1, "tutorial", 62_006, False), (4, "resnet18", 11_173_962, False)],
-)
-def test_banner_says_that_tiny_batches_are_not_for_several_gpus(monkeypatch, gpus, recipe, parameters, says):
-    monkeypatch.setattr("cifar.records.console.describe_processes", lambda *_: "")
-    lines = []
-    config = config_from_recipe(recipe)
-    console = Console(config, BatchPlan.make(config, gpus, 50_000), lines.append, True)
-    console.banner(torch.device("cuda"), 1, "cifar10", False, parameters, "run", "", {})
-    assert any("a step waits for the host" in line for line in lines) == says
 
 
 @pytest.mark.parametrize(("name", "size"), [("synthetic", 32), ("mine", 28)])

@@ -16,7 +16,7 @@ from cifar.export import FORMATS, main
 from cifar.models import build_model
 from tests.helpers.checkpoints import content, save_weights
 from tests.helpers.comparing import traces
-from tests.helpers.exported import NAME, example, follow
+from tests.helpers.exported import NAME, follow
 
 CLASSES = ["Käfer", 'a "dog"', "ship"]
 
@@ -64,12 +64,6 @@ def test_scores_of_any_number_of_images(exported, model, name, count):
         torch.testing.assert_close(scores, wanted, atol=1e-6, rtol=0)
     else:
         assert torch.equal(scores, wanted)
-
-
-def test_readme_needs_five_lines(exported, capsys):
-    assert len(example("pt2").split("\n\n")[1].splitlines()) == 4  # and an import
-    scores, _ = follow("pt2", exported[0], random_images(3))
-    assert capsys.readouterr().out == f"{[CLASSES[k] for k in scores.argmax(1)]}\n"
 
 
 def test_metadata(exported):

@@ -18,7 +18,6 @@ from cifar.datasets import picture_cache
 from cifar.datasets.base import Dataset
 from cifar.datasets.folder import list_files, load_folder, prepare_folder
 from cifar.errors import UserError
-from cifar.files import write_atomically
 from cifar.pictures import read_image
 from tests.helpers.comparing import traces, wait_for_checkpoints, write_no_report
 from tests.helpers.forking import fork, wait
@@ -321,27 +320,6 @@ def upgrade(monkeypatch):
     monkeypatch.setattr(picture_cache, "DECODER", "Pillow 99")
     monkeypatch.setattr(folder_module, "DECODER", "Pillow 99")
     monkeypatch.setattr(picture_cache, "read_image", lambda path: read_image(path) // 2)
-
-
-def test_each_pillow_has_its_own_pixels(folder, decodings, monkeypatch):
-    """So two can share a folder."""
-    own = load(folder)
-    with monkeypatch.context() as patched:
-        upgrade(patched)
-        assert load(folder).decoder == "Pillow 99"
-    assert load(folder).fingerprint == own.fingerprint
-    assert len(decodings) == 2
-
-
-def test_what_a_killed_process_leaves_is_removed(folder):
-    """Not another decoder's, which may be at work."""
-    left = fork(lambda: write_atomically(folder / CACHE, lambda file: os.kill(os.getpid(), 9)))
-    assert wait(left) == -9
-    other = folder / f".{CACHE}".replace(".npz", ".dev.npz.0123456789abcdef.tmp")
-    other.touch()
-    assert len(list(folder.glob(".*.tmp"))) == 2
-    prepare_folder(folder)
-    assert list(folder.glob(".*.tmp")) == [other]
 
 
 @pytest.mark.parametrize("name", ["lock", "write_atomically"])

@@ -12,7 +12,7 @@ from cifar.distributed.runtime import Runtime
 from cifar.errors import UserError
 from cifar.models import build_model
 from cifar.optim import build_optimizer
-from tests.helpers.comparing import make_runs_tiny
+from tests.helpers.comparing import make_runs_tiny, traces
 from tests.helpers.processes import result
 from train_ddp import train_step
 
@@ -58,6 +58,7 @@ def test_a_checkpoint_is_evaluated_as_its_run_was(monkeypatch, tmp_path, capsys)
     train_ddp.main([*flags, "--run-dir", str(tmp_path)])
     (checkpoint,) = (tmp_path / "checkpoints").iterdir()
     got, trained = result(tmp_path), capsys.readouterr().out
+    before = traces(tmp_path)
     evaluation = ["--evaluate", str(checkpoint), "--device", "cpu"]
     train_ddp.main(evaluation)
     text = capsys.readouterr().out
@@ -69,3 +70,4 @@ def test_a_checkpoint_is_evaluated_as_its_run_was(monkeypatch, tmp_path, capsys)
     text = capsys.readouterr().out
     assert "in fp32" in text
     assert "test-time augmentation" not in text
+    assert traces(tmp_path) == before, "evaluating is not a run"

@@ -1,6 +1,5 @@
 """python -m cifar.predict: picture files of every kind, and its output."""
 
-import math
 import os
 import re
 import struct
@@ -87,14 +86,6 @@ def test_modes_become_rgb(tmp_path, suffix, case, tolerance):
     assert np.abs(pixels.permute(1, 2, 0).numpy().astype(float) - wanted).max() <= tolerance
 
 
-def test_transparent_level_of_deep_gray_is_white(tmp_path):
-    levels = np.full((32, 32), 20_000, np.uint16)
-    levels[16:] = 5_000
-    pixels = read(tmp_path / "x.png", Image.fromarray(levels), transparency=5_000)
-    assert (pixels[:, :15] == 78).all()
-    assert (pixels[:, 17:] == 255).all()
-
-
 # What a viewer does to the picture as it is stored.
 UPRIGHT = {
     2: ImageOps.mirror,
@@ -117,34 +108,13 @@ def test_exif_orientation(tmp_path, orientation, suffix):
     assert torch.equal(read(tmp_path / f"x.{suffix}", stored, exif=exif), tensor(np.array(upright)))
 
 
-def entry(tag, kind, count, value):
-    return struct.pack(">HHI4s", tag, kind, count, value)
-
-
-TURNED = entry(0x0112, 3, 1, b"\0\6")
-
-
-@pytest.mark.parametrize(
-    ("entries", "turned"),
-    [
-        (None, False),
-        ([entry(0x0112, 2, 2, b"6\0")], False),
-        ([entry(0x0112, 11, 1, struct.pack(">f", math.nan))], False),
-        ([entry(0x0112, 3, 2**32 - 1, b"\0\6")], False),
-        ([TURNED, entry(0x8769, 4, 1, b"\xff" * 4)], True),
-        ([TURNED, entry(0x010E, 2, 5000, b"\0\0\0\x26")], True),
-    ],
-)
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
 @pytest.mark.filterwarnings("error")
-def test_damaged_exif_is_ignored(tmp_path, suffix, entries, turned):
-    """`turned`: the orientation is whole, and counts."""
-    exif = b"garbage"
-    if entries is not None:
-        exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, len(entries)) + b"".join(entries) + bytes(4)
+def test_damaged_exif_is_ignored(tmp_path, suffix):
+    endless = struct.pack(">HHIHH", 0x0112, 3, 2**32 - 1, 6, 0)  # an orientation of four billion numbers
     plain = read(tmp_path / f"plain.{suffix}", Image.fromarray(SQUARE))
-    got = read(tmp_path / f"x.{suffix}", Image.fromarray(SQUARE), exif=exif)
-    assert torch.equal(got, plain.rot90(-1, (1, 2)) if turned else plain)
+    for exif in (b"garbage", b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 1) + endless + bytes(4)):
+        assert torch.equal(read(tmp_path / f"x.{suffix}", Image.fromarray(SQUARE), exif=exif), plain)
 
 
 def test_middle_square_of_any_size(tmp_path):

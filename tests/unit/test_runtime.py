@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import train_ddp
 from cifar.cli import launch
 from cifar.config import TrainConfig
 from cifar.distributed import device
@@ -13,7 +14,7 @@ from cifar.distributed.environment import Launch
 from cifar.distributed.runtime import Runtime
 from cifar.errors import UserError
 from cifar.models import build_model
-from cifar.records.console import describe_processes
+from tests.helpers.comparing import make_runs_tiny
 
 
 def have(monkeypatch, gpus=0, mps=False):
@@ -56,12 +57,6 @@ def test_gpus_that_torch_cannot_use_are_not_passed_over(monkeypatch, tmp_path, h
     else:
         with pytest.raises(UserError, match="GPUs that torch cannot use: The NVIDIA driver is too old; or use"):
             choose_device("auto", Launch())
-
-
-def test_banner_says_that_other_gpus_are_idle(monkeypatch):
-    have(monkeypatch, gpus=8)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
-    assert describe_processes(1, 1, torch.device("cuda")).startswith("1 process on H100, 1 of 8 GPUs (torchrun --nproc")
 
 
 @pytest.mark.parametrize("wanted", ["cuda", "mps"])
@@ -107,13 +102,16 @@ def test_one_process_has_no_process_group(runtime):
         raise UserError("oh")
 
 
-def test_compiler_that_does_not_work_is_one_line(monkeypatch):
+def test_compiler_that_does_not_work_is_named_before_anything_is_written(monkeypatch, tmp_path):
     def fail(_):
         raise RuntimeError("backend='inductor' raised:\nNo working C++ compiler found\nhint")
 
     monkeypatch.setattr(torch, "compile", lambda function: fail)
+    make_runs_tiny(monkeypatch)
+    flags = ["--device", "cpu", "--dataset", "synthetic", "--compile", "--run-dir", str(tmp_path / "run")]
     with pytest.raises(UserError, match=r"^--compile does not work here \(No working C\+\+ compiler found\)"):
-        Runtime(TrainConfig(device="cpu")).prepare(build_model("net", 10), compile=True)
+        train_ddp.main(flags)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import train_ddp
 from cifar.config import TrainConfig
 from cifar.models import build_model
 from cifar.optim import build_optimizer
+from tests.benchmarks.baselines import make_net
 from tests.helpers.comparing import shrink_synthetic, write_no_report
 from tests.helpers.processes import records
 from train_ddp import train_step
@@ -75,21 +75,14 @@ def test_micro_batches_of_any_sizes_equal_one_batch(net, images, runtime, sizes)
     assert not torch.allclose(weights, flat(net), atol=1e-3), "nothing was trained"
 
 
-def tutorial_net():
-    """Return the tutorial's layers in the tutorial's order."""
-    return nn.Sequential(
-        nn.Conv2d(3, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10),
-    )  # fmt: skip
-
-
 def test_program_equals_the_tutorials_loop(tmp_path, synthetic, monkeypatch):
+    """With the Net of the baselines, so that they train the same."""
     shrink_synthetic(monkeypatch, 2_000, 100)
     write_no_report(monkeypatch)
     flags = ["--dataset", "synthetic", "--device", "cpu", "--wandb", "disabled", "--run-dir", str(tmp_path / "run")]
     train_ddp.main([*flags, "--max-steps", "60", "--log-steps", "20"])
     torch.manual_seed(0)
-    net = tutorial_net()
+    net = make_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.001, momentum=0.9)
     synthetic.train.set_epoch(0)
     order = torch.cat(list(synthetic.train.sampler)).split(4)
