@@ -20,7 +20,6 @@ from cifar.datasets.folder import list_files, load_folder, prepare_folder
 from cifar.errors import UserError
 from cifar.pictures import read_image
 from tests.helpers.comparing import traces, wait_for_checkpoints, write_no_report
-from tests.helpers.forking import fork, wait
 from tests.helpers.processes import result
 
 CACHE = f".cifar-ddp-pictures-pillow-{PIL.__version__}.npz"
