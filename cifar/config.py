@@ -127,6 +127,8 @@ class TrainConfig(Recipe):
             )
         if self.comm_hook == "powersgd" and self.precision == "fp16":
             raise UserError("--comm-hook powersgd needs --precision bf16 or fp32: its error feedback keeps an overflow")
+        if self.nesterov and self.momentum == 0:
+            raise UserError("--nesterov needs a --momentum above 0")
 
     def to_json(self) -> dict[str, Any]:
         """Return every field as a JSON value; paths become strings, and the URL loses its credentials."""

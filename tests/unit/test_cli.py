@@ -169,9 +169,14 @@ def test_value_out_of_range_is_named_in_one_line(flags):
     assert re.fullmatch(rf"{flags.replace(' ', ' is ')}(.0)?: it must be [^\n]+", str(mistake.value))
 
 
-def test_flags_that_do_not_go_together():
-    with pytest.raises(UserError, match=r"--comm-hook powersgd.*--precision bf16"):
-        parse_args(["--comm-hook", "powersgd", "--precision", "fp16"])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [("--nesterov --momentum 0", r"--nesterov.*--momentum"),
+     ("--comm-hook powersgd --precision fp16", r"--comm-hook powersgd.*--precision bf16")],
+)  # fmt: skip
+def test_flags_that_do_not_go_together(flags, message):
+    with pytest.raises(UserError, match=message):
+        parse_args(flags.split())
 
 
 def test_help_lists_each_flag_with_one_default_and_the_registries(capsys):
