@@ -129,6 +129,8 @@ class TrainConfig(Recipe):
             )
         if self.comm_hook == "powersgd" and self.precision == "fp16":
             raise UserError("--comm-hook powersgd needs --precision bf16 or fp32: its error feedback keeps an overflow")
+        if self.nesterov and self.momentum == 0:
+            raise UserError("--nesterov needs a --momentum above 0")
         if self.autoresume and self.run_dir is None:
             raise UserError("--autoresume needs --run-dir, the directory to begin or to continue")
 

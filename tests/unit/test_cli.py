@@ -194,7 +194,8 @@ def test_value_out_of_range_is_named_in_one_line(flags):
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [("--comm-hook powersgd --precision fp16", r"--comm-hook powersgd.*--precision bf16"),
+    [("--nesterov --momentum 0", r"--nesterov.*--momentum"),
+     ("--comm-hook powersgd --precision fp16", r"--comm-hook powersgd.*--precision bf16"),
      ("--autoresume", "--autoresume needs --run-dir")],
 )  # fmt: skip
 def test_flags_that_do_not_go_together(flags, message):
