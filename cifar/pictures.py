@@ -26,15 +26,15 @@ def read_image(path: Path) -> Tensor:
     try:
         if path.exists() and not path.is_file():
             raise ValueError("it is a directory, a pipe or a device")  # a pipe might never answer
-        # Of large pictures and of details that viewers ignore, too. (catch_warnings is not for threads.)
-        warnings.filterwarnings("ignore", module="PIL")
-        Image.init()
-        known_formats = [name for name in FORMATS if name in Image.OPEN]  # AVIF is new in Pillow 11.3
-        with Image.open(path, formats=known_formats) as file:
-            file.load()
-            with contextlib.suppress(Exception):  # viewers ignore damaged EXIF data, too
-                ImageOps.exif_transpose(file, in_place=True)  # turns before it fails to write damaged data again
-            image = _to_rgb(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large pictures and of details that viewers ignore, too
+            Image.init()
+            known_formats = [name for name in FORMATS if name in Image.OPEN]  # AVIF is new in Pillow 11.3
+            with Image.open(path, formats=known_formats) as file:
+                file.load()
+                with contextlib.suppress(Exception):  # viewers ignore damaged EXIF data, too
+                    ImageOps.exif_transpose(file, in_place=True)  # turns before it fails to write damaged data again
+                image = _to_rgb(file)
         pixels = np.array(ImageOps.fit(image, (32, 32), Image.Resampling.LANCZOS))
     except Exception as error:  # a damaged or hostile file can make a decoder raise anything
         raise UserError(f"{path} cannot be read as a picture: {first_line(error)}") from error

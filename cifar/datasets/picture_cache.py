@@ -2,8 +2,12 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
-from concurrent.futures import ThreadPoolExecutor
+import signal
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +39,7 @@ def prepare_pictures(data_dir: Path, files: Files) -> Pictures:
     """Decode the picture files of `data_dir` if any is new or has changed, and keep the pixels for this host.
 
     Launches that share a place take turns. If nothing has changed, nothing is written. A UserError says that no place
-    can be written.
+    can be written, or that a process that decodes was killed.
     """
     if (pictures := find_pictures(data_dir, files)) is not None:
         return pictures
@@ -88,20 +92,27 @@ def _digest(files: Files) -> str:
 
 
 def _decode(data_dir: Path, files: Files) -> Pictures:
-    """Decode all files in threads: Pillow releases Python's lock while it decodes and scales."""
+    """Decode all files in processes, as Pillow decodes small pictures mostly in Python.
+
+    The processes start as is the platform's default: on Linux by fork, in milliseconds. They use neither torch's
+    threads nor the GPU, which do not survive a fork.
+    """
     print(f"decoding {len(files):,} pictures in {data_dir}", flush=True)
     pictures = Pictures(np.zeros((len(files), 3, 32, 32), np.uint8), {})
-    pool = ThreadPoolExecutor(available_cores())
+    workers = max(1, min(available_cores(), len(files) // 50))  # another worker costs as much as 50 files
+    pool = ProcessPoolExecutor(workers, initializer=_start_worker)
     try:
-        results = pool.map(_read, [data_dir / path for path in files])
+        results = pool.map(_read, [data_dir / path for path in files], chunksize=16)
         progress = tqdm(results, total=len(files), unit=" pictures", disable=None)  # None: not in a log
         for row, (path, result) in enumerate(zip(files, progress, strict=True)):
             if isinstance(result, str):
                 pictures.problems[path] = result
             else:
                 pictures.pixels[row] = result
+    except BrokenProcessPool as error:
+        raise UserError("a process that decodes pictures was killed, maybe for lack of memory") from error
     finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C, those that have not begun
+        pool.shutdown(cancel_futures=True)
     return pictures
 
 
@@ -111,3 +122,16 @@ def _read(path: Path) -> np.ndarray | str:
         return read_image(path).numpy()
     except UserError as error:
         return str(error).removeprefix(f"{path} ")
+
+
+def _start_worker() -> None:
+    """Let signals end this process without a traceback; let it end with its parent, whose lock it has inherited."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as it is in the background of a script
+            signal.signal(number, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()  # type: ignore[union-attr]
+    os._exit(1)

@@ -4,10 +4,12 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import unicodedata
 
 import numpy as np
 import PIL
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -20,7 +22,8 @@ from cifar.datasets.folder import list_files, load_folder, prepare_folder
 from cifar.errors import UserError
 from cifar.pictures import read_image
 from tests.helpers.comparing import traces, wait_for_checkpoints, write_no_report
-from tests.helpers.processes import result
+from tests.helpers.forking import fork, wait
+from tests.helpers.processes import left_of, result
 
 CACHE = f".cifar-ddp-pictures-pillow-{PIL.__version__}.npz"
 COLORS = {"ant": 40, "bee": 120, "cat": 200}
@@ -288,6 +291,26 @@ def test_pictures_are_decoded_again_once_one_has_changed(folder, ant, decodings,
     for _ in range(2):
         assert contents(load(folder).train) == expected(folder, "train")
     assert len(decodings) == 2
+
+
+def test_killed_worker_is_one_line(folder, monkeypatch):
+    monkeypatch.setattr(picture_cache, "read_image", lambda path: os.kill(os.getpid(), 9))
+    assert refusal(folder) == "a process that decodes pictures was killed, maybe for lack of memory"
+
+
+def test_workers_end_with_the_process_that_is_killed(folder, monkeypatch):
+    """Else they would wait for work, and hold its lock, for ever."""
+    padded(folder, 200)
+    monkeypatch.setattr(picture_cache, "available_cores", lambda: 2)
+    monkeypatch.setattr(picture_cache, "read_image", lambda path: time.sleep(0.1) or read_image(path))
+    process = psutil.Process(fork(lambda: prepare_folder(folder)))
+    deadline = time.monotonic() + 30
+    while len(process.children()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    workers = process.children()
+    process.kill()
+    assert wait(process.pid) == -9
+    assert (len(workers), left_of(workers, timeout=10)) == (2, [])
 
 
 def test_flipped_bits_change_no_pixel(folder, decodings):
