@@ -130,7 +130,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive, zipfile.ZipFile(verified, "w") as copy:
             for record in archive.infolist():
-                copy.writestr(record.filename, archive.read(record))
+                copy.writestr(zipfile.ZipInfo(record.filename), archive.read(record))  # dated 1980, whatever the clock
     except Exception as error:  # a corrupt archive can make zipfile raise anything
         reason = getattr(error, "strerror", None) or f"corrupt, or not a checkpoint: {error}"
         raise DamagedCheckpointError(f"{path}: {reason}") from error

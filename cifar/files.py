@@ -1,6 +1,7 @@
 """Write files atomically, and read JSON files that may be damaged."""
 
 import contextlib
+import errno
 import glob
 import json
 import os
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from filelock import FileLock, Timeout
+
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)  # the error numbers of a file system without locks
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -50,7 +53,8 @@ def remove_temporaries(path: Path) -> None:
 def lock(path: Path, action: str) -> AbstractContextManager[object]:
     """Return a lock, the file `path`, that one process at a time holds until the end of the block.
 
-    `action` is what its holder does, such as "downloads CIFAR-10", for the line that a wait prints.
+    `action` is what its holder does, such as "downloads CIFAR-10", for the line that a wait prints. On a file system
+    without locks, it does nothing.
     """
     file_lock = FileLock(path)
     try:
@@ -58,6 +62,10 @@ def lock(path: Path, action: str) -> AbstractContextManager[object]:
     except Timeout:
         print(f"waiting for another process that {action}", flush=True)
         return file_lock.acquire()
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return contextlib.nullcontext()
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cifar.config import TrainConfig
 from cifar.distributed import rendezvous
-from cifar.distributed.environment import Launch, prepare_nccl
+from cifar.distributed.environment import Launch, prepare_libraries
 from cifar.errors import UserError
 
 _COMM_HOOKS = {
@@ -33,7 +33,7 @@ def join(config: TrainConfig, launch: Launch) -> Accelerator:
 
     A UserError says if accelerate would train with another number of processes than the launcher started.
     """
-    prepare_nccl()
+    prepare_libraries()
     if not dist.is_initialized():  # accelerate keeps the device and precision of the last run in this process
         AcceleratorState._reset_state(reset_partial_state=True)
     # accelerate warns about the number of threads of a single CPU process, which torch has set well.

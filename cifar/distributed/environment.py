@@ -156,8 +156,15 @@ def known_launch() -> Launch:
         return _other_launcher()[1]
 
 
-def prepare_nccl() -> None:
-    """Set up NCCL before the process group is made, unless the user has."""
+def prepare_libraries() -> None:
+    """Set up NCCL before the process group is made, unless the user has; let accelerate read OMP_NUM_THREADS.
+
+    accelerate takes a single number: neither a list, with one for each level, nor what OpenMP ignores.
+    """
+    if outermost := _outermost_threads():
+        os.environ["OMP_NUM_THREADS"] = outermost
+    else:
+        os.environ.pop("OMP_NUM_THREADS", None)
     # With NVLS, the sums of switches, ranks do not start on some rented parts of a host (NCCL 2.29, NVIDIA/nccl#2077),
     # and sums have other bits from call to call (NVIDIA/nccl#1497).
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
@@ -174,8 +181,14 @@ def quiet_profiler() -> None:
 
 def chosen_threads() -> int | None:
     """Return the number of CPU threads that the user has chosen by OMP_NUM_THREADS; 1 is torchrun's, and so None."""
-    outermost = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list has a number for each level
-    return int(outermost) if outermost.isdecimal() and int(outermost) > 1 else None
+    threads = int(_outermost_threads() or 1)
+    return threads if threads > 1 else None
+
+
+def _outermost_threads() -> str:
+    """Return the first number of OMP_NUM_THREADS, or nothing."""
+    outermost = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return outermost if outermost.isdecimal() else ""
 
 
 def interface_advice(text: str) -> str:

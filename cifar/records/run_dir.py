@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from cifar.errors import UserError
-from cifar.files import read_json, write_json
+from cifar.files import NO_LOCKS, read_json, write_json
 
 # A restarted process may find its predecessor still exiting, and a file server lets go of a host that is gone only when
 # its lease ends, for NFS after 90 s.
@@ -41,8 +41,11 @@ class RunLock:
             self._lock.acquire(_PATIENCE_SECONDS - _NOTICE_SECONDS)
         except Timeout:
             raise UserError(f"{locked}: wait for it, or stop it first") from None
-        except (OSError, NotImplementedError) as error:
-            raise UserError(f"the run directory {run_dir} cannot be locked: {error}; name another") from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise UserError(f"the run directory {run_dir} cannot be locked: {error}; name another") from error
+            advice = "see to it that no other process trains there"
+            print(f"WARNING: {run_dir} cannot be locked ({error}): {advice}", file=sys.stderr, flush=True)
 
     def owned_by(self, launchers: list[str]) -> bool:
         """Return whether one of these launches has owned this run."""

@@ -75,6 +75,8 @@ class WandbRun:
         wanted = wandb.Settings(silent=True)
         if config.wandb != "auto":
             wanted.mode = config.wandb  # else WANDB_MODE, by default online
+        elif os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):  # of Hugging Face's Trainer
+            wanted.mode = "disabled"
         mode = wandb.setup(wanted).settings.mode
         if mode == "disabled":
             self.is_recording = False

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from accelerate.utils import get_int_from_env
 
 from cifar.distributed.cpu import available_cores, threads_per_process
 from cifar.distributed.device import choose_device
-from cifar.distributed.environment import Launch, known_launch, prepare_nccl
+from cifar.distributed.environment import Launch, known_launch, prepare_libraries
 from cifar.distributed.process import host_id, process_id
 from cifar.errors import UserError
 from tests.helpers.processes import ROOT, clean_environment, rank_variables, run
@@ -214,7 +215,7 @@ def test_torchrun_under_another_launcher_knows_the_other_hosts(environment):
 
 def test_nccl_makes_no_dumps_and_uses_no_nvls_unless_asked(monkeypatch):
     monkeypatch.setattr(os, "environ", {"TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "9000"})
-    prepare_nccl()
+    prepare_libraries()
     assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == os.environ["NCCL_NVLS_ENABLE"] == "0"
     assert os.environ["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"] == "9000"
 
@@ -263,3 +264,11 @@ def test_threads_per_process(environment, monkeypatch):
     for users, threads in (("1", 4), ("3", 3), ("3,2", 3), ("many", 4)):  # 1 is torchrun's default
         environment(OMP_NUM_THREADS=users)
         assert threads_per_process(2) == threads
+
+
+@pytest.mark.parametrize(("users", "left"), [("3,2", "3"), ("", None), ("many", None), ("1", "1")])
+def test_accelerate_reads_one_number_of_threads(environment, users, left):
+    environment(OMP_NUM_THREADS=users)
+    prepare_libraries()
+    assert os.environ.get("OMP_NUM_THREADS") == left
+    assert get_int_from_env(["OMP_NUM_THREADS"], 0) == int(left or 0)

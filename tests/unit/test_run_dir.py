@@ -12,6 +12,7 @@ from torch import nn
 
 import train_ddp
 from cifar.errors import UserError
+from cifar.files import lock
 from cifar.records import run_dir
 from cifar.records.run_dir import RunLock, check_unused, check_writable, create_run_dir, owners
 from tests.helpers.comparing import make_runs_tiny, traces
@@ -87,6 +88,17 @@ def test_room_is_checked_and_leaves_no_trace(tmp_path, monkeypatch, reserves):
     with pytest.raises(UserError, match=r"does not take the 4.2 MB of this run: .*No space left on device.*--run-dir"):
         check_writable(tmp_path / "new", nn.Linear(1, 1))
     assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_file_system_without_locks_costs_a_warning(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    RunLock(tmp_path).release(undo=True)
+    assert capsys.readouterr().err.startswith(f"WARNING: {tmp_path} cannot be locked ([Errno 37] No locks available")
+    with lock(tmp_path / "lock", "downloads"):
+        pass
 
 
 def test_run_is_neither_overwritten_nor_written_by_two_processes(tmp_path, monkeypatch):

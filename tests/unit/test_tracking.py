@@ -122,6 +122,7 @@ def test_classes_without_images_and_many_classes(runtime, tmp_path, wandb, monke
     [
         ("auto", {}, None, 1),
         ("auto", {"WANDB_MODE": "disabled", "WANDB_API_KEY": KEY}, None, 0),
+        ("auto", {"WANDB_DISABLED": "true"}, None, 0),
         ("online", {"WANDB_MODE": "offline"}, "W&B has no key (wandb login): recording offline", 1),
         ("auto", {"WANDB_API_KEY": "short"}, "W&B cannot be reached, recording offline: WANDB_API_KEY invalid", 1),
         ("auto", {"WANDB_API_KEY": KEY}, "W&B cannot be reached, recording offline: ", 1),
