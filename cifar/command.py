@@ -119,9 +119,10 @@ def _report_network_error(prog: str, error: Exception) -> None:
         _print_first(f"{prog}: error: {one_line(str(error))}{interface_advice(str(error))}")
         return
     # The process that knows why has time to say so: until torchrun ends this one, but a few seconds.
-    with contextlib.suppress(KeyboardInterrupt):
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        time.sleep(_REPORT_FIRST_SECONDS)
+    if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:  # `StopRequest` has not seen its signal
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            time.sleep(_REPORT_FIRST_SECONDS)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this process leaves in a moment
     if known_launch().rank == 0 and claim_report():
         reason = f"another process of this run is gone or does not answer ({lost})"

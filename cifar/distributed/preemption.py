@@ -73,9 +73,12 @@ class StopRequest:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._handlers:
             signal.set_wakeup_fd(self._wakeup)
+            # A failure that torchrun has noticed already need not wait for its signal; see `command`.
+            if self.name == "SIGTERM" and kind not in (None, StoppedError):
+                self._handlers[signal.SIGTERM] = signal.SIG_IGN
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         os.close(self._write)  # ends the thread

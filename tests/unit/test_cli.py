@@ -1,5 +1,6 @@
 """The command line: flags to a configuration; mistakes to one message on rank zero and exit status 2."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -21,6 +22,8 @@ from cifar.cli import launch, parse_args
 from cifar.command import exit_on_error
 from cifar.config import TrainConfig, differences
 from cifar.datasets import DATASETS
+from cifar.distributed.environment import Launch
+from cifar.distributed.preemption import StopRequest
 from cifar.distributed.runtime import Runtime
 from cifar.errors import LocalError, StoppedError, TrainingDivergedError, UsageError, UserError
 from cifar.models import MODELS
@@ -456,17 +459,19 @@ def test_rank_with_the_cause_speaks_before_those_that_lost_it(capfd):
     assert "No space left on device (28) [rank 2 on host " in line
 
 
-def test_rank_that_torchrun_ends_says_at_once_why(capfd):
-    """Rank one is killed, and torchrun sends SIGTERM to the other one, which had lost its peer."""
+@pytest.mark.parametrize("in_step", [False, True])
+def test_rank_that_torchrun_ends_says_at_once_why(capfd, in_step):
+    """Rank one is killed; torchrun sends SIGTERM to the other one, before or after it learns of that."""
 
     def start():
         runtime = Runtime(TrainConfig(device="cpu"))
         if runtime.rank == 1:
+            time.sleep(2 if in_step else 0)
             os._exit(0)
         began, exit_ = time.monotonic(), os._exit
         os._exit = lambda status: exit_(status - 1 + (time.monotonic() - began > 4))
         threading.Timer(1, os.kill, [os.getpid(), signal.SIGTERM]).start()
-        with exit_on_error("prog"):
+        with exit_on_error("prog"), StopRequest(Launch()) if in_step else contextlib.nullcontext():
             runtime.gather(None)
 
     fork_ranks(2, start)
