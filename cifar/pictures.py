@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from cifar.errors import UserError, first_line
@@ -19,6 +19,8 @@ FORMATS = {
     "ICO": ".ico", "TGA": ".tga",
 }  # fmt: skip
 SUFFIXES = frozenset(" ".join(FORMATS.values()).split())
+
+PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # bytes, decompressed; Pillow refuses pictures with more than 1 MiB of text
 
 
 def read_image(path: Path) -> Tensor:

@@ -125,7 +125,9 @@ def list_files(data_dir: Path) -> Files:
         for folder in [f"{split}/{name}" for split in splits for name in directories[split]]:
             pictures = dict(_walk(data_dir, folder, roots))
             if not pictures:
-                raise UserError(f"there is no picture in {data_dir / folder}: add some, or remove the class")
+                others = sorted({path.suffix or "none" for path in (data_dir / folder).rglob("*") if path.is_file()})
+                found = f", but files with the suffixes {', '.join(others)}, which do not count" if others else ""
+                raise UserError(f"there is no picture in {data_dir / folder}{found}: add some, or remove the class")
             files |= pictures
     except OSError as error:
         raise UserError(f"cannot read {data_dir}: {error}") from error

@@ -229,6 +229,9 @@ NUMBER = "{}/train must hold 2 to 1,000 directories, one for each class, not "
         (remove("train/bee"), "only one of train and test in {} has the class 'bee': both must"),
         (lambda folder: [path.unlink() for path in (folder / "test" / "bee").iterdir()],
          "there is no picture in {}/test/bee: add some, or remove the class"),
+        (lambda folder: [path.rename(path.with_suffix(".HEIC")) for path in (folder / "test" / "bee").iterdir()],
+         "there is no picture in {}/test/bee, but files with the suffixes .HEIC, which do not count: add some, or "
+         "remove the class"),
         (lambda folder: broken(folder / "test" / "bee" / "x.png"),
          "1 of the 25 pictures in {} cannot be read, more than 1 %: remove or replace them: {}/test/bee/x.png cannot "
          "be read as a picture: cannot identify image file '{}/test/bee/x.png'"),

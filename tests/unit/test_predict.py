@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from cifar.data import normalize
 from cifar.datasets.cifar10 import CLASSES
@@ -133,6 +133,12 @@ def test_large_picture_is_read_and_bomb_refused(tmp_path, monkeypatch):
     assert read(tmp_path / "x.png", Image.fromarray(gradient(50, 60))).shape == (3, 32, 32)
     with pytest.raises(UserError, match="decompression bomb"):
         read(tmp_path / "x.png", Image.fromarray(gradient(70, 60)))
+
+
+def test_picture_with_much_text_is_read(tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("notes", 3_000_000 * "x", zip=True)
+    assert read(tmp_path / "x.png", Image.fromarray(gradient()), pnginfo=text).shape == (3, 32, 32)
 
 
 def test_unreadable_file_is_one_line(tmp_path):

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from cifar.evaluation import Evaluation
+from cifar.records import plotting
 from cifar.records.report import write_report
 
 IMAGES = torch.randint(0, 256, (300, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -111,3 +112,13 @@ def test_no_records_no_mistakes_and_an_empty_class(tmp_path):
     assert ">training<" in page
     assert "Most confidently wrong" not in page
     assert "<span>empty</span><span>no images</span>" in page
+
+
+@pytest.mark.filterwarnings("error")
+def test_classes_of_any_script_are_drawn_by_installed_fonts(tmp_path, monkeypatch):
+    monkeypatch.setattr(plotting, "get_font_names", lambda: ["Comic Sans MS"])
+    with plotting.default_style():
+        plotting.Figure().suptitle("猫").figure.savefig(tmp_path / "boxes.png")  # without a warning
+    monkeypatch.setattr(plotting, "get_font_names", lambda: ["Comic Sans MS", "Malgun Gothic"])
+    with plotting.default_style():
+        assert plotting.matplotlib.rcParams["font.family"] == ["sans-serif", "Malgun Gothic"]
