@@ -95,20 +95,17 @@ class Ranks:
         run_dir = self.c.work / name
         long = ["--recipe", "wide", "--local-batch-size", self.local_batch, "--epochs", 100_000, "--log-steps", 10,
                 "--checkpoint-steps", self.between, "--run-dir", run_dir]  # fmt: skip
-        run = Watched(
+        with Watched(
             run_dir,
             [str(word) for word in (*QUICK[:4], *self.flags, *long, *flags)],
             [*LAUNCHER, f"--nproc_per_node={processes}", f"--max-restarts={restarts}"],
             f"{name}.txt",
             script=self.script,
             **self.c.threads(processes),
-        )
-        try:
+        ) as run:
             run.until(lambda: bool(checkpoints(run_dir)) or run.process.poll() is not None, "step", self.c.left(90))
             assert run.process.poll() is None, f"ended with status {run.process.returncode} before it was disturbed"
             yield run
-        finally:
-            run.kill()
 
     def killed(self, n: int, limit: float) -> str:
         """Kill a rank, then rank zero; torchrun starts all again, and a step must follow within `limit` seconds."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Self
 
 import psutil
 
@@ -47,7 +48,7 @@ class Log:
 
 
 class Started(Log):
-    """A command in the background, with its output in a file."""
+    """A command in the background, with its output in a file; a context manager that kills it at the end."""
 
     def __init__(self, command: Sequence[object], log: Path, **environment: str):
         super().__init__(log)
@@ -58,6 +59,12 @@ class Started(Log):
                 stdout=output, stderr=subprocess.STDOUT,
             )  # fmt: skip
         self.agent = psutil.Process(self.process.pid)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
 
     def end(self, timeout: float) -> int:
         """Return the exit status, once the command and its descendants are gone."""

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # with this Python first
 
 
 def clean_environment(**extra: str) -> dict[str, str]:

@@ -1,21 +1,19 @@
 """Real launches by launch/local.sh and accelerate."""
 
-import os
 import sys
-from pathlib import Path
 
 import pytest
 
 from cifar.checkpoint import checkpoints
 from cifar.config import read_config
 from tests.helpers.disturb import FLAGS, Log
-from tests.helpers.processes import ROOT, result, run
+from tests.helpers.processes import PATH, ROOT, result, run
 from tests.helpers.terminal import Terminal
 
 pytestmark = pytest.mark.slow
 
 LOCAL = ROOT / "launch" / "local.sh"
-ENVIRONMENT = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = {"PATH": PATH, "CUDA_VISIBLE_DEVICES": ""}
 
 
 def test_local_without_a_gpu_returns_the_status_of_one_process(tmp_path):

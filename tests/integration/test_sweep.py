@@ -1,24 +1,20 @@
 """launch/sweep.yaml, and launch/sweep.sh: a bad grid, a failing run, a sweep that is continued, Ctrl-C."""
 
 import itertools
-import os
-import sys
-from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
 
 from cifar.cli import parse_args
-from tests.helpers.processes import ROOT, run
+from tests.helpers.processes import PATH, ROOT, run
 from tests.helpers.terminal import Terminal
 
 pytestmark = pytest.mark.slow
 
 SWEEP = ROOT / "launch" / "sweep.sh"
 ENVIRONMENT = {
-    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    "CUDA_VISIBLE_DEVICES": "", "NPROC": "1", "SWEEP": "grid.yaml", "FOLDER": "runs/sweep",
+    "PATH": PATH, "CUDA_VISIBLE_DEVICES": "", "NPROC": "1", "SWEEP": "grid.yaml", "FOLDER": "runs/sweep",
 }  # fmt: skip
 FLAGS = ("--dataset", "folder", "--data-dir", "pictures", "--log-steps", "10", "--device", "cpu")
 GRID = """

@@ -153,16 +153,13 @@ def test_restarted_run_is_one_run(server, tmp_path):
     flags = "--dataset synthetic --device cpu --local-batch-size 25 --max-steps 200 --log-steps 10 --run-dir run"
     launcher = ["--standalone", "--nproc_per_node=2", "--max-restarts=1"]
     account = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url}
-    launched = Watched(tmp_path / "run", [*flags.split(), "--checkpoint-steps", "40"], launcher, **account)
-    try:
+    with Watched(tmp_path / "run", [*flags.split(), "--checkpoint-steps", "40"], launcher, **account) as launched:
         launched.until(lambda: list(tmp_path.glob("run/checkpoints/step-*.pt")) != [], "a checkpoint", timeout=120)
         zero = launched.ranks()[0]
         (service,) = [child for child in zero.children() if "wandb" in child.name()]
         zero.kill()
         assert left_of([service], timeout=10) == []
         assert launched.end(timeout=120) == 0, launched.output()
-    finally:
-        launched.kill()
     assert "wandb:" not in launched.output()
     assert list(server.runs) == [run_id(launched.run_dir)]
     own = server.runs[run_id(launched.run_dir)]
