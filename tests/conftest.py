@@ -55,6 +55,23 @@ def hosts():
         yield two
 
 
+@pytest.fixture
+def server():
+    """Return an HTTP server."""
+    from tests.helpers.http_server import Server
+
+    with Server() as running:
+        yield running
+
+
+@pytest.fixture
+def tiny_runs(monkeypatch):
+    """Make runs on the synthetic dataset take milliseconds."""
+    from tests.helpers.comparing import make_runs_tiny
+
+    make_runs_tiny(monkeypatch)
+
+
 @pytest.fixture(autouse=True)
 def _no_wandb_account(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hide the W&B account of whoever runs the tests."""
