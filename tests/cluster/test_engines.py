@@ -89,8 +89,7 @@ def nodes(engine, hosts, addresses, folder):
 def undisturbed(*flags):
     """Train with these flags on one host, and return the numbers."""
     with TemporaryDirectory() as folder:
-        done = torchrun(4, *flags, *SMALL, "--run-dir", "run", cwd=Path(folder))
-        assert done.returncode == 0, done.stderr
+        torchrun(4, *flags, *SMALL, "--run-dir", "run", cwd=Path(folder))
         return numbers(Path(folder) / "run")
 
 

@@ -45,8 +45,7 @@ def test_two_hosts_train_as_one_host_with_two_processes(hosts, tmp_path):
         assert statuses(both) == [0, 0], both[0].output()
         assert "2 processes on CPU (gloo), 1 thread each, on 2 hosts" in both[0].output()
         assert "loss:" not in both[1].output()
-    output = torchrun(2, *flags, "--run-dir", tmp_path / "one", cwd=tmp_path)
-    assert output.returncode == 0, output.stderr
+    torchrun(2, *flags, "--run-dir", tmp_path / "one", cwd=tmp_path)
     two, one = (dict(records(tmp_path / name, "train/loss")) for name in ("two", "one"))
     assert two == pytest.approx(one, abs=1e-4)
     assert result(tmp_path / "two")["test_correct"] == pytest.approx(result(tmp_path / "one")["test_correct"], abs=5)

@@ -57,15 +57,13 @@ def folder(tmp_path):
 
 def test_sweep_refuses_a_bad_grid(tmp_path):
     (tmp_path / "grid.yaml").write_text("parameters: {lr: 3}\n")
-    done = run([SWEEP], tmp_path, **ENVIRONMENT)
-    assert done.returncode == 2
+    done = run([SWEEP], tmp_path, status=2, **ENVIRONMENT)
     assert done.stderr.startswith("sweep.sh: error: grid.yaml is not a grid: ")
 
 
 def test_sweep_survives_a_failing_run_and_skips_finished_ones(folder):
     flags = [*FLAGS, "--epochs", "10", "--max-steps", "20"]
-    done = run([SWEEP, *flags], folder, **ENVIRONMENT)
-    assert done.returncode == 1
+    done = run([SWEEP, *flags], folder, status=1, **ENVIRONMENT)
     assert "sweep.sh: run 2 of 2: --recipe=net-fast --optimizer=sgd --lr-scaling=none --lr=1e+30" in done.stdout
     assert "sweep.sh: failed: lr-1e+30_global_batch_size-32" in done.stdout
     table = done.stdout.split("sweep.sh: failed")[1].splitlines()[1:]
@@ -76,7 +74,6 @@ def test_sweep_survives_a_failing_run_and_skips_finished_ones(folder):
 
     (folder / "grid.yaml").write_text(GRID.replace(", 1.0e+30", ""))
     again = run([SWEEP, *flags], folder, **ENVIRONMENT)
-    assert again.returncode == 0
     assert "the run in runs/sweep/lr-0.02_global_batch_size-32 has finished" in again.stdout
 
 
