@@ -44,6 +44,34 @@ def synthetic(runtime):
         return load_data(TrainConfig(dataset="synthetic"), runtime)
 
 
+@pytest.fixture
+def hosts():
+    """Return two hosts on this machine."""
+    from tests.helpers.hosts import Hosts, why_not
+
+    if (missing := why_not()) is not None:
+        pytest.skip(missing)
+    with Hosts() as two:
+        yield two
+
+
+@pytest.fixture
+def server():
+    """Return an HTTP server."""
+    from tests.helpers.http_server import Server
+
+    with Server() as running:
+        yield running
+
+
+@pytest.fixture
+def tiny_runs(monkeypatch):
+    """Make runs on the synthetic dataset take milliseconds."""
+    from tests.helpers.comparing import make_runs_tiny
+
+    make_runs_tiny(monkeypatch)
+
+
 @pytest.fixture(autouse=True)
 def _no_wandb_account(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hide the W&B account of whoever runs the tests."""

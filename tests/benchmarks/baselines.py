@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 MAX_EPOCHS = 20  # after which `tutorial` gives up
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def make_net() -> nn.Sequential:
@@ -35,13 +36,6 @@ def make_net() -> nn.Sequential:
     )  # fmt: skip
 
 
-def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """Return the device `name`; "auto" is a GPU if there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
-
-
 def cifar10_loader(data_dir: str, train: bool, crop_flip: bool = False, **options: Any) -> Iterable[Any]:
     """Return torchvision's dataset and transforms, image by image through PIL, in a DataLoader with `options`."""
     from torchvision import datasets, transforms
@@ -53,30 +47,29 @@ def cifar10_loader(data_dir: str, train: bool, crop_flip: bool = False, **option
 
 
 @torch.no_grad()
-def test(net: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> float:
+def test(net: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Return the test accuracy, 0 to 1."""
     net.eval()
     correct = total = 0
     for images, labels in loader:
-        correct += (net(images.to(device)).argmax(1) == labels.to(device)).sum().item()
+        correct += (net(images.to(DEVICE)).argmax(1) == labels.to(DEVICE)).sum().item()
         total += len(labels)
     return correct / total
 
 
 def tutorial(args: argparse.Namespace) -> dict[str, float]:
     """Run the tutorial's loop for `--steps` steps, or epoch by epoch until the test accuracy reaches `--target`."""
-    device = pick_device(args.device)
     torch.manual_seed(args.seed)
     train_loader = cifar10_loader(args.data_dir, train=True, batch_size=4, shuffle=True, num_workers=2)
     test_loader = cifar10_loader(args.data_dir, train=False, batch_size=4, shuffle=False, num_workers=2)
-    net = make_net().to(device)
+    net = make_net().to(DEVICE)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.001, momentum=0.9)
     steps, seconds = 0, 0.0
     for epoch in range(1, MAX_EPOCHS + 1):
         began = time.perf_counter()
-        steps += train(net, train_loader, optimizer, device, args.steps - steps, epoch)
+        steps += train(net, train_loader, optimizer, args.steps - steps, epoch)
         seconds += time.perf_counter() - began  # no need to synchronize: loss.item() did
-        accuracy = test(net, test_loader, device) if steps >= args.steps or args.target is not None else 0.0
+        accuracy = test(net, test_loader) if steps >= args.steps or args.target is not None else 0.0
         if steps >= args.steps or (args.target is not None and accuracy >= args.target):
             return {"seconds": seconds, "steps": steps, "epochs": epoch, "accuracy": accuracy}
     raise SystemExit(f"baselines: error: {MAX_EPOCHS} epochs do not suffice; last accuracy: {accuracy:.4f}")
@@ -86,7 +79,6 @@ def train(
     net: nn.Module,
     loader: Iterable[tuple[Tensor, Tensor]],
     optimizer: torch.optim.Optimizer,
-    device: torch.device,
     steps: int,
     epoch: int,
 ) -> int:
@@ -94,7 +86,7 @@ def train(
     net.train()
     running, step = 0.0, 0
     for images, labels in loader:
-        images, labels = images.to(device), labels.to(device)
+        images, labels = images.to(DEVICE), labels.to(DEVICE)
         optimizer.zero_grad()
         loss = F.cross_entropy(net(images), labels)
         loss.backward()
@@ -110,67 +102,62 @@ def train(
     return step
 
 
-def now(device: torch.device) -> float:
+def now() -> float:
     """Return the seconds of a clock, once the device has done everything."""
-    if device.type == "cuda":
+    if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def pipeline(args: argparse.Namespace) -> dict[str, float]:
     """Train the Net on torchvision's pipeline with crop and flip; time the steps from `--skip` to `--steps`."""
-    device = pick_device(args.device)
     torch.manual_seed(args.seed)
     size = args.local_batch_size
     loader = cifar10_loader(
         args.data_dir, train=True, crop_flip=True, batch_size=size, shuffle=True, drop_last=True,
-        num_workers=args.workers, pin_memory=device.type == "cuda",
+        num_workers=args.workers, pin_memory=DEVICE.type == "cuda",
     )  # fmt: skip
-    net = make_net().to(device)
+    net = make_net().to(DEVICE)
     optimizer = torch.optim.SGD(net.parameters(), 0.05, 0.9, nesterov=True, weight_decay=5e-4, fused=True)
-    step, began = 0, now(device)
+    step, began = 0, now()
     while step < args.steps:
         for images, labels in loader:
-            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            images, labels = images.to(DEVICE, non_blocking=True), labels.to(DEVICE, non_blocking=True)
             optimizer.zero_grad()
             F.cross_entropy(net(images), labels).backward()
             optimizer.step()
             step += 1
             if step == args.skip:  # until then, caches and memory are cold
-                began = now(device)
+                began = now()
             if step == args.steps:
                 break
-    return {"images_per_second": (step - args.skip) * size / (now(device) - began)}
+    return {"images_per_second": (step - args.skip) * size / (now() - began)}
 
 
 def bare(args: argparse.Namespace) -> dict[str, float]:
-    """Time steps of DistributedDataParallel over batches that are already on the device."""
-    rank, local_rank, processes = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    device = pick_device(args.device, local_rank)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    else:  # as train_ddp.py does: divide the cores among the processes
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    """Time steps of DistributedDataParallel on the CPU, over batches that are ready."""
+    # As train_ddp.py does: divide the cores among the processes.
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["WORLD_SIZE"])))
+    torch.distributed.init_process_group("gloo")
     torch.manual_seed(args.seed)
-    net = make_net().to(device).to(memory_format=torch.channels_last)
+    net = make_net().to(memory_format=torch.channels_last)
     model = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
     optimizer = torch.optim.SGD(net.parameters(), 0.001, 0.9, fused=True)
     # Noise trains as fast as pictures; 8,192 images exceed a processor's cache.
-    images = (torch.rand(8192, 3, 32, 32, device=device) * 2 - 1).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(10, (8192,), device=device)
+    images = (torch.rand(8192, 3, 32, 32) * 2 - 1).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(10, (8192,))
     ready = list(zip(images.split(args.local_batch_size), labels.split(args.local_batch_size), strict=True))
-    began = now(device)
+    began = time.perf_counter()
     for step in range(1, args.steps + 1):
         inputs, targets = ready[step % len(ready)]
         optimizer.zero_grad()
         F.cross_entropy(model(inputs), targets).backward()
         optimizer.step()
         if step == args.skip:
-            began = now(device)
-    seconds = now(device) - began
+            began = time.perf_counter()
+    seconds = time.perf_counter() - began
     torch.distributed.destroy_process_group()
-    return {"ms_per_step": 1000 * seconds / (args.steps - args.skip)} if rank == 0 else {}
+    return {"ms_per_step": 1000 * seconds / (args.steps - args.skip)} if os.environ["RANK"] == "0" else {}
 
 
 def main() -> None:
@@ -178,7 +165,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="tests.benchmarks.baselines", description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=("tutorial", "pipeline", "bare"))
     parser.add_argument("--data-dir", default=os.environ.get("CIFAR_DATA_DIR") or "data")
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=10**9)
     parser.add_argument("--skip", type=int, default=0, help="steps before the measurement begins")

@@ -27,16 +27,13 @@ def build(method: str, recipe: str, seed: int, **powersgd: int) -> Parts:
     """Return the parts of a training by `method`, with half of the recipe's global batch a process."""
     kind, _, number = method.partition("-")
     batch = config_from_recipe(recipe).lr_batch_size
-    how: dict[str, Any] = {
-        "dataset": "cifar10",
-        "data_dir": Path(os.environ.get("CIFAR_DATA_DIR", "data")),
-        "seed": seed,
-    }
     options = ddp_options("none" if kind == "local" else kind)
     if kind == "powersgd":
         options.comm_state_option |= {"matrix_approximation_rank": int(number)} | powersgd
     with patch("cifar.distributed.ddp.ddp_options", lambda *_, **__: options):
-        parts = Parts(recipe, "cpu", global_batch_size=batch, local_batch_size=batch // 2, **how)
+        data_dir = Path(os.environ.get("CIFAR_DATA_DIR", "data"))
+        batches: dict[str, Any] = {"global_batch_size": batch, "local_batch_size": batch // 2}
+        parts = Parts(recipe, "cpu", dataset="cifar10", data_dir=data_dir, seed=seed, **batches)
     if kind == "local":
         parts.model = unwrap(parts.model)
 

@@ -79,15 +79,16 @@ def last_json(finished: Finished) -> dict[str, Any]:
     return json.loads(next(line for line in reversed(finished.output.splitlines()) if line.startswith("{")))
 
 
-def first_reaching(run_dir: Path, target: float) -> tuple[float, float, float]:
-    """Return (images, training seconds, test accuracy) at the first test with an accuracy of at least `target`.
+def first_reaching(run_dir: Path, target: float) -> tuple[float, float]:
+    """Return (training seconds, test accuracy) at the first test with an accuracy of at least `target`.
 
     A BenchmarkError names the best accuracy if there is none.
     """
-    records, batch = read_metrics(run_dir), result(run_dir)["global_batch_size"]
-    seconds, tests = dict(seconds_of_training(records, batch)), series(records, "test/accuracy")
+    records = read_metrics(run_dir)
+    seconds = dict(seconds_of_training(records, result(run_dir)["global_batch_size"]))
+    tests = series(records, "test/accuracy")
     for step, accuracy in tests:
         if accuracy >= target:
-            return step * batch, seconds[step], accuracy
+            return seconds[step], accuracy
     best = max((accuracy for _, accuracy in tests), default=0.0)
     raise BenchmarkError(f"test accuracy {100 * target:.0f} % was not reached: the best was {100 * best:.2f} %")

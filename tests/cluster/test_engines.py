@@ -3,10 +3,8 @@
 The engines are not here: a node is a network namespace with the names and the variables that its engine gives it.
 """
 
-import os
 import shlex
 import signal
-import sys
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
@@ -19,10 +17,9 @@ import yaml
 from cifar.checkpoint import checkpoints
 from tests.helpers.comparing import numbers
 from tests.helpers.disturb import FLAGS, Started
-from tests.helpers.hosts import ADDRESSES, Hosts, why_not
-from tests.helpers.processes import ROOT, kill_tree, torchrun
+from tests.helpers.hosts import ADDRESSES
+from tests.helpers.processes import PATH, ROOT, kill_tree, torchrun
 
-PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 PROCESSES = "2"  # on each node, instead of four GPUs
 # Appended to the flags in the files: the last value of a flag counts.
 SMALL = [*FLAGS, "--model", "net", "--precision", "fp32", "--local-batch-size", "4", "--max-steps", "400"]
@@ -84,25 +81,15 @@ def nodes(engine, hosts, addresses, folder):
             script = f"mount --bind names /etc/hosts; hostname {names[rank]}; {command}"
             line = hosts.on(ADDRESSES.index(address), "unshare", "--mount", "--uts", "bash", "-ec", script)
             variables = {"PATH": PATH, "CUDA_VISIBLE_DEVICES": "", **engine.variables(rank, addresses)}
-            pair.append(Started(line, folder / f"node-{rank}.txt", **variables))
-            started.callback(pair[-1].kill)
+            pair.append(started.enter_context(Started(line, folder / f"node-{rank}.txt", **variables)))
         yield pair
-
-
-@pytest.fixture
-def hosts():
-    if (missing := why_not()) is not None:
-        pytest.skip(missing)
-    with Hosts() as two:
-        yield two
 
 
 @cache
 def undisturbed(*flags):
     """Train with these flags on one host, and return the numbers."""
     with TemporaryDirectory() as folder:
-        done = torchrun(4, *flags, *SMALL, "--run-dir", "run", cwd=Path(folder))
-        assert done.returncode == 0, done.stderr
+        torchrun(4, *flags, *SMALL, "--run-dir", "run", cwd=Path(folder))
         return numbers(Path(folder) / "run")
 
 

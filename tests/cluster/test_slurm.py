@@ -1,19 +1,16 @@
 """launch/slurm.sbatch on a real SLURM with two nodes: time limit, requeue, mistakes."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests.helpers.disturb import FLAGS, Log
-from tests.helpers.processes import ROOT, records, result
+from tests.helpers.processes import PATH, ROOT, records, result
 from tests.helpers.slurm import Cluster, why_not
 
 pytestmark = pytest.mark.cluster
 
-PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 SCRIPT = "launch/slurm.sbatch"
 
 

@@ -1,11 +1,20 @@
-"""The part "learns": the accuracy and the seconds of every recipe on CIFAR-10 in $CIFAR_DATA_DIR."""
+"""The part "learns": the accuracy and the seconds of every recipe on CIFAR-10 in $CIFAR_DATA_DIR.
+
+Started by `repeat`, it trains a recipe several times in one process, so that all runs but the first find a warm device.
+"""
 
 import functools
 import json
 import statistics
+import sys
+import tempfile
+from pathlib import Path
 
+import train_ddp
 from tests.gpu.campaign import MODULE, TRAIN, Campaign
+from tests.helpers.measuring import now
 from tests.helpers.parts import GPU
+from tests.helpers.processes import result
 
 # Flags, runs, least accuracy in percent of each run.
 LEARNS = {
@@ -39,8 +48,7 @@ def repeat(c: Campaign, at_most: float, recipe: str) -> None:
     """Train a recipe as often as `LEARNS` says; each run must be accurate enough."""
     _, runs, least = LEARNS[recipe]
     out = c.out / f"{recipe}.jsonl"
-    command = [*MODULE, "tests.gpu.repeat", f"--runs={runs}", f"--out={out}", *flags(recipe)]
-    status = c.run(recipe, command, at_most).status
+    status = c.run(recipe, [*MODULE, "tests.gpu.learns", recipe, out], at_most).status
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     values = [100 * (row["test_accuracy_tta"] or row["test_accuracy"]) for row in rows]
     seconds = [round(row["train_seconds"], 2) for row in rows]
@@ -49,3 +57,19 @@ def repeat(c: Campaign, at_most: float, recipe: str) -> None:
         return
     found = f"mean {statistics.mean(values):.2f} %, least {min(values):.2f} (at least {least}) of {runs} runs"
     c.say(recipe, f"{'PASS' if min(values) >= least else 'FAIL'} {found}; seconds {seconds}")
+
+
+def train(recipe: str, out: Path) -> None:
+    """Train a recipe with each of its seeds; append its result.json and the seconds of main() to `out`, a line each."""
+    for seed in range(LEARNS[recipe][1]):
+        with tempfile.TemporaryDirectory() as directory:
+            own = [*flags(recipe), "--wandb", "disabled", "--seed", str(seed), "--run-dir", f"{directory}/run"]
+            began = now()
+            train_ddp.main(own)
+            row = {"flags": own, "seed": seed, "main_seconds": now() - began, **result(Path(directory) / "run")}
+        with out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    train(sys.argv[1], Path(sys.argv[2]))

@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 from cifar.checkpoint import checkpoint_path, checkpoints, load_checkpoint
 from tests.gpu.campaign import LAUNCHER, QUICK, TORCHRUN, Campaign
 from tests.helpers.comparing import same
-from tests.helpers.disturb import Watched, send
+from tests.helpers.disturb import RESUMES, Watched, send
 from tests.helpers.processes import left_of, records
 
 _GONE_SECONDS = 10  # until all ranks have left a killed one; those that only torchrun can end take 20
-_RESUMES = "resumes   after step "
 
 
 @dataclass
@@ -95,31 +94,28 @@ class Ranks:
         run_dir = self.c.work / name
         long = ["--recipe", "wide", "--local-batch-size", self.local_batch, "--epochs", 100_000, "--log-steps", 10,
                 "--checkpoint-steps", self.between, "--run-dir", run_dir]  # fmt: skip
-        run = Watched(
+        with Watched(
             run_dir,
             [str(word) for word in (*QUICK[:4], *self.flags, *long, *flags)],
             [*LAUNCHER, f"--nproc_per_node={processes}", f"--max-restarts={restarts}"],
             f"{name}.txt",
             script=self.script,
             **self.c.threads(processes),
-        )
-        try:
+        ) as run:
             run.until(lambda: bool(checkpoints(run_dir)) or run.process.poll() is not None, "step", self.c.left(90))
             assert run.process.poll() is None, f"ended with status {run.process.returncode} before it was disturbed"
             yield run
-        finally:
-            run.kill()
 
     def killed(self, n: int, limit: float) -> str:
         """Kill a rank, then rank zero; torchrun starts all again, and a step must follow within `limit` seconds."""
         found, passed = [], True
         with self.started("killed", n, "--timeout", "600", restarts=2) as run:
             for victim in (min(2, n - 1), 0):
-                ranks, starts, began = run.ranks(), run.output().count(_RESUMES), time.monotonic()
+                ranks, starts, began = run.ranks(), run.output().count(RESUMES), time.monotonic()
                 send(ranks[victim], signal.SIGKILL)
                 late = left_of(ranks, limit)
                 gone = time.monotonic() - began
-                _until_training(run, starts + 1)
+                run.until_resumed(starts + 1)
                 seconds = time.monotonic() - began
                 passed = passed and not late and gone < _GONE_SECONDS and seconds < limit
                 found.append(f"rank {victim}: all gone after {gone:.1f} s, next step after {seconds:.1f} s")
@@ -149,10 +145,10 @@ class Ranks:
             ended = time.monotonic() - began
             frames = run.output().count("frame #")
             place = re.search(rf"rank {n - 1} is at \S*asleep.py:\d+", run.output())
-            _until_training(run, 1)
+            run.until_resumed(1)
             step = run.step()
             time.sleep(seconds)
-            alive = run.process.poll() is None and run.output().count(_RESUMES) == 1
+            alive = run.process.poll() is None and run.output().count(RESUMES) == 1
             trains_on = alive and run.step() > step
         said = f"said: {place[0] if place else 'not where it is'}, and {frames} frames of C++"
         passed = place and not late and trains_on
@@ -177,10 +173,3 @@ class Ranks:
         lines = re.findall(r"^train_ddp.py: error: .*", finished.output, re.MULTILINE)
         passed = finished.status == 1 and len(lines) == 1 and f"({variable} in the environment" in lines[0]
         return f"{'PASS' if passed else 'FAIL'} status {finished.status} after {finished.seconds:.0f} s: {lines}"
-
-
-def _until_training(run: Watched, starts: int) -> None:
-    """Wait until the run has started again `starts` times, and for a step after that."""
-    run.until_line(_RESUMES, starts)
-    begins = int(run.output().rpartition(_RESUMES)[2].partition(" of ")[0].replace(",", ""))
-    run.until(lambda: run.step() > begins, "a step after it")

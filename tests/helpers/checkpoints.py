@@ -1,5 +1,6 @@
 """Checkpoints to write and to corrupt, and a dataset small enough to train on in a test."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,16 @@ def save_weights(
 def small() -> dict[str, Any]:
     """Return a checkpoint of few bytes."""
     return {"format": FORMAT, "config": {}, "dataset": "", "classes": ["a"], "state": {"x": torch.arange(1, 9)}}
+
+
+def flip_bit(path: Path, at: float = 0.5) -> None:
+    """Flip a bit of a file, at the fraction `at` of its length."""
+    with path.open("r+b") as file:
+        place = int(at * (os.fstat(file.fileno()).st_size - 1))
+        file.seek(place)
+        (byte,) = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte ^ 1]))
 
 
 def flip_bits(path: Path, bits: Iterable[int]) -> tuple[int, list[int]]:

@@ -1,7 +1,6 @@
 """Real launches that can be watched, killed, frozen and signalled while they train."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Self
 
 import psutil
 
@@ -19,6 +19,7 @@ WARM = [sys.executable, "-u", str(ROOT / "launch" / "warm_torchrun.py")]
 # Steps of a few milliseconds, momentum, and checkpoints between log points.
 FLAGS = ["--device", "cpu", "--dataset", "synthetic", "--wandb", "disabled", "--log-steps", "20",
          "--checkpoint-steps", "25", "--keep-checkpoints", "4"]  # fmt: skip
+RESUMES = "resumes   after step "
 
 
 class Log:
@@ -47,7 +48,7 @@ class Log:
 
 
 class Started(Log):
-    """A command in the background, with its output in a file."""
+    """A command in the background, with its output in a file; a context manager that kills it at the end."""
 
     def __init__(self, command: Sequence[object], log: Path, **environment: str):
         super().__init__(log)
@@ -58,6 +59,12 @@ class Started(Log):
                 stdout=output, stderr=subprocess.STDOUT,
             )  # fmt: skip
         self.agent = psutil.Process(self.process.pid)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
 
     def end(self, timeout: float) -> int:
         """Return the exit status, once the command and its descendants are gone."""
@@ -112,16 +119,12 @@ class Watched(Started):
         """Wait until `step` is in the records."""
         return self.until(lambda: self.step() >= step, f"step {step}", timeout)
 
-
-def damage_newest(run_dir: Path, at: float) -> None:
-    """Flip a bit of the newest checkpoint at the fraction `at` of its length."""
-    newest = sorted((run_dir / "checkpoints").glob("step-*.pt"))[-1]
-    with suppress(FileNotFoundError), newest.open("r+b") as file:  # retention may remove it meanwhile
-        size = os.fstat(file.fileno()).st_size
-        file.seek(int(at * (size - 1)))
-        byte = file.read(1)
-        file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([byte[0] ^ 1]))
+    def until_resumed(self, times: int) -> int:
+        """Wait until the run has resumed `times` times, and for a step; return the step after which it has resumed."""
+        self.until_line(RESUMES, times)
+        begins = int(self.output().rpartition(RESUMES)[2].partition(" of ")[0].replace(",", ""))
+        self.until_step(begins + 1)
+        return begins
 
 
 def send(process: psutil.Process, number: signal.Signals) -> None:

@@ -29,7 +29,7 @@ import torch
 import train_ddp
 from cifar.datasets import DATASETS, synthetic
 from tests.helpers.forking import fork_ranks
-from tests.helpers.processes import records, result, run
+from tests.helpers.processes import records, result, train
 
 FILE = Path(__file__).parents[1] / "golden.json"
 _TEST_SIZE = 10  # the losses are those of training
@@ -137,10 +137,8 @@ def measure(names: list[str]) -> dict[str, dict[str, list[float]]]:
 def net_fast_correct(data_dir: Path) -> int:
     """Return how many of CIFAR-10's 10,000 test images net-fast classifies correctly, seed 0, one process."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--recipe", "net-fast", "--dataset", "cifar10", "--data-dir", data_dir, "--run-dir", f"{folder}/run",
-                 "--device", "cpu", "--wandb", "disabled"]  # fmt: skip
-        done = run([sys.executable, train_ddp.__file__, *flags], Path(folder), timeout=800)
-        assert done.returncode == 0, done.stderr
+        flags = ["--recipe", "net-fast", "--dataset", "cifar10", "--data-dir", data_dir, "--run-dir", f"{folder}/run"]
+        train(*flags, cwd=Path(folder), timeout=800)
         return result(Path(folder) / "run")["test_correct"]
 
 

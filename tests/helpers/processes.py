@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # with this Python first
 
 
 def clean_environment(**extra: str) -> dict[str, str]:
@@ -32,29 +33,31 @@ def rank_variables(rank: int, world_size: int, port: int = 29500, alone: bool = 
 
 
 def run(
-    command: Sequence[object], cwd: Path, timeout: float = 240, **environment: str
+    command: Sequence[object], cwd: Path, timeout: float = 240, status: int = 0, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run `command` and return its output as text, with standard error apart."""
-    return subprocess.run(
+    """Run `command`, which must end with `status`, and return its output as text, with standard error apart."""
+    done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd, env=clean_environment(**environment), capture_output=True, text=True, timeout=timeout,
         stdin=subprocess.DEVNULL,
     )  # fmt: skip
+    assert done.returncode == status, f"status {done.returncode}: {done.stdout}{done.stderr}"
+    return done
 
 
-def train(*flags: object, cwd: Path, processes: int = 1, **environment: str) -> subprocess.CompletedProcess[str]:
+def train(*flags: object, cwd: Path, processes: int = 1, **how: Any) -> subprocess.CompletedProcess[str]:
     """Run `python train_ddp.py FLAGS` or, with several processes, `torchrun`; on the CPU and without W&B by default."""
     if processes > 1:
-        return torchrun(processes, *flags, cwd=cwd, **environment)
-    return run([sys.executable, ROOT / "train_ddp.py", *_with_defaults(flags)], cwd, 240, **environment)
+        return torchrun(processes, *flags, cwd=cwd, **how)
+    return run([sys.executable, ROOT / "train_ddp.py", *_with_defaults(flags)], cwd, **how)
 
 
 def torchrun(
-    processes: int, *flags: object, cwd: Path, script: Sequence[object] = (ROOT / "train_ddp.py",), **environment: str
+    processes: int, *flags: object, cwd: Path, script: Sequence[object] = (ROOT / "train_ddp.py",), **how: Any
 ) -> subprocess.CompletedProcess[str]:
     """Run `torchrun --nproc_per_node=PROCESSES train_ddp.py FLAGS`; on the CPU and without W&B by default."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return run([*launcher, *script, *_with_defaults(flags)], cwd, 240, **environment)
+    return run([*launcher, *script, *_with_defaults(flags)], cwd, **how)
 
 
 def _with_defaults(flags: Sequence[object]) -> list[str]:

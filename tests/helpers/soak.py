@@ -9,13 +9,15 @@ import random
 import signal
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from cifar.checkpoint import checkpoint_path, load_checkpoint
+from cifar.checkpoint import checkpoint_path, checkpoints, load_checkpoint
+from tests.helpers.checkpoints import flip_bit
 from tests.helpers.comparing import numbers, same
-from tests.helpers.disturb import FLAGS, Watched, damage_newest, send
+from tests.helpers.disturb import FLAGS, RESUMES, Watched, send
 from tests.helpers.fragile import CRASH, HOLD
 from tests.helpers.processes import ROOT, left_of
 
@@ -84,12 +86,13 @@ def disturb(run: Watched, kind: str, chance: random.Random, resume: Any) -> tupl
     """Disturb the run; return the launch that continues, which `resume` starts if torchrun does not, and the cost."""
     ranks = run.ranks()
     victim = chance.choice(ranks)
-    resumes = run.output().count("resumes   ")
+    resumes = run.output().count(RESUMES)
     reached, began = run.step(), time.monotonic()
     if kind in SIGNALS:
         send(victim, SIGNALS[kind])
         if kind == "damage":
-            damage_newest(run.run_dir, chance.random())
+            with suppress(FileNotFoundError):  # retention may remove it meanwhile
+                flip_bit(next(iter(checkpoints(run.run_dir).values())), chance.random())
         assert left_of(ranks, 20) == [], f"{kind} was not noticed"
         noticed = time.monotonic() - began
     else:
@@ -98,9 +101,7 @@ def disturb(run: Watched, kind: str, chance: random.Random, resume: Any) -> tupl
         run.end(10)
         noticed = time.monotonic() - began
         run, resumes = resume(), 0
-    run.until_line("resumes   ", resumes + 1)
-    begins = int(run.output().split("resumes   after step ")[-1].split(" of ")[0].replace(",", ""))
-    run.until(lambda: run.step() > begins, "a step after it")
+    begins = run.until_resumed(resumes + 1)
     if "stop" in kind:
         assert begins >= reached, f"{kind} lost steps: {reached} was reached, {begins} saved"
     return run, Disturbance(kind, max(0, reached - begins), noticed, time.monotonic() - began)

@@ -30,12 +30,9 @@ STOPS = (
 def training(folder, *flags, launcher=TWO, script=(str(ROOT / "train_ddp.py"),), warm=False):
     """Yield a run that trains until it is disturbed; kill what is left of it at the end."""
     run_dir = folder / "run"
-    run = Watched(run_dir, [*FLAGS, *flags, "--run-dir", str(run_dir)], launcher, script=script, warm=warm)
-    try:
+    with Watched(run_dir, [*FLAGS, *flags, "--run-dir", str(run_dir)], launcher, script=script, warm=warm) as run:
         run.until_step(20)
         yield run
-    finally:
-        run.kill()
 
 
 @pytest.fixture(scope="module")

@@ -1,24 +1,20 @@
 """launch/sweep.yaml, and launch/sweep.sh: a bad grid, a failing run, a sweep that is continued, Ctrl-C."""
 
 import itertools
-import os
-import sys
-from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
 
 from cifar.cli import parse_args
-from tests.helpers.processes import ROOT, run
+from tests.helpers.processes import PATH, ROOT, run
 from tests.helpers.terminal import Terminal
 
 pytestmark = pytest.mark.slow
 
 SWEEP = ROOT / "launch" / "sweep.sh"
 ENVIRONMENT = {
-    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    "CUDA_VISIBLE_DEVICES": "", "NPROC": "1", "SWEEP": "grid.yaml", "FOLDER": "runs/sweep",
+    "PATH": PATH, "CUDA_VISIBLE_DEVICES": "", "NPROC": "1", "SWEEP": "grid.yaml", "FOLDER": "runs/sweep",
 }  # fmt: skip
 FLAGS = ("--dataset", "folder", "--data-dir", "pictures", "--log-steps", "10", "--device", "cpu")
 GRID = """
@@ -61,15 +57,13 @@ def folder(tmp_path):
 
 def test_sweep_refuses_a_bad_grid(tmp_path):
     (tmp_path / "grid.yaml").write_text("parameters: {lr: 3}\n")
-    done = run([SWEEP], tmp_path, **ENVIRONMENT)
-    assert done.returncode == 2
+    done = run([SWEEP], tmp_path, status=2, **ENVIRONMENT)
     assert done.stderr.startswith("sweep.sh: error: grid.yaml is not a grid: ")
 
 
 def test_sweep_survives_a_failing_run_and_skips_finished_ones(folder):
     flags = [*FLAGS, "--epochs", "10", "--max-steps", "20"]
-    done = run([SWEEP, *flags], folder, **ENVIRONMENT)
-    assert done.returncode == 1
+    done = run([SWEEP, *flags], folder, status=1, **ENVIRONMENT)
     assert "sweep.sh: run 2 of 2: --recipe=net-fast --optimizer=sgd --lr-scaling=none --lr=1e+30" in done.stdout
     assert "sweep.sh: failed: lr-1e+30_global_batch_size-32" in done.stdout
     table = done.stdout.split("sweep.sh: failed")[1].splitlines()[1:]
@@ -80,7 +74,6 @@ def test_sweep_survives_a_failing_run_and_skips_finished_ones(folder):
 
     (folder / "grid.yaml").write_text(GRID.replace(", 1.0e+30", ""))
     again = run([SWEEP, *flags], folder, **ENVIRONMENT)
-    assert again.returncode == 0
     assert "the run in runs/sweep/lr-0.02_global_batch_size-32 has finished" in again.stdout
 
 

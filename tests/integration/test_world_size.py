@@ -1,5 +1,6 @@
 """World size changes nothing but speed: runs of the same global batch, compared with each other."""
 
+import functools
 import re
 import shutil
 import sys
@@ -60,7 +61,6 @@ def runs(tmp_path_factory, data_flags):
         run_dir = folder / f"{processes}"
         own = [*flags, "--local-batch-size", RUNS[processes], "--run-dir", run_dir]
         output = train_forked(*own, cwd=folder, processes=processes)
-        assert output.returncode == 0, output.stderr
         return run_dir, output.stdout
 
     with ThreadPoolExecutor(2) as pool:  # most of their time is start-up, much of it on one core
@@ -105,7 +105,6 @@ def test_evaluate_at_seven_processes(runs, tmp_path, data_flags):
     got = result(runs[1][0])
     line = f"({got['test_correct']:,} of 10,000 correct, loss {got['test_loss']:.4f})"
     output = train_forked(*flags, cwd=tmp_path, processes=7)
-    assert output.returncode == 0, output.stderr
     assert output.stdout.count(line) == 1, output.stdout
     assert not (tmp_path / "runs").exists(), "evaluating is not a run"
 
@@ -117,7 +116,6 @@ def test_resume_is_exact(runs, tmp_path, processes):
     shutil.copytree(undisturbed, stopped)
     checkpoint_path(stopped, STEPS).unlink()
     output = train("--resume", stopped, cwd=tmp_path, processes=processes)
-    assert output.returncode == 0, output.stderr
     assert f"after step {MIDDLE} of {STEPS}" in output.stdout
     mine, theirs = state_of(stopped), state_of(undisturbed)
     assert same(mine, theirs)
@@ -135,12 +133,8 @@ def buffers_of_ranks(state):
 
 def test_statistics_of_batchnorm_are_the_ranks_mean_and_resume_exactly(tmp_path):
     """Each rank has its own between two tests, so a checkpoint in an epoch holds those of all."""
-
-    def train_small(*flags):
-        output = torchrun(2, *flags, cwd=tmp_path, script=["-m", "tests.helpers.small"])
-        assert output.returncode == 0, output.stderr
-
     calm, stopped = tmp_path / "calm", tmp_path / "stopped"
+    train_small = functools.partial(torchrun, 2, cwd=tmp_path, script=["-m", "tests.helpers.small"])
     flags = ["--recipe", "speed94", "--dataset", "synthetic", "--precision", "fp32", "--tta", "none"]
     train_small(*flags, "--global-batch-size", 16, "--max-steps", 6, "--checkpoint-steps", 3, "--run-dir", calm)
     shutil.copytree(calm, stopped)
@@ -162,8 +156,7 @@ def powersgd_runs(tmp_path_factory):
     flags = ["--dataset", "synthetic", "--global-batch-size", 15, "--local-batch-size", 8, "--comm-hook", "powersgd",
              "--max-steps", 32, "--checkpoint-steps", 8, "--keep-checkpoints", 9]  # fmt: skip
     for processes, run_dir in runs.items():
-        output = train_forked(*flags, "--run-dir", run_dir, cwd=run_dir.parent, processes=processes, small=True)
-        assert output.returncode == 0, output.stderr
+        train_forked(*flags, "--run-dir", run_dir, cwd=run_dir.parent, processes=processes, small=True)
     return runs
 
 
@@ -172,7 +165,6 @@ def resume_powersgd(run_dir, step, processes, *flags):
     for later in range(step + 8, 33, 8):
         checkpoint_path(run_dir, later).unlink()
     output = train_forked("--resume", run_dir, *flags, cwd=run_dir.parent, processes=processes, small=True)
-    assert output.returncode == 0, output.stderr
     return load_checkpoint(checkpoint_path(run_dir, 32))["state"], re.findall("^changed +(.*)$", output.stdout, re.M)
 
 
@@ -215,7 +207,6 @@ def test_processes_that_come_and_go_keep_the_global_batch(tmp_path, data_flags, 
     start = [*common, "--run-dir", resumed]
     for steps, processes in ((10, 4), (20, 3), (30, 4)):
         output = train_forked(*start, "--max-steps", steps, cwd=tmp_path, processes=processes)
-        assert output.returncode == 0, output.stderr
         assert re.search(r"\b64 global\b.*; 781 steps an epoch", output.stdout)
         start = ["--resume", resumed]
     tolerance = 2e-2 if flags else 5e-4
@@ -228,6 +219,5 @@ def test_accelerate_launch_trains_the_same(runs, tmp_path, data_flags):
     flags = [*FLAGS, "--local-batch-size", RUNS[2], "--max-steps", 10, "--run-dir", tmp_path / "run",
              "--device", "cpu", "--wandb", "disabled", *data_flags]  # fmt: skip
     output = run([sys.executable, "-m", *launcher, ROOT / "train_ddp.py", *flags], tmp_path)
-    assert output.returncode == 0, output.stderr
     assert "2 processes on CPU (gloo)" in output.stdout
     assert records(tmp_path / "run", "train/loss") == records(runs[2][0], "train/loss")[:10]

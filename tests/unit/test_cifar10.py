@@ -18,7 +18,8 @@ from cifar.datasets import DATASETS, cifar10
 from cifar.datasets.cifar10 import CLASSES, load_cifar10
 from cifar.datasets.download import UnavailableError, prepare
 from cifar.errors import UserError
-from tests.helpers.http_server import Reply, Server, says, serves
+from tests.helpers.checkpoints import flip_bit
+from tests.helpers.http_server import Reply, says, serves
 
 BATCHES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
 ARCHIVE, FOLDER = cifar10.CIFAR10.name, cifar10.CIFAR10.folder
@@ -54,12 +55,6 @@ def count_as(monkeypatch, name: str, contents: dict[str, dict]) -> bytes:
     return packed.getvalue()
 
 
-@pytest.fixture
-def server():
-    with Server() as running:
-        yield running
-
-
 def set_sources(monkeypatch, *urls: str) -> None:
     monkeypatch.setattr(cifar10, "CIFAR10", replace(cifar10.CIFAR10, urls=urls))
 
@@ -74,29 +69,15 @@ def archive(monkeypatch) -> bytes:
 
 
 @pytest.fixture
-def data_dir(tmp_path):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture
-def unpacked(archive, data_dir):
+def unpacked(archive, tmp_path):
     """The data directory with the small files in place."""
-    (data_dir / ARCHIVE).write_bytes(archive)
-    prepare_cifar10(data_dir, None)
-    return data_dir
+    (tmp_path / ARCHIVE).write_bytes(archive)
+    prepare_cifar10(tmp_path, None)
+    return tmp_path
 
 
 def names(data_dir: Path) -> set[str]:
     return {path.name for path in data_dir.iterdir()} - {".cifar-10.lock"}
-
-
-def flip(path: Path) -> None:
-    """Flip one bit in the middle of a file."""
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 def test_cifar10_downloaded_unpacked_and_read(archive, server, tmp_path, monkeypatch):
@@ -116,7 +97,7 @@ def test_cifar10_downloaded_unpacked_and_read(archive, server, tmp_path, monkeyp
         assert labels.tolist() == [label for name in batches for label in files[name]["labels"]]
 
 
-def test_cifar100_downloaded_unpacked_and_read(server, data_dir, monkeypatch):
+def test_cifar100_downloaded_unpacked_and_read(server, tmp_path, monkeypatch):
     """The labels are the fine ones, the names those of the archive."""
     names, random = [f"class {i}" for i in range(100)], np.random.default_rng(0)
     files: dict[str, dict] = {"meta": {"fine_label_names": names, "coarse_label_names": ["group"]}}
@@ -124,8 +105,8 @@ def test_cifar100_downloaded_unpacked_and_read(server, data_dir, monkeypatch):
         images = random.integers(256, size=(100, 3072), dtype=np.uint8)
         files[split] = {"data": images, "fine_labels": list(range(100)), "coarse_labels": [0] * 100}
     packed = count_as(monkeypatch, "CIFAR100", files)
-    prepare(cifar10.CIFAR100, data_dir, server.plays("/mine", serves(packed)))
-    data = DATASETS["cifar100"](data_dir)
+    prepare(cifar10.CIFAR100, tmp_path, server.plays("/mine", serves(packed)))
+    data = DATASETS["cifar100"](tmp_path)
     data.check("cifar100")
     assert data.classes == tuple(names)
     for split, (images, labels) in (("train", data.train), ("test", data.test)):
@@ -133,7 +114,7 @@ def test_cifar100_downloaded_unpacked_and_read(server, data_dir, monkeypatch):
         assert labels.tolist() == files[split]["fine_labels"]
 
 
-def test_concurrent_launches_download_once(archive, server, data_dir, monkeypatch):
+def test_concurrent_launches_download_once(archive, server, tmp_path, monkeypatch):
     """The second launch waits for the download of the first."""
     both = threading.Event()
 
@@ -145,31 +126,31 @@ def test_concurrent_launches_download_once(archive, server, data_dir, monkeypatc
     said: list[str] = []
     monkeypatch.setattr("builtins.print", lambda text, **_: said.append(text) or (len(said) == 2 and both.set()))
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda _: prepare_cifar10(data_dir, None), range(2)))
+        list(pool.map(lambda _: prepare_cifar10(tmp_path, None), range(2)))
     assert {text.split()[0] for text in said[:2]} == {"downloading", "waiting"}
     assert server.requests == [("/a", 0)]
-    assert names(data_dir) == {FOLDER}
+    assert names(tmp_path) == {FOLDER}
 
 
-def test_archive_in_the_data_directory(archive, data_dir):
+def test_archive_in_the_data_directory(archive, tmp_path):
     """It is used and kept; a corrupt one is named and kept, but not opened."""
-    file = data_dir / ARCHIVE
+    file = tmp_path / ARCHIVE
     for wrong in (archive[:-100], archive + bytes(1)):  # of which gzip would open the second
         file.write_bytes(wrong)
         with pytest.raises(UserError) as caught:
-            prepare_cifar10(data_dir, None)
+            prepare_cifar10(tmp_path, None)
         assert str(caught.value) == f"{file} is corrupt or incomplete: move it away to download it again"
-        assert (names(data_dir), file.read_bytes()) == ({ARCHIVE}, wrong)
+        assert (names(tmp_path), file.read_bytes()) == ({ARCHIVE}, wrong)
     file.write_bytes(archive)
-    (data_dir / ".cifar-10.tmp" / FOLDER / "test_batch").mkdir(parents=True)  # of a process that was killed
-    prepare_cifar10(data_dir, None)
-    assert names(data_dir) == {FOLDER, ARCHIVE}
-    load_cifar10(data_dir)
+    (tmp_path / ".cifar-10.tmp" / FOLDER / "test_batch").mkdir(parents=True)  # of a process that was killed
+    prepare_cifar10(tmp_path, None)
+    assert names(tmp_path) == {FOLDER, ARCHIVE}
+    load_cifar10(tmp_path)
 
 
-def test_full_disk_unpacks_nothing(archive, data_dir, monkeypatch):
+def test_full_disk_unpacks_nothing(archive, tmp_path, monkeypatch):
     """It is not called corruption, and a later launch succeeds."""
-    (data_dir / ARCHIVE).write_bytes(archive)
+    (tmp_path / ARCHIVE).write_bytes(archive)
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -177,10 +158,10 @@ def test_full_disk_unpacks_nothing(archive, data_dir, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(tarfile, "copyfileobj", fail)
         with pytest.raises(UnavailableError, match=r"cannot be put there \(\[Errno 28\] No space left on device\)"):
-            prepare_cifar10(data_dir, None)
-    assert names(data_dir) == {ARCHIVE}
-    prepare_cifar10(data_dir, None)
-    load_cifar10(data_dir)
+            prepare_cifar10(tmp_path, None)
+    assert names(tmp_path) == {ARCHIVE}
+    prepare_cifar10(tmp_path, None)
+    load_cifar10(tmp_path)
 
 
 @pytest.mark.parametrize("named", [".", "cifar-10-batches-py"])
@@ -199,7 +180,7 @@ def make_hostile(path: Path) -> None:
     path.write_bytes(b"cpathlib\nPath.touch\n(cpathlib\nPath\n(V%btRtR." % bytes(path.with_name("ran")))
 
 
-@pytest.mark.parametrize("damage", [flip, Path.unlink, make_hostile])
+@pytest.mark.parametrize("damage", [flip_bit, Path.unlink, make_hostile])
 @pytest.mark.parametrize("name", ["data_batch_1", "test_batch", "batches.meta"])
 def test_corrupt_file_is_named_and_not_unpickled(unpacked, name, damage):
     folder = unpacked / FOLDER
@@ -211,15 +192,15 @@ def test_corrupt_file_is_named_and_not_unpickled(unpacked, name, damage):
     assert not (folder / "ran").exists()
 
 
-def test_not_available(archive, server, data_dir, monkeypatch):
+def test_not_available(archive, server, tmp_path, monkeypatch):
     """One line: which sources failed, why, and three ways out."""
     built_in, mine = server.plays("/built-in", says(500)), server.plays("/mine", says(404))
     set_sources(monkeypatch, built_in)
     with pytest.raises(UnavailableError) as caught:
-        prepare_cifar10(data_dir, mine)
+        prepare_cifar10(tmp_path, mine)
     assert str(caught.value) == (
-        f"CIFAR-10 is not in {data_dir} and cannot be put there "
+        f"CIFAR-10 is not in {tmp_path} and cannot be put there "
         f"({mine}: HTTP Error 404: Not Found; {built_in}: HTTP Error 500: Internal Server Error): name a mirror with "
         f"--data-url URL, copy the directory {FOLDER} or the file {ARCHIVE} there, or use --dataset synthetic"
     )
-    assert names(data_dir) == set()
+    assert names(tmp_path) == set()

@@ -290,13 +290,6 @@ def test_resume_without_a_run(tmp_path, content):
         parse_args(["--resume", str(tmp_path)])
 
 
-@pytest.mark.usefixtures("recorded")
-@pytest.mark.parametrize("below", ["checkpoints", "checkpoints/step-00000002.pt"])
-def test_resume_of_a_checkpoint_names_its_run(tmp_path, below):
-    with pytest.raises(UserError, match=f"there is no run to continue .*: --resume {tmp_path}$"):
-        parse_args(["--resume", str(tmp_path / below)])
-
-
 # exit_on_error
 
 

@@ -8,17 +8,11 @@ from dataclasses import replace
 import pytest
 
 from cifar.datasets.download import Archive, fetch
-from tests.helpers.http_server import Reply, Server, says, serves, stalls
+from tests.helpers.http_server import Reply, says, serves, stalls
 
 CONTENT = random.Random(0).randbytes(300_000)
 ARCHIVE = Archive("Small", "small.tar.gz", "small", len(CONTENT), hashlib.sha256(CONTENT).hexdigest(), ())
 LIE = random.Random(1).randbytes(len(CONTENT))
-
-
-@pytest.fixture
-def server():
-    with Server() as running:
-        yield running
 
 
 @pytest.fixture

@@ -5,14 +5,10 @@ import torch
 
 from cifar import explain
 from cifar.errors import UserError
-from tests.helpers.comparing import make_runs_tiny
 
 FLAGS = ["--dataset", "synthetic", "--device", "cpu"]
 
-
-@pytest.fixture(autouse=True)
-def _tiny(monkeypatch):
-    make_runs_tiny(monkeypatch)
+pytestmark = pytest.mark.usefixtures("tiny_runs")
 
 
 def test_shows_every_link(capsys):

@@ -17,12 +17,9 @@ from cifar.models import build_model
 from tests.helpers.checkpoints import content, save_weights
 from tests.helpers.comparing import traces
 from tests.helpers.exported import NAME, follow
+from tests.helpers.parts import random_images
 
 CLASSES = ["Käfer", 'a "dog"', "ship"]
-
-
-def random_images(count):
-    return torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(count))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +51,7 @@ def test_one_file_and_one_line_for_each_format(exported):
 @pytest.mark.parametrize("count", [1, 2, 1000])
 @pytest.mark.parametrize("name", FORMATS)
 def test_scores_of_any_number_of_images(exported, model, name, count):
-    images = random_images(count)
+    images, _ = random_images(count, seed=count)
     with torch.no_grad():
         wanted = model.eval()(normalize(images))
     scores, classes = follow(name, exported[0], images)

@@ -340,13 +340,6 @@ def test_flipped_bits_change_no_pixel(folder, decodings):
     assert decodings == [24, 24]
 
 
-def upgrade(monkeypatch):
-    """Take the place of another Pillow, whose pixels differ."""
-    monkeypatch.setattr(picture_cache, "DECODER", "Pillow 99")
-    monkeypatch.setattr(folder_module, "DECODER", "Pillow 99")
-    monkeypatch.setattr(picture_cache, "read_image", lambda path: read_image(path) // 2)
-
-
 @pytest.mark.parametrize("name", ["lock", "write_atomically"])
 @pytest.mark.parametrize("error", [OSError(30, "Read-only file system"), NotImplementedError("no locks")])
 def test_pixels_are_kept_in_the_users_cache(folder, ant, tmp_path, decodings, monkeypatch, name, error):
@@ -410,7 +403,9 @@ def test_resume_notices_changed_pictures(folder, ant, trained, tmp_path, capfd, 
     assert now["training"].startswith("16 images, SHA-256 ")
     (ant / "new.png").unlink()
     with monkeypatch.context() as patched:
-        upgrade(patched)
+        for module in (picture_cache, folder_module):
+            patched.setattr(module, "DECODER", "Pillow 99")
+        patched.setattr(picture_cache, "read_image", lambda path: read_image(path) // 2)
         with pytest.raises(UserError, match=rf", decoded by Pillow {PIL.__version__} and now by Pillow 99: restore"):
             resume(trained)
     moved = folder.rename(tmp_path / "elsewhere")

@@ -20,10 +20,7 @@ from tests.helpers.processes import records, result
 FLAGS = ["--dataset", "synthetic", "--device", "cpu", "--wandb", "disabled", "--recipe", "wide", "--model", "net",
          "--local-batch-size", "10", "--global-batch-size", "20", "--lr-scaling", "none"]  # fmt: skip
 
-
-@pytest.fixture(autouse=True)
-def _tiny(monkeypatch):
-    make_runs_tiny(monkeypatch)
+pytestmark = pytest.mark.usefixtures("tiny_runs")
 
 
 @pytest.fixture(scope="module")

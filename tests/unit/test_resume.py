@@ -17,6 +17,7 @@ from cifar.distributed.preemption import StopAgreement
 from cifar.errors import StoppedError, UserError
 from cifar.models import MODELS
 from cifar.models.net import Net
+from tests.helpers.checkpoints import flip_bit
 from tests.helpers.comparing import make_runs_tiny, numbers, same, tiny_dataset, traces
 from tests.helpers.processes import records, result
 
@@ -28,10 +29,7 @@ LAST = 20
 # The same with Muon, label smoothing, alternating flips, cutout and test-time augmentation.
 MUON = [*RUN, "--recipe", "speed94", "--lr", "0.1", "--cutout", "8"]
 
-
-@pytest.fixture(autouse=True)
-def _tiny(monkeypatch):
-    make_runs_tiny(monkeypatch)
+pytestmark = pytest.mark.usefixtures("tiny_runs")
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +112,7 @@ def test_killed_before_the_first_checkpoint(undisturbed, run_dir, capsys):
 
 def test_damaged_files_cost_one_warning_each(undisturbed, run_dir, capsys):
     newest = checkpoint_path(killed(run_dir, after=12), 12)
-    raw = bytearray(newest.read_bytes())
-    raw[len(raw) // 2] ^= 1
-    newest.write_bytes(raw)
+    flip_bit(newest)
     for name in ("result.json", "launch.json"):
         (run_dir / name).write_text("[]")  # records without sense do not matter
     path = run_dir / "metrics.jsonl"
@@ -133,17 +129,11 @@ def test_damaged_files_cost_one_warning_each(undisturbed, run_dir, capsys):
     assert_same_run(run_dir, undisturbed)
 
 
-def test_killed_before_the_result(undisturbed, run_dir):
-    (run_dir / "result.json").unlink()
-    resume(run_dir)
-    assert_same_run(run_dir, undisturbed)
-
-
 def test_one_command_begins_a_run_continues_it_and_says_that_it_has_finished(undisturbed, tmp_path, capsys):
     run_dir = tmp_path / "run"
     command = [*RUN, "--run-dir", str(run_dir), "--autoresume"]
     train_ddp.main(command)
-    for after in (12, 0):
+    for after in (LAST, 12, 0):
         killed(run_dir, after)
         train_ddp.main(command)
         assert changed(capsys.readouterr().out) == []
