@@ -68,7 +68,7 @@ if [[ "$nodes" != 1 ]] && command -v pgrep >/dev/null; then
         for ((waited = 1; ; waited++)); do
             sleep 1
             kill -0 $$ 2>/dev/null || exit 0
-            ! pgrep -P $$ '^(rank|python|pt_)' >/dev/null || exit 0
+            ! pgrep -P $$ '^[rp]' >/dev/null || exit 0 # "rank 0" or "python", not "fork server"
             ((waited % 30 != 5)) || echo "multi_node.sh: waiting at $host:$port for $nodes hosts in all ($waited s)" >&2
         done
     ) & )
