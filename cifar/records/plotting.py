@@ -18,6 +18,7 @@ with patch_environment(MPLBACKEND="agg", MATPLOTLIBRC=os.devnull):
     from matplotlib.figure import Figure as Figure  # no pyplot: nothing here needs a window or global state
     from matplotlib.font_manager import get_font_names
     from matplotlib.ticker import EngFormatter as EngFormatter
+    from matplotlib.ticker import LogLocator as LogLocator
 
 logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # not of fonts without a normal weight
 

@@ -21,7 +21,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from cifar.distributed.ddp import ddp_options
-from cifar.records.plotting import Figure, default_style
+from cifar.records.plotting import Figure, LogLocator, default_style
 from tests.helpers.hosts import ADDRESSES, Hosts, why_not
 from tests.helpers.measuring import machine
 from tests.helpers.processes import clean_environment, rank_variables
@@ -117,11 +117,12 @@ def draw(args: argparse.Namespace, record: dict[str, Any]) -> None:
         figure = Figure(figsize=(5.5 * len(args.recipes), 4.5), layout="constrained")
         for place, recipe in enumerate(args.recipes, 1):
             axes = figure.add_subplot(1, len(args.recipes), place, xscale="log", yscale="log")
-            for method in args.methods:
+            for method in (method for method in args.methods if arrivals(record, recipe, method)):
                 seconds = {float(link): costs(record, recipe, method, link, "seconds") for link in links}
                 means = {link: mean(values) for link, values in seconds.items() if values}  # NaN is not drawn
                 axes.plot(list(means), list(means.values()), "o-", label=method if means else f"{method}: never")
             axes.set(title=f"{recipe} to {100 * TARGETS[recipe][0]:g} %", xlabel="Mbit/s", ylabel="seconds")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             for axis in (axes.xaxis, axes.yaxis):  # default_style leaves out the mathematics of 10^2
                 axis.set_major_formatter("{x:,g}")
                 axis.set_minor_formatter("")
