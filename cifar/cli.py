@@ -81,7 +81,7 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") ->
             if name not in MAY_CHANGE:
                 raise UserError(
                     f"{flag(name)} {given} conflicts with {recorded} of the run in {config.resume}: leave it out, "
-                    f"or start a new run without --resume"
+                    f"or start a new run"
                 )
     return config
 

@@ -179,9 +179,9 @@ def read_config(run_dir: Path) -> TrainConfig:
     try:
         return TrainConfig.from_json(read_json(path)["config"] | {"resume": str(run_dir)})
     except (OSError, ValueError, KeyError, TypeError, UserError) as error:
-        found = next((above for above in run_dir.parents if (above / "config.json").exists()), None)
-        advice = f": --resume {found}" if found else ""
-        raise UserError(f"--resume {run_dir}: there is no run to continue ({path}: {error}){advice}") from error
+        if run := next((above for above in run_dir.parents if (above / "config.json").exists()), None):
+            raise UserError(f"--resume {run_dir} is not a run but a part of one: --resume {run}") from error
+        raise UserError(f"--resume {run_dir}: there is no run to continue ({path}: {error})") from error
 
 
 def differences(a: TrainConfig, b: TrainConfig) -> list[tuple[str, Any, Any]]:

@@ -115,27 +115,28 @@ def list_files(data_dir: Path) -> Files:
         train = data_dir / "train"
         if not train.is_dir():
             raise UserError(f"there is no {train}: --dataset folder reads the pictures in {train / 'CLASS'}")
-        directories = {split: _class_directories(data_dir / split) for split in splits}
+        roots = [(data_dir / split).resolve() for split in splits]
+        directories = {split: _class_directories(data_dir / split, roots) for split in splits}
         classes = [{_composed(name) for name in names} for names in directories.values()]
         if not 2 <= len(classes[0]) <= 1000:
             raise UserError(f"{train} must hold 2 to 1,000 directories, one for each class, not {len(classes[0]):,}")
         if single := sorted(classes[0] ^ classes[-1]):
             raise UserError(f"only one of {' and '.join(splits)} in {data_dir} has the class {single[0]!r}: both must")
-        roots = [(data_dir / split).resolve() for split in splits]
         for folder in [f"{split}/{name}" for split in splits for name in directories[split]]:
             pictures = dict(_walk(data_dir, folder, roots))
             if not pictures:
                 others = sorted({path.suffix or "none" for path in (data_dir / folder).rglob("*") if path.is_file()})
-                found = f", but files with the suffixes {', '.join(others)}, which do not count" if others else ""
-                raise UserError(f"there is no picture in {data_dir / folder}{found}: add some, or remove the class")
+                advice = f"convert its files ({', '.join(others)}), for example to .jpg" if others else "add some"
+                raise UserError(f"there is no picture in {data_dir / folder}: {advice}, or remove the class")
             files |= pictures
     except OSError as error:
         raise UserError(f"cannot read {data_dir}: {error}") from error
     return dict(sorted(files.items()))
 
 
-def _class_directories(split: Path) -> list[str]:
-    return sorted(entry.name for entry in split.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+def _class_directories(split: Path, splits: list[Path]) -> list[str]:
+    directories = [entry for entry in split.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    return sorted(entry.name for entry in directories if not (entry.is_symlink() and _leads_back(entry, splits)))
 
 
 def _walk(data_dir: Path, folder: str, splits: list[Path]) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -151,7 +152,7 @@ def _walk(data_dir: Path, folder: str, splits: list[Path]) -> Iterator[tuple[str
             yield path, (status.st_size, status.st_mtime_ns)
 
 
-def _leads_back(link: str, splits: list[Path]) -> bool:
+def _leads_back(link: str | Path, splits: list[Path]) -> bool:
     """Return whether a symbolic link leads into one of the splits, or to a directory that holds one."""
     target = Path(os.path.realpath(link))
     return target.exists() and any(target.is_relative_to(split) or split.is_relative_to(target) for split in splits)

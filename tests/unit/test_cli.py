@@ -278,7 +278,7 @@ def test_resume_reads_the_data_where_they_are_now(recorded, tmp_path, monkeypatc
 )  # fmt: skip
 @pytest.mark.usefixtures("recorded")
 def test_resume_refuses_conflicting_flags(tmp_path, flags, recorded_value):
-    with pytest.raises(UserError, match=f"^{flags} conflicts with {recorded_value}.*without --resume$"):
+    with pytest.raises(UserError, match=f"^{flags} conflicts with {recorded_value}.*or start a new run$"):
         parse_args(["--resume", str(tmp_path), *flags.split()])
 
 

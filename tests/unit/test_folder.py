@@ -113,6 +113,7 @@ def test_files_that_count(folder, ant, tmp_path):
     for name, target in {"up": folder, "top": folder.parent, "bees": folder / "train/bee", "tests": folder / "test/ant",
                          "bee.png": folder / "train/bee/0.png", "again.png": ant / "0.png"}.items():  # fmt: skip
         (ant / name).symlink_to(target)
+    (folder / "train" / "drone").symlink_to(folder / "train" / "bee")  # not a class
     assert contents(load(folder).train) == before
     linked, more = draw(tmp_path / "linked.png", 99), tmp_path / "more"
     draw(more / "x.png", 98)
@@ -230,8 +231,7 @@ NUMBER = "{}/train must hold 2 to 1,000 directories, one for each class, not "
         (lambda folder: [path.unlink() for path in (folder / "test" / "bee").iterdir()],
          "there is no picture in {}/test/bee: add some, or remove the class"),
         (lambda folder: [path.rename(path.with_suffix(".HEIC")) for path in (folder / "test" / "bee").iterdir()],
-         "there is no picture in {}/test/bee, but files with the suffixes .HEIC, which do not count: add some, or "
-         "remove the class"),
+         "there is no picture in {}/test/bee: convert its files (.HEIC), for example to .jpg, or remove the class"),
         (lambda folder: broken(folder / "test" / "bee" / "x.png"),
          "1 of the 25 pictures in {} cannot be read, more than 1 %: remove or replace them: {}/test/bee/x.png cannot "
          "be read as a picture: cannot identify image file '{}/test/bee/x.png'"),
