@@ -86,7 +86,8 @@ def exit_on_error(prog: str) -> Iterator[None]:
         except (UserError, TrainingDivergedError) as error:
             _record_for_torchrun(error.with_traceback(None))
             _report_failure(prog, error)
-            if dist.is_initialized():
+            # Before the torchrun of another host leaves, and takes its store along, this one's has to see why.
+            if known_launch().world_size > 1:
                 _leave_at_once(error.status)
             raise SystemExit(error.status) from None
         except Exception as error:
