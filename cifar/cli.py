@@ -95,12 +95,12 @@ def _spell_booleans(argv: Sequence[str]) -> list[str]:
     values = {"true": "--", "1": "--", "false": "--no-", "0": "--no-"}
     words: list[str] = []
     for word in argv:
-        name, _, value = word.partition("=")
+        name, equals, value = word.partition("=")
         if words and words[-1] in booleans and word.lower() in values:
-            name, value = words.pop(), word
+            name, equals, value = words.pop(), "=", word
         name = name.replace("_", "-")
-        is_boolean = name in booleans and value.lower() in values
-        words.append(name.replace("--", values[value.lower()], 1) if is_boolean else word)
+        prefix = values.get(value.lower()) if equals else "--"
+        words.append(name.replace("--", prefix, 1) if name in booleans and prefix else word)
     return words
 
 

@@ -78,7 +78,7 @@ def settle_buckets(model: nn.Module, images: Tensor) -> None:
 
 
 class HookMemory:
-    """What a communication hook remembers from step to step on this rank; nothing unless it is PowerSGD.
+    """Save and restore what a communication hook remembers on this rank; nothing unless it is PowerSGD.
 
     PowerSGD keeps the number of its steps, the first of which send whole gradients; the error that compression has left
     in the gradients of this rank; and the factors P and Q of the last step, from which the next one begins. It draws

@@ -149,8 +149,8 @@ def test_a_run_is_evaluated_by_its_best_checkpoint(tmp_path):
     ],
 )  # fmt: skip
 def test_yes_or_no_with_or_without_a_value(flags, expected):
-    config = parse_args([*flags.split(), "--cuda_graph=False", "--epochs", "1"])
-    assert (config.nesterov, config.cuda_graph, config.epochs) == (expected, False, 1)
+    config = parse_args([*flags.split(), "--cuda_graph=False", "--epochs", "1", "--profile", "--cuda_graph", "1"])
+    assert (config.nesterov, config.cuda_graph, config.profile, config.epochs) == (expected, True, True, 1)
 
 
 @pytest.mark.parametrize(
