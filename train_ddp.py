@@ -32,7 +32,7 @@ from cifar.run import Run
 
 def train_step(
     model: nn.Module,
-    batches: Sequence[tuple[Tensor, Tensor]],  # micro-batches: images, float32 [n, 3, 32, 32]; labels, int64 [n]
+    batches: Sequence[tuple[Tensor, Tensor]],  # micro-batches: images, float32 [n, 3, size, size]; labels, int64 [n]
     global_batch_size: int,  # images of the micro-batches of all ranks together
     optimizer: torch.optim.Optimizer,
     runtime: Runtime,

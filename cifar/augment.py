@@ -35,7 +35,7 @@ class Augmentation(Protocol):
         """Prepare the draws of `epoch`, a function of (seed, epoch)."""
 
     def __call__(self, images: Tensor, indices: Tensor) -> Tensor:
-        """Return augmented `images`, uint8 [batch, 3, 32, 32], whose indices in the training set are int64 [batch]."""
+        """Return augmented `images`, uint8 [batch, 3, size, size], at int64 [batch] `indices` of the training set."""
 
 
 class CropFlip:
@@ -45,53 +45,52 @@ class CropFlip:
     is augmented the same way on every rank and in every micro-batch.
     """
 
-    def __init__(
-        self, size: int, seed: int, device: torch.device, padding: int = 4, alternate: bool = False, cutout: int = 0
-    ) -> None:
+    def __init__(self, images: Tensor, seed: int, padding: int = 4, alternate: bool = False, cutout: int = 0) -> None:
         """Draw the tables of epoch 0.
 
         Args:
-            size: number of training images.
+            images: the training images, uint8 [n, 3, size, size], of which it uses the shape and the device.
             padding: pixels by which an image may be shifted.
             alternate: flip each image in every other epoch instead of at random (arXiv 2404.00498, section 3.6), and
                 pad with the reflected image instead of with black.
             cutout: side in pixels of a gray square, clipped at the edges; 0 for none (DeVries & Taylor 2017,
                 arXiv 1708.04552).
         """
-        self._size, self._seed, self._device = size, seed, device
+        self._images, self._seed = images, seed
         self._padding, self._alternate, self._cutout = padding, alternate, cutout
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the tables of `epoch`."""
-        draws = generator(self._seed, "augment", epoch)
-        shifts = torch.randint(0, 2 * self._padding + 1, (2, self._size), generator=draws)
-        flips = torch.randint(0, 2, (self._size,), generator=draws, dtype=torch.bool)
-        self._centers = torch.randint(0, 32, (2, self._size), generator=draws).to(self._device)
+        draws, device = generator(self._seed, "augment", epoch), self._images.device
+        count, size = len(self._images), self._images.shape[-1]
+        shifts = torch.randint(0, 2 * self._padding + 1, (2, count), generator=draws)
+        flips = torch.randint(0, 2, (count,), generator=draws, dtype=torch.bool)
+        self._centers = torch.randint(0, size, (2, count), generator=draws).to(device)
         if self._alternate:
             first = generator(self._seed, "flip")
-            flips = torch.randint(0, 2, (self._size,), generator=first, dtype=torch.bool) ^ (epoch % 2 == 1)
-        self._rows, self._columns = shifts.to(self._device)
-        self._flips = flips.to(self._device)
+            flips = torch.randint(0, 2, (count,), generator=first, dtype=torch.bool) ^ (epoch % 2 == 1)
+        self._rows, self._columns = shifts.to(device)
+        self._flips = flips.to(device)
 
     def __call__(self, images: Tensor, indices: Tensor) -> Tensor:
-        """Return augmented `images`, uint8 [batch, 3, 32, 32], whose indices in the training set are int64 [batch].
+        """Return augmented `images`, uint8 [batch, 3, size, size], at int64 [batch] `indices` of the training set.
 
         The result is channels-last in memory; `images` should be, too, for speed.
         """
         (batch, channels, height, width), padding = images.shape, self._padding
         mode = "reflect" if self._alternate else "constant"
-        # Crops are copied row by row: with channels last, 32 pixels are one run of bytes. A flipped crop is a crop of
+        # Crops are copied row by row: with channels last, a row is one run of bytes. A flipped crop is a crop of
         # the flipped image, measured from the other edge.
         both = F.pad(torch.cat((images, images.flip(3))), (padding,) * 4, mode)
-        pixels = both.permute(0, 2, 3, 1).contiguous()  # [2 * batch, 40, 40, 3]
+        pixels = both.permute(0, 2, 3, 1).contiguous()  # [2 * batch, size + 2 * padding, size + 2 * padding, 3]
         flips, columns = self._flips[indices], self._columns[indices]
         columns = torch.where(flips, 2 * padding - columns, columns)
         chosen = torch.arange(batch, device=images.device) + batch * flips
         top = chosen * pixels.shape[1] + self._rows[indices]
-        rows = top[:, None] + torch.arange(height, device=images.device)  # [batch, 32], rows of `pixels`
+        rows = top[:, None] + torch.arange(height, device=images.device)  # [batch, size], rows of `pixels`
         starts = rows * pixels.shape[2] + columns[:, None]
-        runs = pixels.view(-1).unfold(0, width * channels, channels)  # 32 pixels from each pixel on
+        runs = pixels.view(-1).unfold(0, width * channels, channels)  # a row from each pixel on
         crops = runs.index_select(0, starts.view(-1)).view(batch, height, width, channels).permute(0, 3, 1, 2)
         return crops if self._cutout == 0 else self._cut_out(crops, indices)
 
@@ -103,13 +102,13 @@ class CropFlip:
         return torch.where((rows[:, None, :, None] & columns[:, None, None, :]), gray, images)
 
 
-def _crop_flip(config: TrainConfig, size: int, device: torch.device) -> Augmentation:
+def _crop_flip(config: TrainConfig, images: Tensor) -> Augmentation:
     alternate = config.augment == "crop-altflip"
-    return CropFlip(size, config.seed, device, config.crop_padding, alternate, config.cutout)
+    return CropFlip(images, config.seed, config.crop_padding, alternate, config.cutout)
 
 
-# For each --augment, a function from the configuration, the number of training images and the device.
-AUGMENTATIONS: dict[str, Callable[[TrainConfig, int, torch.device], Augmentation | None]] = {
+# For each --augment, a function of the configuration and the training images, uint8 [n, 3, size, size], on the device.
+AUGMENTATIONS: dict[str, Callable[[TrainConfig, Tensor], Augmentation | None]] = {
     "none": lambda *_: None,
     "crop-flip": _crop_flip,
     "crop-altflip": _crop_flip,

@@ -57,7 +57,7 @@ class Recipe:
     """none; a random crop and a random horizontal flip; or a random crop and a flip in every other epoch."""
     crop_padding: Annotated[int, (lambda x: 0 <= x <= 31, "from 0 to 31")] = 4
     """Pixels by which a random crop may shift an image."""
-    cutout: Annotated[int, (lambda x: 0 <= x <= 32, "from 0 to 32")] = 0
+    cutout: Annotated[int, (lambda x: 0 <= x <= 256, "from 0 to 256")] = 0
     """Side in pixels of the gray square cut out of each training image; 0 for none (DeVries & Taylor 2017)."""
     tta: Literal["none", "flip", "crop"] = "none"
     """Test-time augmentation at the end of the run: average over mirrored, and over shifted and mirrored images."""
@@ -80,6 +80,8 @@ class TrainConfig(Recipe):
     folder: pictures from its train/CLASS/ and test/CLASS/."""
     data_url: str | None = None
     """URL of the dataset's archive (cifar-10-python.tar.gz) to try before the built-in sources."""
+    image_size: Annotated[int, (lambda x: 32 <= x <= 256, "from 32 to 256")] = 32
+    """Side in pixels to which --dataset folder scales its pictures."""
     max_steps: Annotated[int | None, _COUNT] = None
     """End training after this many optimizer steps; evaluation and records follow as usual."""
     seed: Annotated[int, (lambda x: 0 <= x < 2**63, "at least 0 and below 2**63")] = 0
@@ -121,6 +123,8 @@ class TrainConfig(Recipe):
             for holds, allowed in getattr(hint, "__metadata__", ()):
                 if value is not None and not holds(value):
                     raise UserError(f"{flag(name)} is {value}: it must be {allowed}")
+        if self.image_size != TrainConfig.image_size and self.dataset != "folder":
+            raise UserError(f"--image-size {self.image_size} needs --dataset folder: the others have their own")
         if not 0 <= self.warmup_epochs <= self.epochs:
             raise UserError(f"--warmup-epochs is {self.warmup_epochs:g}: it must be from 0 to --epochs, {self.epochs}")
         if self.cuda_graph and self.precision == "fp16":

@@ -15,10 +15,11 @@ from cifar.batch_plan import BatchPlan
 from cifar.config import TrainConfig
 from cifar.datasets.choice import choose_dataset
 from cifar.distributed.runtime import Runtime
+from cifar.errors import LocalError, out_of_memory
 
-EVAL_BATCH_SIZE = 1000
-CHUNK = 1024  # images prepared at once; with tiny batches, the overhead of a call dominates
-_SAMPLE = 5000  # training images for data-dependent initialization
+# Pixels of images. At once are tested 1,000 images of CIFAR-10, and 1,024 prepared for training: with tiny batches, the
+# overhead of a call dominates. A sample for data-dependent initialization has 5,000.
+EVAL_BATCH, CHUNK, _SAMPLE = 1000 * 2**10, 2**20, 5000 * 2**10
 
 
 class DeviceImages(Dataset[tuple[Tensor, Tensor]]):
@@ -32,7 +33,7 @@ class DeviceImages(Dataset[tuple[Tensor, Tensor]]):
         device: torch.device,
         memory_format: torch.memory_format = torch.channels_last,
     ) -> None:
-        self.images = images.to(device, memory_format=torch.channels_last)  # uint8 [n, 3, 32, 32]
+        self.images = images.to(device, memory_format=torch.channels_last)  # uint8 [n, 3, size, size]
         self.labels = labels.to(device)  # int64 [n]
         self.classes = classes  # names, in the order of the labels
         self.augment: Augmentation | None = None  # of every batch, before normalization
@@ -42,12 +43,16 @@ class DeviceImages(Dataset[tuple[Tensor, Tensor]]):
         return len(self.labels)
 
     def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return images, float32 [batch, 3, 32, 32] in [-1, 1], and labels, int64 [batch], of int64 [batch] indices."""
+        """Return images, float32 [batch, 3, size, size] in [-1, 1], and labels, int64 [batch], at int64 [batch]."""
         # index_select copies whole images where [indices] would gather single bytes, but it ignores memory formats.
         images = self.images.permute(0, 2, 3, 1).index_select(0, indices).permute(0, 3, 1, 2)
         if self.augment is not None:
             images = self.augment(images, indices)
         return normalize(images.contiguous(memory_format=self._memory_format)), self.labels[indices]
+
+    def count(self, pixels: int) -> int:
+        """Return how many of the images have `pixels` pixels together, at least one."""
+        return max(1, pixels // self.images.shape[-1] ** 2)
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -59,7 +64,7 @@ class BatchedDistributedSampler(DistributedSampler[Tensor]):
     """torch's DistributedSampler, yielding the indices of whole micro-batches: int64 [n], on the device.
 
     The k-th optimizer step takes the k-th slice of one permutation, at every world size W, and rank r every W-th image
-    of it. An item has several micro-batches, of about `CHUNK` images together.
+    of it. An item has several micro-batches, of about `CHUNK` pixels together.
     """
 
     def __init__(self, dataset: DeviceImages, plan: BatchPlan, rank: int, seed: int) -> None:
@@ -67,7 +72,7 @@ class BatchedDistributedSampler(DistributedSampler[Tensor]):
         super().__init__(dataset, num_replicas=plan.world_size, rank=rank, seed=seed, drop_last=True)
         self.first = 0  # optimizer step of the epoch to begin at
         self.micro_batch_sizes = plan.micro_batch_sizes(rank)  # of a step of this rank
-        self.chunk = max(1, CHUNK // self.micro_batch_sizes[0])  # micro-batches in an item
+        self.chunk = max(1, dataset.count(CHUNK) // self.micro_batch_sizes[0])  # micro-batches in an item
         self.device = dataset.labels.device
         self._plan = plan
 
@@ -130,7 +135,8 @@ class EvalLoader(DataLoader[Any]):
         """Divide the images `indices`, int64 [n], or all of them, between the ranks."""
         indices = torch.arange(len(dataset)) if indices is None else indices
         shard = indices[rank::world_size].to(dataset.labels.device)
-        super().__init__(dataset, batch_size=None, sampler=shard.split(EVAL_BATCH_SIZE) if len(shard) else ())
+        batches = shard.split(dataset.count(EVAL_BATCH)) if len(shard) else ()
+        super().__init__(dataset, batch_size=None, sampler=batches)
         self._rank, self._world_size = rank, world_size
 
     def subset(self, indices: Tensor) -> "EvalLoader":
@@ -158,18 +164,26 @@ class Data:
         return f"{self.name}{source}: {sizes}, {len(self.classes)} classes" + (f"; {self.note}" if self.note else "")
 
     def sample(self) -> Tensor:
-        """Return the first 5,000 training images, normalized: float32 [n, 3, 32, 32] on the CPU."""
-        return normalize(self.train.dataset.images[:_SAMPLE].cpu())
+        """Return the first training images, normalized: float32 [n, 3, size, size] on the CPU."""
+        dataset = self.train.dataset
+        return normalize(dataset.images[: dataset.count(_SAMPLE)].cpu())
 
 
 def load_data(config: TrainConfig, runtime: Runtime) -> Data:
     """Load the dataset, the same on every rank, onto the device. Collective."""
     name, dataset = choose_dataset(config, runtime)
-    train, test = (
-        DeviceImages(*split, dataset.classes, runtime.device, runtime.memory_format)
-        for split in (dataset.train, dataset.test)
-    )
-    train.augment = AUGMENTATIONS[config.augment](config, len(train), runtime.device)
+    try:
+        train, test = (
+            DeviceImages(*split, dataset.classes, runtime.device, runtime.memory_format)
+            for split in (dataset.train, dataset.test)
+        )
+    except RuntimeError as error:
+        if out_of_memory(error) is None:
+            raise
+        size = sum(images.nbytes for images, _ in (dataset.train, dataset.test))
+        reason = f"the images of {name} take {size / 1e9:.1f} GB, which {runtime.device} does not have free"
+        raise LocalError(f"{reason}: lower --image-size, or end the other programs that use it") from error
+    train.augment = AUGMENTATIONS[config.augment](config, train.images)
     plan = BatchPlan.make(config, runtime.world_size, len(train))
     train_loader = TrainLoader(train, plan, runtime.rank, config.seed)
     test_loader = EvalLoader(test, runtime.rank, runtime.world_size)

@@ -148,7 +148,7 @@ def _fixed(values: Tensor) -> Tensor:
 
 
 def augmented_logits(model: nn.Module, images: Tensor, tta: str) -> Tensor:
-    """Return logits, float [batch, classes], of normalized images, float32 [batch, 3, 32, 32], averaged over views.
+    """Return logits, float [batch, classes], of normalized images, float32 [batch, 3, size, size], averaged over views.
 
     Test-time augmentation after K. Jordan 2024 (arXiv 2404.00498), section 3.5.
 

@@ -20,7 +20,7 @@ from cifar.command import exit_on_error, parse_flags
 from cifar.data import normalize
 from cifar.errors import UserError, first_line
 from cifar.files import write_atomically
-from cifar.predict import build_trained_model
+from cifar.predict import build_trained_model, trained_image_size
 from cifar.records.console import SYNTHETIC_WARNING
 
 _PRIVATE = ("data_dir", "data_url", "run_dir", "resume", "evaluate")  # directories of the training machine
@@ -28,7 +28,7 @@ _PRIVATE = ("data_dir", "data_url", "run_dir", "resume", "evaluate")  # director
 
 @dataclass(frozen=True)
 class Export:
-    """Write a program from images, uint8 [n, 3, 32, 32], to class scores (logits), float32 [n, classes].
+    """Write a program from images, uint8 [n, 3, size, size], to class scores (logits), float32 [n, classes].
 
     The images are normalized in it. Its metadata name the classes; cifar/README.md tells how to load it.
     """
@@ -50,7 +50,7 @@ class Classifier(nn.Module):
         self.eval().requires_grad_(False)  # else the scores of the program would require gradients, too
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return class scores (logits), float32 [n, classes], of `images`, uint8 [n, 3, 32, 32]."""
+        """Return class scores (logits), float32 [n, classes], of `images`, uint8 [n, 3, size, size]."""
         return self.model(normalize(images))
 
 
@@ -61,6 +61,7 @@ def _metadata(content: dict[str, Any]) -> dict[str, str]:
         "format_version": "1",
         "model": config["model"],
         "dataset": content["dataset"],
+        "image_size": str(trained_image_size(content)),
         "classes": json.dumps(content["classes"]),
         "config": json.dumps(config),
     }
@@ -68,7 +69,7 @@ def _metadata(content: dict[str, Any]) -> dict[str, str]:
 
 def _to_pt2(model: nn.Module, metadata: dict[str, str]) -> bytes:
     file = io.BytesIO()
-    torch.export.save(_trace(model), file, extra_files=metadata)
+    torch.export.save(_trace(model, metadata), file, extra_files=metadata)
     return file.getvalue()
 
 
@@ -77,8 +78,8 @@ def _to_onnx(model: nn.Module, metadata: dict[str, str]) -> bytes:
         import onnxscript  # noqa: F401  # torch itself would import it, and with it onnx, only after tracing
 
         program = torch.onnx.export(
-            _trace(model), input_names=["images"], output_names=["scores"], dynamic_shapes={"images": {0: "n"}},
-            dynamo=True, verbose=False,
+            _trace(model, metadata), input_names=["images"], output_names=["scores"],
+            dynamic_shapes={"images": {0: "n"}}, dynamo=True, verbose=False,
         )  # fmt: skip
     except ImportError as error:
         raise UserError(f"--format onnx: {first_line(error)}: pip install -e '.[export]'") from error
@@ -91,8 +92,9 @@ def _to_safetensors(model: nn.Module, metadata: dict[str, str]) -> bytes:
     return save_safetensors(model.state_dict(), metadata)
 
 
-def _trace(model: nn.Module) -> ExportedProgram:
-    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)  # of one image, the size would be taken for a constant
+def _trace(model: nn.Module, metadata: dict[str, str]) -> ExportedProgram:
+    size = int(metadata["image_size"])
+    images = torch.zeros(2, 3, size, size, dtype=torch.uint8)  # of one image, the number would be taken for a constant
     return torch.export.export(Classifier(model), (images,), dynamic_shapes={"images": {0: Dim("n")}})
 
 

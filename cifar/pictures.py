@@ -23,8 +23,8 @@ SUFFIXES = frozenset(" ".join(FORMATS.values()).split())
 PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # bytes, decompressed; Pillow refuses pictures with more than 1 MiB of text
 
 
-def read_image(path: Path) -> Tensor:
-    """Return a picture file as the models expect it, uint8 [3, 32, 32]; a UserError says why it cannot be read."""
+def read_image(path: Path, size: int) -> Tensor:
+    """Return the middle square of a picture file, uint8 [3, size, size]; a UserError says why it cannot be read."""
     try:
         if path.exists() and not path.is_file():
             raise ValueError("it is a directory, a pipe or a device")  # a pipe might never answer
@@ -37,7 +37,7 @@ def read_image(path: Path) -> Tensor:
                 with contextlib.suppress(Exception):  # viewers ignore damaged EXIF data, too
                     ImageOps.exif_transpose(file, in_place=True)  # turns before it fails to write damaged data again
                 image = _to_rgb(file)
-        pixels = np.array(ImageOps.fit(image, (32, 32), Image.Resampling.LANCZOS))
+        pixels = np.array(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
     except Exception as error:  # a damaged or hostile file can make a decoder raise anything
         raise UserError(f"{path} cannot be read as a picture: {first_line(error)}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)

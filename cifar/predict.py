@@ -30,7 +30,7 @@ class Prediction:
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """A checkpoint of train_ddp.py, runs/NAME/checkpoints/step-NNNNNNNN.pt, or a run, for its best one."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Pictures (PNG, JPEG, WebP, ...: see cifar/README.md); the middle square is scaled to 32 x 32."""
+    """Pictures (PNG, JPEG, WebP, ...: see cifar/README.md); the middle square is scaled as it was for training."""
 
 
 def build_trained_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -45,6 +45,11 @@ def build_trained_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     model = build_model(name, len(content["classes"]))
     load_weights(model, content, name, path)
     return model, content
+
+
+def trained_image_size(content: dict[str, Any]) -> int:
+    """Return the side in pixels of the images that the model of a checkpoint was trained on."""
+    return content["config"].get("image_size", TrainConfig.image_size)
 
 
 def evaluate_checkpoint(config: TrainConfig, model: nn.Module, data: Data, runtime: Runtime) -> None:
@@ -64,7 +69,7 @@ def evaluate_checkpoint(config: TrainConfig, model: nn.Module, data: Data, runti
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor) -> Tensor:
-    """Return class probabilities, float32 [n, classes], of `images`, uint8 [n, 3, 32, 32]."""
+    """Return class probabilities, float32 [n, classes], of `images`, uint8 [n, 3, size, size]."""
     model.eval()
     return model(normalize(images)).softmax(1)
 
@@ -75,10 +80,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not asked.images:
         raise UserError("no picture is named: python -m cifar.predict CHECKPOINT IMAGE [IMAGE ...]")
     model, content = build_trained_model(checkpoint_file(asked.checkpoint))
-    classes, failed = content["classes"], False
+    classes, image_size, failed = content["classes"], trained_image_size(content), False
     for path in asked.images:
         try:
-            image = read_image(path)
+            image = read_image(path, image_size)
         except UserError as error:  # the other pictures are predicted nevertheless
             print(f"cifar.predict: error: {error}", file=sys.stderr)
             failed = True

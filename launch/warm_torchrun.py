@@ -54,11 +54,12 @@ def preload(flags: list[str]) -> None:
         config = parse_args(flags)
         name = "cifar10" if config.dataset == "auto" else config.dataset
         load = DATASETS[name]
-        dataset = load(config.data_dir)
+        dataset = load(config)
         for images, _ in (dataset.train, dataset.test):  # as cifar.data wants them, so that it makes no copies
             images.data = images.contiguous(memory_format=torch.channels_last)
         assert dataset.fingerprint  # computed here, and kept
-        DATASETS[name] = lambda data_dir: dataset if data_dir == config.data_dir else load(data_dir)
+        place = (config.data_dir, config.image_size)
+        DATASETS[name] = lambda asked: dataset if (asked.data_dir, asked.image_size) == place else load(asked)
     torch.set_num_threads(threads)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from cifar.errors import UserError
 
 Split = tuple[Tensor, Tensor]
-"""Images, uint8 [n, 3, 32, 32], and their labels, int64 [n], both on the CPU."""
+"""Images, uint8 [n, 3, size, size], and their labels, int64 [n], both on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,10 @@ class Dataset:
             raise UserError(f"dataset {name}: the class names must be non-empty and unique, not {self.classes}")
         for split, (images, labels) in (("training", self.train), ("test", self.test)):
             about = f"dataset {name}: {split}"
-            if images.dtype != torch.uint8 or images.shape[1:] != (3, 32, 32) or len(images) == 0:
-                form = f"{images.dtype} {list(images.shape)}"
-                raise UserError(f"{about} images must be torch.uint8 [n, 3, 32, 32], with n > 0, not {form}")
+            form, size = f"{images.dtype} {list(images.shape)}", self.train[0].shape[-2]
+            if images.dtype != torch.uint8 or images.shape[1:] != (3, size, size) or len(images) == 0:
+                square = f"torch.uint8 [n, 3, {size}, {size}]"
+                raise UserError(f"{about} images must be {square}, with n > 0, not {form}")
             if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
                 form = f"{labels.dtype} {list(labels.shape)}"
                 raise UserError(f"{about} labels must be torch.int64 [{len(images)}], not {form}")
@@ -47,7 +48,7 @@ class Dataset:
         words = {}
         for split, (images, labels) in (("training", self.train), ("test", self.test)):
             digest = hashlib.sha256(json.dumps(self.classes).encode())
-            for tensor in (images, labels):
-                digest.update(tensor.contiguous().numpy().data)
+            for part in (*images.split(100), labels):  # contiguous copies of a few at once
+                digest.update(part.contiguous().numpy().data)
             words[split] = f"{len(images):,} images, SHA-256 {digest.hexdigest()[:16]}"
         return words

@@ -22,7 +22,7 @@ def choose_dataset(config: TrainConfig, runtime: Runtime) -> tuple[str, Dataset]
     with runtime.fail_together():
         if runtime.local_rank == 0 and name in PREPARE:
             try:
-                PREPARE[name](config.data_dir, config.data_url)
+                PREPARE[name](config)
             except UnavailableError as error:
                 if config.dataset != "auto":
                     raise
@@ -31,7 +31,7 @@ def choose_dataset(config: TrainConfig, runtime: Runtime) -> tuple[str, Dataset]
         runtime.print0(f"WARNING: training on the synthetic dataset, not on CIFAR-10: {reasons[0]}")
         name = "synthetic"
     with runtime.fail_together():
-        dataset = DATASETS[name](config.data_dir)
+        dataset = DATASETS[name](config)
         dataset.check(name)
     _check_same(name, dataset, runtime)
     return name, dataset

@@ -7,11 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from cifar.datasets.base import Dataset, Split
-from cifar.datasets.picture_cache import DECODER, Files, find_pictures, prepare_pictures
+from cifar.datasets.base import Dataset
+from cifar.datasets.picture_cache import DECODER, Files, PictureFile, find_pictures, prepare_pictures
 from cifar.errors import UserError
 from cifar.pictures import SUFFIXES
 
@@ -19,15 +18,15 @@ _TEST_SPLITS = ("test", "val", "valid", "validation")  # the last three as of Im
 _LAST_TEST_HASH = 2**64 // 10  # without a test split, a tenth of the pictures have this hash or a lower one
 
 
-def prepare_folder(data_dir: Path, data_url: str | None = None) -> None:
+def prepare_folder(data_dir: Path, image_size: int) -> None:
     """Decode the pictures of `data_dir` if any is new or has changed; name those that cannot be read.
 
     A UserError says what is wrong with the folder, that more than 1 % of the pictures are unreadable, or that the
-    decoded ones cannot be written anywhere. `data_url` is not used.
+    decoded ones cannot be written anywhere.
     """
     files = list_files(data_dir)
-    problems = prepare_pictures(data_dir, files).problems
-    reasons = [f"{data_dir / path} {reason}" for path, reason in problems.items()]
+    problems = prepare_pictures(data_dir, files, image_size).problems
+    reasons = [f"{data_dir / path} {reason}" for path, reason in sorted(problems.items())]
     if 100 * len(problems) > len(files):
         raise UserError(
             f"{len(problems):,} of the {len(files):,} pictures in {data_dir} cannot be read, more than 1 %: remove or "
@@ -37,35 +36,31 @@ def prepare_folder(data_dir: Path, data_url: str | None = None) -> None:
         print(f"WARNING: left out: {reason}", flush=True)
 
 
-def load_folder(data_dir: Path) -> Dataset:
+def load_folder(data_dir: Path, image_size: int) -> Dataset:
     """Load the pictures that `prepare_folder` has decoded on this host; a UserError says that they have changed since.
 
-    Images are in the order of a hash of their paths, so that the first of them are a random sample of all classes.
+    Images are in the order of a hash of their paths, so that the first of them are a random sample of all classes. They
+    are in memory once, whatever the number of processes.
     """
     files = list_files(data_dir)
-    pictures = find_pictures(data_dir, files)
+    pictures = find_pictures(data_dir, files, image_size)
     if pictures is None:
         raise UserError(f"the pictures in {data_dir} have changed while they were read: start again")
-    paths = sorted(files.keys() - pictures.problems.keys(), key=_hash)
-    test_paths = {path for path in paths if not path.startswith("train/")}
     notes = []
     match _test_splits(data_dir):
         case []:
-            test_paths = _hold_out(paths)
             notes = ["test: a tenth of train/, by a hash of each picture's name, at least one of each class"]
         case [split, *others] if split != "test" or others:
             notes = [f"test: {split}/", *(f"{other}/ is not used" for other in others)]
     if pictures.problems:
         notes.append(f"{len(pictures.problems):,} unreadable left out")
-    rows = {path: row for row, path in enumerate(files)}
-    labels = {name: label for label, name in enumerate(sorted({_class_of(path) for path in files}))}
-    splits: list[Split] = []
-    for is_test in (False, True):
-        members = [path for path in paths if (path in test_paths) == is_test]
-        member_rows = np.array([rows[path] for path in members], np.int64)
-        images = torch.from_numpy(pictures.pixels.take(member_rows, axis=0))
-        splits.append((images, torch.tensor([labels[_class_of(path)] for path in members])))
-    return Dataset(tuple(labels), splits[0], splits[1], "; ".join(notes), DECODER)
+    names = {name: label for label, name in enumerate(sorted({_class_of(path) for path in files}))}
+    readable = {path: file for path, file in files.items() if path not in pictures.problems}
+    images = torch.from_numpy(pictures.pixels).permute(0, 3, 1, 2)
+    labels = torch.tensor([names[_class_of(path)] for path in readable])
+    first_test = sum(not file.is_test for file in readable.values())
+    splits = [(images[rows], labels[rows]) for rows in (slice(first_test), slice(first_test, None))]
+    return Dataset(tuple(names), splits[0], splits[1], "; ".join(notes), DECODER)
 
 
 def _test_splits(data_dir: Path) -> list[str]:
@@ -104,13 +99,13 @@ def _hash(text: str) -> int:
 
 
 def list_files(data_dir: Path) -> Files:
-    """Return the picture files of `data_dir`, sorted by path; a UserError says what is wrong with the folder.
+    """Return the picture files of `data_dir`, the training split first; a UserError says what is wrong with the folder.
 
     A picture is a file with a suffix of `pictures.FORMATS`, at any depth below its class. Hidden files and directories
     do not count. Symbolic links are followed, but not those into a split or around it, whose pictures count there.
     """
     splits = ["train", *_test_splits(data_dir)[:1]]
-    files: Files = {}
+    files: dict[str, tuple[int, int]] = {}
     try:
         train = data_dir / "train"
         if not train.is_dir():
@@ -125,13 +120,16 @@ def list_files(data_dir: Path) -> Files:
         for folder in [f"{split}/{name}" for split in splits for name in directories[split]]:
             pictures = dict(_walk(data_dir, folder, roots))
             if not pictures:
-                others = sorted({path.suffix or "none" for path in (data_dir / folder).rglob("*") if path.is_file()})
-                advice = f"convert its files ({', '.join(others)}), for example to .jpg" if others else "add some"
+                others = [path.suffix or "no suffix" for path in (data_dir / folder).rglob("*") if path.is_file()]
+                kinds = ", ".join(sorted(set(others)))
+                advice = f"convert its {len(others):,} files ({kinds}), for example to .jpg" if others else "add some"
                 raise UserError(f"there is no picture in {data_dir / folder}: {advice}, or remove the class")
             files |= pictures
     except OSError as error:
         raise UserError(f"cannot read {data_dir}: {error}") from error
-    return dict(sorted(files.items()))
+    is_test = {path for path in files if not path.startswith("train/")} or _hold_out(list(files))
+    order = sorted(files, key=lambda path: (path in is_test, _hash(path)))
+    return {path: PictureFile(*files[path], path in is_test) for path in order}
 
 
 def _class_directories(split: Path, splits: list[Path]) -> list[str]:

@@ -24,7 +24,7 @@ def build_model(name: str, num_classes: int, sample: Callable[[], Tensor] | None
 
     Args:
         num_classes: number of outputs.
-        sample: returns normalized training images, float32 [n, 3, 32, 32] on the CPU; called only for a model with
+        sample: returns normalized training images, float32 [n, 3, size, size] on the CPU; called only for a model with
             data-dependent initialization (a method `init_from_data`). None if weights are loaded right after.
     """
     model = MODELS[name](num_classes)

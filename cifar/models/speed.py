@@ -27,7 +27,7 @@ class SpeedNet(nn.Module):
 
     @torch.no_grad()
     def init_from_data(self, images: Tensor, eps: float = 1.2e-4) -> None:
-        """Set the first layer to the whitening transform of 2 x 2 patches of `images`, float32 [n, 3, 32, 32].
+        """Set the first layer to the whitening transform of 2 x 2 patches of `images`, float32 [n, 3, size, size].
 
         Its 24 channels are the 12 principal components of a patch, scaled to unit variance, and their negatives.
         `eps` is added to each component's variance to keep noise from being amplified. (The author's 5e-4 is for images
@@ -42,7 +42,7 @@ class SpeedNet(nn.Module):
         self.whiten.bias.copy_(-torch.cat([whitening, -whitening]) @ mean)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits, float [batch, num_classes], of normalized images, float [batch, 3, 32, 32]."""
+        """Return logits, float [batch, num_classes], of normalized images, float [batch, 3, size, size]."""
         x = F.gelu(self.whiten(images))  # [batch, 24, 31, 31]
         x = self.groups(x)  # [batch, 256, 3, 3]
         x = F.max_pool2d(x, x.shape[2:]).flatten(1)

@@ -139,7 +139,7 @@ class Tracking:
     def finish(self, step: int, result: dict[str, Any], test: Evaluation, images: Tensor, best: Path) -> None:
         """Record the result in W&B and in result.json, and draw the report. What fails here is a warning.
 
-        `test` is the last evaluation, of `images`, uint8 [n, 3, 32, 32]; `best` the checkpoint with the best accuracy.
+        `test` is the last evaluation, of `images`, uint8 [n, 3, size, size]; `best` the most accurate checkpoint.
         """
         self._wandb.log_result(step, result, test, images, best)
         try:

@@ -141,11 +141,11 @@ def test_one_download_per_data_directory(hosts, real_data, tmp_path, shared):
     root = tmp_path / "root"  # this program, but for another archive
     shutil.copytree(ROOT / "launch", root / "launch")
     (root / "train_ddp.py").write_text(
-        "import dataclasses, functools, runpy\n"
+        "import dataclasses, runpy\n"
         "from cifar.datasets import PREPARE, cifar10, download\n"
         f"new = dict(size={packed.stat().st_size}, sha256={hashlib.sha256(packed.read_bytes()).hexdigest()!r})\n"
         f"archive = dataclasses.replace(cifar10.CIFAR10, **new, urls=({url!r},))\n"
-        "PREPARE['cifar10'] = functools.partial(download.prepare, archive)\n"
+        "PREPARE['cifar10'] = lambda config: download.prepare(archive, config.data_dir)\n"
         f"runpy.run_path({str(ROOT / 'train_ddp.py')!r}, run_name='__main__')\n"
     )
     command = hosts.on(0, sys.executable, "-um", "http.server", "--bind", ADDRESSES[0], "8000")

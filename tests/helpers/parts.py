@@ -69,7 +69,7 @@ class Parts:
         train = DeviceImages(*random_images(count), CLASSES, device, self.runtime.memory_format)
         if config.augment != "none":
             how = config.crop_padding, config.augment == "crop-altflip", config.cutout
-            train.augment = CropFlip(count, config.seed, device, *how)
+            train.augment = CropFlip(train.images, config.seed, *how)
         plan = BatchPlan.make(config, 1, count)
         return Data("random", CLASSES, plan, TrainLoader(train, plan, 0, config.seed), EvalLoader(train, 0, 1))
 

@@ -1,12 +1,15 @@
 """A folder of pictures in real processes: decoded once per host, and the same at 1, 2 and 3 processes."""
 
 import re
+import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from tests.helpers.processes import records, result, train
+from cifar.pictures import read_image
+from tests.helpers.processes import records, result, run, train
 
 pytestmark = pytest.mark.slow
 
@@ -27,6 +30,22 @@ def draw(folder):
                 pixels = random.integers(0, 160, (30 + k, 40, 3)) + 45 * label
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / split / name / f"{k}.png")
     return folder
+
+
+def test_images_of_another_size(tmp_path):
+    """Training, resume, evaluation, prediction and export follow."""
+    folder, run_dir = draw(tmp_path / "pets"), tmp_path / "run"
+    picture, exported = folder / "test" / "ant" / "0.png", tmp_path / "x.pt2"
+    data = ["--dataset", "folder", "--data-dir", folder, "--image-size", 48, "--augment", "crop-flip", "--tta", "crop"]
+    flags = [*data, "--model", "speed", "--local-batch-size", 30, "--run-dir", run_dir, "--max-steps", 4]
+    train(*flags, cwd=tmp_path, processes=2)
+    train("--resume", run_dir, "--max-steps", 6, cwd=tmp_path)
+    assert f"{100 * result(run_dir)['test_accuracy']:.2f} %" in train("--evaluate", run_dir, cwd=tmp_path).stdout
+    (line,) = run([sys.executable, "-m", "cifar.predict", run_dir, picture], tmp_path).stdout.splitlines()
+    run([sys.executable, "-m", "cifar.export", run_dir, "--out", exported], tmp_path)
+    scores = torch.export.load(exported).module()(read_image(picture, 48)[None])
+    best = int(scores.argmax())
+    assert f"{picture}: {('ant', 'bee', 'cat')[best]} {100 * scores.softmax(1)[0, best]:.1f} %" in line
 
 
 def test_same_curve_at_any_number_of_processes(tmp_path):

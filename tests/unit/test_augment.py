@@ -8,13 +8,12 @@ from torchvision.transforms import functional
 
 from cifar.augment import CropFlip, derive_seed, generator
 
-SIZE = 200
-CPU = torch.device("cpu")
-IMAGES = torch.randint(1, 256, (SIZE, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+SIZE, SIDE = 200, 40
+IMAGES = torch.randint(1, 256, (SIZE, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
 
 
 def augmented(seed: int = 0, epoch: int = 0, **options: int) -> Tensor:
-    augment = CropFlip(SIZE, seed, CPU, **options)
+    augment = CropFlip(IMAGES, seed, **options)
     augment.set_epoch(epoch)
     return augment(IMAGES, torch.arange(SIZE))
 
@@ -25,13 +24,13 @@ def test_equals_torchvision(seed, epoch):
     (rows, columns) = torch.randint(0, 9, (2, SIZE), generator=numbers)
     flips = torch.randint(0, 2, (SIZE,), generator=numbers, dtype=torch.bool)
     for image, got, row, column, flip in zip(IMAGES, augmented(seed, epoch), rows, columns, flips, strict=True):
-        expected = functional.crop(functional.pad(image, [4, 4, 4, 4]), int(row), int(column), 32, 32)
+        expected = functional.crop(functional.pad(image, [4, 4, 4, 4]), int(row), int(column), SIDE, SIDE)
         assert torch.equal(got, functional.hflip(expected) if flip else expected)
 
 
 def test_independent_of_batches_order_earlier_epochs_and_the_global_generator():
     before = torch.get_rng_state()
-    augment = CropFlip(SIZE, 0, CPU)
+    augment = CropFlip(IMAGES, 0)
     order = torch.randperm(SIZE, generator=torch.Generator().manual_seed(2))
     for epoch, size in ((0, 64), (1, 7), (3, 1), (0, 200)):
         augment.set_epoch(epoch)
@@ -63,14 +62,14 @@ def test_alternating_flips():
 def test_alternating_crops_are_padded_by_reflection():
     got = augmented(padding=2, alternate=True)
     padded = F.pad(IMAGES, (2, 2, 2, 2), "reflect")
-    crops = [padded[:, :, r : r + 32, c : c + 32] for r in range(5) for c in range(5)]
+    crops = [padded[:, :, r : r + SIDE, c : c + SIDE] for r in range(5) for c in range(5)]
     found = sum((got == view).flatten(1).all(1).int() for crop in crops for view in (crop, crop.flip(3)))
     assert (found >= 1).all()
     assert (got != IMAGES).flatten(1).any(1).float().mean() > 0.9
 
 
 def test_cutout_is_one_square_clipped_at_the_edges():
-    augment = CropFlip(SIZE, 0, CPU, padding=0, cutout=12)
+    augment = CropFlip(IMAGES, 0, padding=0, cutout=12)
     blank = (augment(torch.full_like(IMAGES, 255), torch.arange(SIZE)) == 128).all(1)
     sides = torch.stack([blank.any(2).sum(1), blank.any(1).sum(1)])
     assert torch.equal(blank.flatten(1).sum(1), sides[0] * sides[1])

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torchvision
 
+from cifar.config import TrainConfig
 from cifar.datasets import DATASETS, cifar10
 from cifar.datasets.cifar10 import CLASSES, load_cifar10
 from cifar.datasets.download import UnavailableError, prepare
@@ -106,7 +107,7 @@ def test_cifar100_downloaded_unpacked_and_read(server, tmp_path, monkeypatch):
         files[split] = {"data": images, "fine_labels": list(range(100)), "coarse_labels": [0] * 100}
     packed = count_as(monkeypatch, "CIFAR100", files)
     prepare(cifar10.CIFAR100, tmp_path, server.plays("/mine", serves(packed)))
-    data = DATASETS["cifar100"](tmp_path)
+    data = DATASETS["cifar100"](TrainConfig(data_dir=tmp_path))
     data.check("cifar100")
     assert data.classes == tuple(names)
     for split, (images, labels) in (("train", data.train), ("test", data.test)):

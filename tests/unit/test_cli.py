@@ -186,7 +186,7 @@ def test_unknown_flags_and_values(flags, named, capsys, be_rank):
     [
         "--epochs 0", "--local-batch-size -4", "--global-batch-size 0", "--max-steps 0", "--checkpoint-steps 0",
         "--log-steps 0", "--lr 0", "--lr nan", "--lr inf", "--momentum 1", "--warmup-epochs 5", "--weight-decay -1",
-        "--seed -1", "--timeout 1", "--cutout 33",
+        "--seed -1", "--timeout 1", "--cutout 257", "--image-size 31",
     ],
 )  # fmt: skip
 def test_value_out_of_range_is_named_in_one_line(flags):
@@ -199,7 +199,9 @@ def test_value_out_of_range_is_named_in_one_line(flags):
     ("flags", "message"),
     [("--nesterov --momentum 0", r"--nesterov.*--momentum"),
      ("--comm-hook powersgd --precision fp16", r"--comm-hook powersgd.*--precision bf16"),
-     ("--autoresume", "--autoresume needs --run-dir")],
+     ("--autoresume", "--autoresume needs --run-dir"),
+     ("--image-size 64", "--image-size 64 needs --dataset folder"),
+     ("--image-size 64 --dataset folder", r"the model net does not take such images \(.*\): try --model resnet18")],
 )  # fmt: skip
 def test_flags_that_do_not_go_together(flags, message):
     with pytest.raises(UserError, match=message):

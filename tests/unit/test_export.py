@@ -71,6 +71,7 @@ def test_metadata(exported):
     private = {"data_dir", "data_url", "run_dir", "resume", "evaluate"}
     config = {name: value for name, value in content()["config"].items() if name not in private}
     wanted = {"format_version": "1", "model": "net", "dataset": "cifar10", "classes": CLASSES, "config": config}
+    wanted["image_size"] = "32"
     path = exported[0] / NAME
     extra = dict.fromkeys(wanted, "")
     torch.export.load(f"{path}.pt2", extra_files=extra)

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import train_ddp
+from cifar.data import DeviceImages
 from cifar.datasets import folder as folder_module
 from cifar.datasets import picture_cache
 from cifar.datasets.base import Dataset
@@ -25,7 +26,7 @@ from tests.helpers.comparing import traces, wait_for_checkpoints, write_no_repor
 from tests.helpers.forking import fork, wait
 from tests.helpers.processes import left_of, result
 
-CACHE = f".cifar-ddp-pictures-pillow-{PIL.__version__}.npz"
+CACHE = f".cifar-ddp-pictures-32-pillow-{PIL.__version__}.bin"
 COLORS = {"ant": 40, "bee": 120, "cat": 200}
 
 
@@ -53,9 +54,9 @@ def ant(folder):
     return folder / "train" / "ant"
 
 
-def load(folder) -> Dataset:
-    prepare_folder(folder)
-    dataset = load_folder(folder)
+def load(folder, size=32) -> Dataset:
+    prepare_folder(folder, size)
+    dataset = load_folder(folder, size)
     dataset.check("folder")
     return dataset
 
@@ -66,9 +67,9 @@ def contents(split):
     return sorted((image.numpy().tobytes(), label) for image, label in zip(images, labels.tolist(), strict=True))
 
 
-def expected(folder, split, names=tuple(COLORS)):
+def expected(folder, split, names=tuple(COLORS), size=32):
     return sorted(
-        (read_image(path).numpy().tobytes(), label)
+        (read_image(path, size).numpy().tobytes(), label)
         for label, name in enumerate(names)
         for path in (folder / split / name).rglob("*.*")
     )
@@ -79,9 +80,9 @@ def decodings(monkeypatch):
     """Return how many files each decoding has had, as they come."""
     numbers, decode = [], picture_cache._decode
 
-    def spy(data_dir, files):
+    def spy(data_dir, files, image_size):
         numbers.append(len(files))
-        return decode(data_dir, files)
+        return decode(data_dir, files, image_size)
 
     monkeypatch.setattr(picture_cache, "_decode", spy)
     return numbers
@@ -120,7 +121,7 @@ def test_files_that_count(folder, ant, tmp_path):
     (more / "back").symlink_to(ant)  # which leads here
     (ant / "link.png").symlink_to(linked)
     (ant / "more").symlink_to(more)
-    added = [(read_image(path).numpy().tobytes(), 0) for path in (linked, more / "x.png")]
+    added = [(read_image(path, 32).numpy().tobytes(), 0) for path in (linked, more / "x.png")]
     assert contents(load(folder).train) == sorted(before + added)
 
 
@@ -147,6 +148,20 @@ def test_names_of_classes_are_compared_in_composed_form(folder):
     assert len(dataset.test[0]) == 6
 
 
+def test_images_of_another_size(folder):
+    """Each size has its own file, whose pages all processes share."""
+    for size in (32, 48):
+        assert contents(load(folder, size).train) == expected(folder, "train", size=size)
+    kept = DeviceImages(*load(folder, 48).train, tuple(COLORS), torch.device("cpu")).images
+    (file,) = (entry for entry in psutil.Process().memory_maps(grouped=False) if _is_in(entry, kept.data_ptr()))
+    assert file.path == str(folder / CACHE.replace("-32-", "-48-"))
+
+
+def _is_in(entry, address):
+    first, last = (int(number, 16) for number in entry.addr.split("-"))
+    return first <= address < last
+
+
 # Without test/
 
 
@@ -168,7 +183,7 @@ def test_a_tenth_is_held_out_by_the_names(folder, ant, tmp_path):
     held_out = [f"{k}.png" for k in range(100) if is_held_out(f"{k}.png")]
     assert 5 < len(held_out) < 15
     assert contents(before.test) == sorted(
-        (read_image(folder / "train" / name / file).numpy().tobytes(), label)
+        (read_image(folder / "train" / name / file, 32).numpy().tobytes(), label)
         for label, name in enumerate(COLORS)
         for file in held_out
     )
@@ -231,7 +246,7 @@ NUMBER = "{}/train must hold 2 to 1,000 directories, one for each class, not "
         (lambda folder: [path.unlink() for path in (folder / "test" / "bee").iterdir()],
          "there is no picture in {}/test/bee: add some, or remove the class"),
         (lambda folder: [path.rename(path.with_suffix(".HEIC")) for path in (folder / "test" / "bee").iterdir()],
-         "there is no picture in {}/test/bee: convert its files (.HEIC), for example to .jpg, or remove the class"),
+         "there is no picture in {}/test/bee: convert its 2 files (.HEIC), for example to .jpg, or remove the class"),
         (lambda folder: broken(folder / "test" / "bee" / "x.png"),
          "1 of the 25 pictures in {} cannot be read, more than 1 %: remove or replace them: {}/test/bee/x.png cannot "
          "be read as a picture: cannot identify image file '{}/test/bee/x.png'"),
@@ -290,14 +305,14 @@ def test_pictures_are_decoded_again_once_one_has_changed(folder, ant, decodings,
     assert len(decodings) == 1
     change(ant)
     with pytest.raises(UserError, match="have changed while they were read: start again"):
-        load_folder(folder)  # without the preparation of this start
+        load_folder(folder, 32)  # without the preparation of this start
     for _ in range(2):
         assert contents(load(folder).train) == expected(folder, "train")
     assert len(decodings) == 2
 
 
 def test_killed_worker_is_one_line(folder, monkeypatch):
-    monkeypatch.setattr(picture_cache, "read_image", lambda path: os.kill(os.getpid(), 9))
+    monkeypatch.setattr(picture_cache, "read_image", lambda *_: os.kill(os.getpid(), 9))
     assert refusal(folder) == "a process that decodes pictures was killed, maybe for lack of memory"
 
 
@@ -305,8 +320,8 @@ def test_workers_end_with_the_process_that_is_killed(folder, monkeypatch):
     """Else they would wait for work, and hold its lock, for ever."""
     padded(folder, 200)
     monkeypatch.setattr(picture_cache, "available_cores", lambda: 2)
-    monkeypatch.setattr(picture_cache, "read_image", lambda path: time.sleep(0.1) or read_image(path))
-    process = psutil.Process(fork(lambda: prepare_folder(folder)))
+    monkeypatch.setattr(picture_cache, "read_image", lambda *file: time.sleep(0.1) or read_image(*file))
+    process = psutil.Process(fork(lambda: prepare_folder(folder, 32)))
     deadline = time.monotonic() + 30
     while len(process.children()) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -318,11 +333,11 @@ def test_workers_end_with_the_process_that_is_killed(folder, monkeypatch):
 
 def test_flipped_bits_change_no_pixel(folder, decodings):
     """Nor does a file that is cut, or another one; a bit that means nothing may be flipped."""
-    good = load(folder)
+    good = load(folder).fingerprint
     files = list_files(folder)
     raw = (folder / CACHE).read_bytes()
     bits = 8 * len(raw)
-    damages = [raw[:-1], raw[:-3000], raw[:3000], b"", bytes(100), raw.replace(b"(24, 3,", b"(23, 3,")]
+    damages = [raw[:-1], raw[:-3000], raw[:3000], b"", bytes(100), raw[3072:]]
     for bit in [*range(0, 4000, 37), *range(4000, bits - 4000, 7919), *range(bits - 4000, bits, 37)]:
         flipped = bytearray(raw)
         flipped[bit // 8] ^= 1 << bit % 8
@@ -330,13 +345,13 @@ def test_flipped_bits_change_no_pixel(folder, decodings):
     noticed = 0
     for damaged in damages:
         (folder / CACHE).write_bytes(damaged)
-        found = picture_cache.find_pictures(folder, files)
+        found = picture_cache.find_pictures(folder, files, 32)
         noticed += found is None
         assert found is None or (found.problems == {} and len(found.pixels) == 24 and found.pixels.tobytes() in raw)
     assert noticed > len(damages) / 2
-    (folder / CACHE).write_bytes(raw.replace(good.train[0][0].numpy().tobytes(), bytes(3072)))
+    (folder / CACHE).write_bytes(raw[:-3072] + bytes(3072))
     for _ in range(2):
-        assert load(folder).fingerprint == good.fingerprint
+        assert load(folder).fingerprint == good
     assert decodings == [24, 24]
 
 
@@ -360,7 +375,7 @@ def test_pixels_are_kept_in_the_users_cache(folder, ant, tmp_path, decodings, mo
         assert contents(load(folder).train) == expected(folder, "train")
     assert (decodings, (folder / CACHE).read_bytes()) == ([24, 25], beside)
     digest = hashlib.sha256(bytes(folder)).hexdigest()[:16]
-    place = tmp_path / "torch" / "cifar-ddp" / f"pets-{digest}-pillow-{PIL.__version__}.npz"
+    place = tmp_path / "torch" / "cifar-ddp" / f"pets-{digest}-32-pillow-{PIL.__version__}.bin"
     place.unlink()
     failing_places.append(place.parent)
     assert refusal(folder) == f"the decoded pictures cannot be written to {folder / CACHE} or {place} ({error})"
@@ -395,7 +410,7 @@ def test_resume_notices_changed_pictures(folder, ant, trained, tmp_path, capfd, 
     draw(ant / "new.png", 9)
     with pytest.raises(UserError) as caught:
         resume(trained)
-    now = load_folder(folder).fingerprint
+    now = load_folder(folder, 32).fingerprint
     assert str(caught.value) == (
         f"--resume {trained}: the training images have changed since that run began, from "
         f"{facts['images']['training']} to {now['training']}: restore them, or start a new run without --resume"
@@ -405,7 +420,7 @@ def test_resume_notices_changed_pictures(folder, ant, trained, tmp_path, capfd, 
     with monkeypatch.context() as patched:
         for module in (picture_cache, folder_module):
             patched.setattr(module, "DECODER", "Pillow 99")
-        patched.setattr(picture_cache, "read_image", lambda path: read_image(path) // 2)
+        patched.setattr(picture_cache, "read_image", lambda *file: read_image(*file) // 2)
         with pytest.raises(UserError, match=rf", decoded by Pillow {PIL.__version__} and now by Pillow 99: restore"):
             resume(trained)
     moved = folder.rename(tmp_path / "elsewhere")

@@ -39,7 +39,7 @@ def tensor(pixels):
 
 def read(path, image, **options):
     image.save(path, **options)
-    return read_image(path)
+    return read_image(path, 32)
 
 
 def converted(mode):
@@ -155,7 +155,7 @@ def test_unreadable_file_is_one_line(tmp_path):
     }  # fmt: skip
     for name, reason in reasons.items():
         with pytest.raises(UserError, match=rf"^{tmp_path / name} cannot be read as a picture: .*{reason}.*\Z"):
-            read_image(tmp_path / name)
+            read_image(tmp_path / name, 32)
 
 
 def test_three_most_probable_classes_of_each_picture(tmp_path, capsys):

@@ -72,7 +72,7 @@ assert torch.get_num_threads() == threads
 before = set(sys.modules)
 torch.cuda.is_available, torch.cuda.device_count = lambda: False, lambda: 0
 import cifar.datasets, cifar.run, train_ddp
-images = cifar.datasets.DATASETS["synthetic"](cifar.cli.parse_args(flags).data_dir).train[0]
+images = cifar.datasets.DATASETS["synthetic"](cifar.cli.parse_args(flags)).train[0]
 def after_step(run):
     assert run.data.train.dataset.images.data_ptr() == images.data_ptr(), "the images are not shared"
     imported = set(sys.modules) - before - {"train_ddp"}
