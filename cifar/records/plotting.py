@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from accelerate.utils import patch_environment
@@ -16,7 +16,7 @@ with patch_environment(MPLBACKEND="agg", MATPLOTLIBRC=os.devnull):
     from matplotlib.axes import Axes as Axes
     from matplotlib.colors import LinearSegmentedColormap as LinearSegmentedColormap
     from matplotlib.figure import Figure as Figure  # no pyplot: nothing here needs a window or global state
-    from matplotlib.font_manager import get_font_names
+    from matplotlib.font_manager import FontProperties, findfont, get_font, get_font_names
     from matplotlib.ticker import EngFormatter as EngFormatter
     from matplotlib.ticker import LogLocator as LogLocator
 
@@ -40,3 +40,13 @@ def default_style(changes: Any = ()) -> Iterator[None]:
         matplotlib.rcParams["font.family"] = ["sans-serif", *(name for name in _FALLBACK_FONTS if name in installed)]
         matplotlib.rcParams.update(changes)
         yield
+
+
+def drawable(classes: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of classes, or "class 3" for the label 3 if no font of `default_style` has the characters."""
+    fonts = [get_font(findfont(FontProperties(family=[family]))) for family in matplotlib.rcParams["font.family"]]
+    names = []
+    for label, name in enumerate(classes):
+        has_all = all(any(font.get_char_index(ord(character)) for font in fonts) for character in name)
+        names.append(name if has_all else f"class {label}")
+    return tuple(names)

@@ -4,6 +4,7 @@ import base64
 import io
 import math
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from cifar.evaluation import MANY_CLASSES, Evaluation
 from cifar.files import read_json, write_atomically
 from cifar.records.metrics import Series, read_metrics, series
-from cifar.records.plotting import Axes, Figure, LinearSegmentedColormap, default_style
+from cifar.records.plotting import Axes, Figure, LinearSegmentedColormap, default_style, drawable
 
 _WRONG_IMAGES = 36
 
@@ -33,7 +34,7 @@ _STYLE: Any = {
 def write_report(run_dir: Path, test: Evaluation, images: Tensor) -> None:
     """Write index.html and report.png from the records in `run_dir` and its last evaluation.
 
-    `images` is the test set, uint8 [n, 3, 32, 32].
+    `images` is the test set, uint8 [n, 3, size, size].
     """
     result, facts = read_json(run_dir / "result.json"), read_json(run_dir / "config.json")
     config = facts.pop("config")
@@ -44,7 +45,8 @@ def write_report(run_dir: Path, test: Evaluation, images: Tensor) -> None:
     source = Path(__file__).with_name("report.html.jinja").read_text()
     template = jinja2.Template(source, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     with default_style(_STYLE):
-        figure = _figure(read_metrics(run_dir), config["label_smoothing"], test)
+        drawn = replace(test, classes=drawable(test.classes))
+        figure = _figure(read_metrics(run_dir), config["label_smoothing"], drawn)
         page = template.render(
             name=run_dir.resolve().name,
             headline=headline,
@@ -53,7 +55,7 @@ def write_report(run_dir: Path, test: Evaluation, images: Tensor) -> None:
             charts=_svg(figure),
             wrong=[_wrong_image(test, images, i) for i in test.most_confidently_wrong(_WRONG_IMAGES)],
             wrong_total=test.total - test.correct,
-            lists={"Accuracy of each class": _class_accuracies(test), "Configuration": config | facts},
+            lists={"Accuracy of each class": _class_accuracies(test, drawn.classes), "Configuration": config | facts},
         )
         write_atomically(run_dir / "index.html", lambda file: file.write(page.encode()))
         # The picture has to say what the page says around the charts.
@@ -74,9 +76,13 @@ def _summary(result: dict[str, Any]) -> str:
     )
 
 
-def _class_accuracies(test: Evaluation) -> dict[str, str]:
-    accuracies = test.class_accuracies().items()
-    return {name: f"{100 * value:.1f} %" if math.isfinite(value) else "no images" for name, value in accuracies}
+def _class_accuracies(test: Evaluation, drawn: tuple[str, ...]) -> dict[str, str]:
+    """Return the accuracy of each class in words; before its name stands its name in the charts, if that is another."""
+    texts = {}
+    for (name, value), other in zip(test.class_accuracies().items(), drawn, strict=True):
+        key = name if name == other else f"{other}: {name}"
+        texts[key] = f"{100 * value:.1f} %" if math.isfinite(value) else "no images"
+    return texts
 
 
 def _wrong_image(test: Evaluation, images: Tensor, index: int) -> dict[str, Any]:

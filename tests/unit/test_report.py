@@ -115,10 +115,14 @@ def test_no_records_no_mistakes_and_an_empty_class(tmp_path):
 
 
 @pytest.mark.filterwarnings("error")
-def test_classes_of_any_script_are_drawn_by_installed_fonts(tmp_path, monkeypatch):
-    monkeypatch.setattr(plotting, "get_font_names", lambda: ["Comic Sans MS"])
-    with plotting.default_style():
-        plotting.Figure().suptitle("猫").figure.savefig(tmp_path / "boxes.png")  # without a warning
+def test_classes_of_any_script_are_drawn_by_installed_fonts_or_numbered(tmp_path, monkeypatch):
     monkeypatch.setattr(plotting, "get_font_names", lambda: ["Comic Sans MS", "Malgun Gothic"])
     with plotting.default_style():
         assert plotting.matplotlib.rcParams["font.family"] == ["sans-serif", "Malgun Gothic"]
+    monkeypatch.setattr(plotting, "get_font_names", lambda: ["Comic Sans MS"])
+    page, _ = report(tmp_path / "run", replace(TEST, classes=("cat", "猫", "é")))
+    texts = re.findall("<text[^>]*>([^<]+)</text>", page)
+    assert [texts.count(name) for name in ("cat", "class 1", "é", "猫")] == [3, 3, 3, 0], (
+        "bars, two sides of the matrix"
+    )
+    assert "<span>class 1: 猫</span>" in page
