@@ -121,8 +121,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     executed: unpickling is limited to plain data.
 
     Returns:
-        {"format": 2, "config": {...}, "dataset": str, "classes": [str, ...], "state": `TrainState.state_dict()`}, the
-        tensors on the CPU.
+        {"format": 2, "config": {...}, "dataset": str, "classes": [str, ...], "image_size": int (pixels), "state":
+        `TrainState.state_dict()`}, the tensors on the CPU.
     """
     # torch.load gets a new archive of the verified records: from a file with a flipped bit it may read other bytes than
     # zipfile, or none (a record that is marked as a directory is left uninitialized).
@@ -144,7 +144,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise DamagedCheckpointError(f"{path}: not a checkpoint of this program")
     if content["format"] != FORMAT:
         raise UserError(f"{path} has checkpoint format {content['format']}: load it with a later version")
-    return content
+    return {"image_size": 32} | content  # earlier versions knew no other size
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:

@@ -17,6 +17,7 @@ from cifar.checkpoint import checkpoint_file, load_checkpoint
 from cifar.command import expand_home, parse_flags
 from cifar.config import MAY_CHANGE, Recipe, TrainConfig, differences, flag, read_config
 from cifar.datasets import DATASETS
+from cifar.datasets.folder import IMAGE_SIZE
 from cifar.distributed.device import resolve
 from cifar.distributed.rendezvous import locate
 from cifar.distributed.runtime import Runtime
@@ -108,7 +109,7 @@ def _spell_booleans(argv: Sequence[str]) -> list[str]:
 
 def _check_image_size(config: TrainConfig) -> None:
     """Check that the model takes images of --image-size, on torch's device "meta", which computes only shapes."""
-    if config.image_size == TrainConfig.image_size:
+    if config.image_size is None:
         return
     with torch.device("meta"), torch.no_grad():
         model, images = MODELS[config.model](2).eval(), torch.empty(1, 3, config.image_size, config.image_size)
@@ -157,12 +158,12 @@ def _from_checkpoint(path: Path) -> dict[str, Any]:
     """Return the fields for testing a checkpoint as its run does: model, precision, views, and where its dataset is."""
     content = load_checkpoint(path)
     config = content["config"]
-    fields = {name: config.get(name) for name in ("model", "precision", "tta", "image_size")}
-    fields["dataset"] = content["dataset"]
+    fields = {name: config.get(name) for name in ("model", "precision", "tta")} | {"dataset": content["dataset"]}
     choices = _choices() | {name: get_args(Recipe.__annotations__[name]) for name in ("precision", "tta")}
-    choices["image_size"] = range(32, 257)
     fields = {name: value for name, value in fields.items() if value in choices[name]}
     data_dir = Path(config.get("data_dir", "data"))
+    if fields.get("dataset") == "folder" and content["image_size"] != IMAGE_SIZE:
+        fields["image_size"] = content["image_size"]
     if fields.get("dataset") == "folder" or data_dir.is_dir():  # CIFAR-10 may be elsewhere on this machine
         fields["data_dir"] = data_dir
     return fields
@@ -198,6 +199,7 @@ def _flags_class() -> type[TrainConfig]:
     hints = {
         "global_batch_size": "(default: local batch x world size)",
         "data_dir": "(default: $CIFAR_DATA_DIR, then data)",
+        "image_size": f"(default: {IMAGE_SIZE})",
         "run_dir": "(default: a new one in runs/)",
     }
     types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(TrainConfig)}

@@ -80,7 +80,7 @@ class TrainConfig(Recipe):
     folder: pictures from its train/CLASS/ and test/CLASS/."""
     data_url: str | None = None
     """URL of the dataset's archive (cifar-10-python.tar.gz) to try before the built-in sources."""
-    image_size: Annotated[int, (lambda x: 32 <= x <= 256, "from 32 to 256")] = 32
+    image_size: Annotated[int | None, (lambda x: 32 <= x <= 256, "from 32 to 256")] = None
     """Side in pixels to which --dataset folder scales its pictures."""
     max_steps: Annotated[int | None, _COUNT] = None
     """End training after this many optimizer steps; evaluation and records follow as usual."""
@@ -123,8 +123,8 @@ class TrainConfig(Recipe):
             for holds, allowed in getattr(hint, "__metadata__", ()):
                 if value is not None and not holds(value):
                     raise UserError(f"{flag(name)} is {value}: it must be {allowed}")
-        if self.image_size != TrainConfig.image_size and self.dataset != "folder":
-            raise UserError(f"--image-size {self.image_size} needs --dataset folder: the others have their own")
+        if self.image_size is not None and self.dataset != "folder":
+            raise UserError("--image-size needs --dataset folder: the images of the others have their own size")
         if not 0 <= self.warmup_epochs <= self.epochs:
             raise UserError(f"--warmup-epochs is {self.warmup_epochs:g}: it must be from 0 to --epochs, {self.epochs}")
         if self.cuda_graph and self.precision == "fp16":

@@ -163,6 +163,11 @@ class Data:
         sizes = f"{len(self.train.dataset):,} training, {len(self.test.dataset):,} test"
         return f"{self.name}{source}: {sizes}, {len(self.classes)} classes" + (f"; {self.note}" if self.note else "")
 
+    @property
+    def image_size(self) -> int:
+        """Return the side of an image in pixels."""
+        return self.train.dataset.images.shape[-1]
+
     def sample(self) -> Tensor:
         """Return the first training images, normalized: float32 [n, 3, size, size] on the CPU."""
         dataset = self.train.dataset

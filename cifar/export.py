@@ -20,7 +20,7 @@ from cifar.command import exit_on_error, parse_flags
 from cifar.data import normalize
 from cifar.errors import UserError, first_line
 from cifar.files import write_atomically
-from cifar.predict import build_trained_model, trained_image_size
+from cifar.predict import build_trained_model
 from cifar.records.console import SYNTHETIC_WARNING
 
 _PRIVATE = ("data_dir", "data_url", "run_dir", "resume", "evaluate")  # directories of the training machine
@@ -61,7 +61,7 @@ def _metadata(content: dict[str, Any]) -> dict[str, str]:
         "format_version": "1",
         "model": config["model"],
         "dataset": content["dataset"],
-        "image_size": str(trained_image_size(content)),
+        "image_size": str(content["image_size"]),
         "classes": json.dumps(content["classes"]),
         "config": json.dumps(config),
     }

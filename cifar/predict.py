@@ -47,11 +47,6 @@ def build_trained_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     return model, content
 
 
-def trained_image_size(content: dict[str, Any]) -> int:
-    """Return the side in pixels of the images that the model of a checkpoint was trained on."""
-    return content["config"].get("image_size", TrainConfig.image_size)
-
-
 def evaluate_checkpoint(config: TrainConfig, model: nn.Module, data: Data, runtime: Runtime) -> None:
     """Print the test accuracy of the checkpoint `config.evaluate`, of this model and these classes. Collective."""
     assert config.evaluate is not None
@@ -80,10 +75,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not asked.images:
         raise UserError("no picture is named: python -m cifar.predict CHECKPOINT IMAGE [IMAGE ...]")
     model, content = build_trained_model(checkpoint_file(asked.checkpoint))
-    classes, image_size, failed = content["classes"], trained_image_size(content), False
+    classes, failed = content["classes"], False
     for path in asked.images:
         try:
-            image = read_image(path, image_size)
+            image = read_image(path, content["image_size"])
         except UserError as error:  # the other pictures are predicted nevertheless
             print(f"cifar.predict: error: {error}", file=sys.stderr)
             failed = True

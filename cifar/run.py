@@ -198,6 +198,7 @@ class Run:
                 "config": self.config.to_json(),
                 "dataset": self.data.name,
                 "classes": list(self.data.classes),
+                "image_size": self.data.image_size,
                 "state": self.state.state_dict(ranks),
             })  # fmt: skip
 

@@ -14,6 +14,7 @@ from cifar.datasets.picture_cache import DECODER, Files, PictureFile, find_pictu
 from cifar.errors import UserError
 from cifar.pictures import SUFFIXES
 
+IMAGE_SIZE = 32  # of --image-size, as CIFAR's images have it
 _TEST_SPLITS = ("test", "val", "valid", "validation")  # the last three as of ImageNet, Roboflow, timm
 _LAST_TEST_HASH = 2**64 // 10  # without a test split, a tenth of the pictures have this hash or a lower one
 

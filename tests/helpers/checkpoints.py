@@ -30,6 +30,7 @@ def content(step: int = 1, recipe: str = "tutorial") -> dict[str, Any]:
         "config": config.to_json() | {"model": "net"},
         "dataset": "synthetic",
         "classes": list(CLASSES),
+        "image_size": 32,
         "state": state.state_dict([state.rank_state(rank=0)]),
     }
 
@@ -45,7 +46,14 @@ def save_weights(
 
 def small() -> dict[str, Any]:
     """Return a checkpoint of few bytes."""
-    return {"format": FORMAT, "config": {}, "dataset": "", "classes": ["a"], "state": {"x": torch.arange(1, 9)}}
+    return {
+        "format": FORMAT,
+        "config": {},
+        "dataset": "",
+        "classes": ["a"],
+        "image_size": 32,
+        "state": {"x": torch.arange(1, 9)},
+    }
 
 
 def flip_bit(path: Path, at: float = 0.5) -> None:
