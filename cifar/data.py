@@ -17,9 +17,10 @@ from cifar.datasets.choice import choose_dataset
 from cifar.distributed.runtime import Runtime
 from cifar.errors import LocalError, out_of_memory
 
-# Pixels of images. At once are tested 1,000 images of CIFAR-10, and 1,024 prepared for training: with tiny batches, the
-# overhead of a call dominates. A sample for data-dependent initialization has 5,000.
-EVAL_BATCH, CHUNK, _SAMPLE = 1000 * 2**10, 2**20, 5000 * 2**10
+# In pixels, so that larger images need no more memory; CIFAR's have 2**10.
+EVAL_BATCH = 1000 * 2**10
+CHUNK = 2**20  # prepared at once; with tiny batches, the overhead of a call dominates
+_SAMPLE = 5000 * 2**10  # of the training images, for data-dependent initialization
 
 
 class DeviceImages(Dataset[tuple[Tensor, Tensor]]):
