@@ -1,5 +1,6 @@
 """The parts of a training program in this process: for a GPU's checks and timings, the fake GPU and the slow link."""
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Iterator
@@ -47,7 +48,6 @@ class Parts:
         device: str,
         precision: str = "fp32",
         graph: bool = False,
-        compile: bool = False,
         count: int = 50_000,
         **changes: Any,
     ) -> None:
@@ -57,7 +57,7 @@ class Parts:
         self.data = self._random_data(count) if config.dataset == "synthetic" else load_data(config, self.runtime)
         self.plan, self.loader, self.train = self.data.plan, self.data.train, self.data.train.dataset
         torch.manual_seed(config.seed)
-        self.model = self.runtime.prepare(build_model(config.model, 10, self.data.sample), compile)
+        self.model = self.runtime.prepare(build_model(config.model, 10, self.data.sample))
         self.optimizer = build_optimizer(self.model, config)
         self.state = TrainState(unwrap(self.model), self.optimizer, self.runtime.scaler)
         self.train_step = CudaGraph(train_step) if graph else train_step
@@ -101,6 +101,19 @@ class Parts:
     def weights(self) -> Tensor:
         """Return all parameters, float64 [n] on the CPU."""
         return torch.cat([parameter.detach().flatten() for parameter in self.model.parameters()]).double().cpu()
+
+
+@contextlib.contextmanager
+def refuse_waits() -> Iterator[None]:
+    """Run a block in which an error is raised where the host waits for the GPU; without a GPU, just run it."""
+    if GPU:
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if GPU:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def relative(a: Tensor, b: Tensor) -> float:
