@@ -2,16 +2,13 @@
 
 from functools import partial
 
-import torch
-
 from tests.gpu.campaign import MODULE, QUICK, TORCHRUN, TRAIN, Campaign
 from tests.helpers.parts import GPU
 
 RUNS = {
     "fp16": "--recipe wide --precision fp16 --max-steps 200",
     "fp16 muon": "--recipe net-fast --precision fp16 --max-steps 100",
-    "compile": "--recipe speed94 --precision bf16 --compile --max-steps 30",
-    "compile graph": "--recipe speed94 --compile --cuda-graph --max-steps 30",
+    "compile": "--recipe speed94 --compile --cuda-graph --max-steps 30",
 }
 
 
@@ -21,13 +18,8 @@ def right(c: Campaign) -> None:
         partial(c.checks, "checks", [*MODULE, "tests.gpu.checks"], 300),
         partial(nccl, c),
         partial(captured, c),
-        partial(c.expect, "explain", [*MODULE, "cifar.explain", *QUICK[:2]], pattern="(?i)zero_grad"),
         *[partial(train, c, name, flags) for name, flags in RUNS.items()],
     ]
-    if GPU:
-        gpus = torch.cuda.device_count()
-        too_many = [*TORCHRUN, f"--nproc_per_node={gpus + 1}", "train_ddp.py", *QUICK]
-        jobs.append(partial(c.expect, "too many ranks", too_many, status=1, pattern=f"this one sees {gpus} GPU"))
     c.beside(8, jobs)
 
 
@@ -46,9 +38,7 @@ def captured(c: Campaign) -> None:
 
 
 def nccl(c: Campaign) -> None:
-    """Train over NCCL with one rank; a divergence is one line."""
+    """Train over NCCL with one rank, eagerly and as a CUDA graph."""
     one = [*TORCHRUN, "--nproc_per_node=1", "train_ddp.py", *QUICK, "--run-dir"]
     c.expect("nccl", [*one, c.work / "nccl", "--max-steps", 100])
     c.expect("nccl graph", [*one, c.work / "nccl graph", "--max-steps", 100, "--cuda-graph"])
-    diverging = [*one, c.work / "nccl diverged", "--lr", "1e9", "--max-steps", 100]
-    c.expect("nccl diverged", diverging, 1, "the loss became")

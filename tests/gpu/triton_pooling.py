@@ -1,7 +1,4 @@
-"""2 x 2 max-pooling without indices, in one Triton kernel for each direction: the windows do not overlap.
-
-Set TRITON_INTERPRET=1 before the import, and it runs on the CPU.
-"""
+"""2 x 2 max-pooling without indices, a Triton kernel for each direction; with TRITON_INTERPRET=1, on the CPU."""
 
 from typing import Any
 

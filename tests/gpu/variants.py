@@ -1,10 +1,9 @@
 """The part "variants": what makes `speed94` faster, each change alone, and together those that pay.
 
-Trains today's recipe and its variants on CIFAR-10 in $CIFAR_DATA_DIR, all in this process, one seed after another: each
-epoch of a training is a window of its captured steps, so that those of the variants alternate. After the first seed,
-only today's recipe, the changes that pay, all of these together, and fewer epochs with Lookahead go on, as long as time
-is left. Nothing here is the program's before a GPU has shown that it pays. Without a GPU, the steps are eager, and a
-few random images are trained on.
+Trains on CIFAR-10 in $CIFAR_DATA_DIR, all in this process, one seed after another: each epoch is a window of captured
+steps, so that those of the variants alternate. After the first seed, only today's recipe, the changes that pay, all of
+these together, and fewer epochs with Lookahead go on, while time is left. Without a GPU, steps are eager, and images
+few and random.
 """
 
 import functools
@@ -36,7 +35,7 @@ from cifar.evaluation import evaluate
 from cifar.models.speed import SpeedNet
 from tests.gpu.campaign import Campaign
 from tests.helpers.measuring import now
-from tests.helpers.parts import DEVICE, GPU, Parts, refuse_waits
+from tests.helpers.parts import DEVICE, GPU, Parts
 from train_ddp import train_step
 
 PAYS = 0.99  # of today's time, or less
@@ -44,6 +43,7 @@ MIN_SEEDS, MAX_SEEDS = 3, 10
 TRAINED_SHARE = 0.3  # of the epochs, the first ones, in which "fixed bias" trains the bias
 SPREAD = 0.16  # standard deviation of the accuracy of ten seeds on an H100, in percent
 LOOKAHEAD_STEPS = 5  # from one update of the slow weights to the next
+CHANGES = ("half", "pool", "fixed bias", "images")  # see README.md
 
 
 @dataclass
@@ -54,18 +54,9 @@ class Row:
     epochs: int = 10
     step_ms: list[float] = field(default_factory=list)  # with the loader; median of the epochs but the first
     seconds: list[float] = field(default_factory=list)  # of training, with its captures
-    plain: list[float] = field(default_factory=list)  # accuracy in percent without views
-    accuracy: list[float] = field(default_factory=list)  # and with them
+    accuracy: list[float] = field(default_factory=list)  # in percent, with views
     profile: dict[str, Any] = field(default_factory=dict)
     wall: float = 0.0  # seconds of everything in the longest run
-
-
-CHANGES = {
-    "half": "weights and images in bfloat16, with one cast for all instead of autocast's: half_step",
-    "pool": "max-pooling without indices: triton_pooling.py",
-    "fixed bias": "that of the whitening layer, after the first epochs",
-    "images": "those of an epoch prepared at once, in bfloat16",
-}
 
 
 class HalfWeights(torch.autograd.Function):
@@ -90,12 +81,11 @@ def _copies(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]
 
 def half_step(model: nn.Module, *others: Any) -> Tensor:
     """Run `train_step` with `HalfWeights`, so that autocast finds nothing to cast; BatchNorm's biases are float32."""
-    trained = {
-        name: weight for name, weight in model.named_parameters() if weight.requires_grad and "norms" not in name
-    }
+    names = [name for name, weight in model.named_parameters() if weight.requires_grad and "norms" not in name]
+    trained = [model.get_parameter(name) for name in names]
 
     def forward(images: Tensor) -> Tensor:
-        weights = dict(zip(trained, HalfWeights.apply(*trained.values()), strict=True))
+        weights = dict(zip(names, HalfWeights.apply(*trained), strict=True))
         return functional_call(model, weights, (images.to(torch.bfloat16),))
 
     return train_step(forward, *others)  # type: ignore[arg-type]
@@ -134,11 +124,11 @@ class Lookahead:
 class Trial(Parts):
     """`speed94` in bf16 with some of the `CHANGES`, or "lookahead"; captured where there is a GPU."""
 
-    def __init__(self, changes: list[str], epochs: int = 10, seed: int = 0, device: str = DEVICE) -> None:
+    def __init__(self, changes: list[str], epochs: int = 10, seed: int = 0) -> None:
         data: dict[str, Any] = {"dataset": "cifar10", "data_dir": Path(os.environ.get("CIFAR_DATA_DIR", "data"))}
         if not GPU:
             data = {"count": 16, "local_batch_size": 4, "global_batch_size": 4}
-        super().__init__("speed94", device, "bf16", epochs=epochs, seed=seed, **data)
+        super().__init__("speed94", DEVICE, "bf16", epochs=epochs, seed=seed, **data)
         if not GPU:
             torch.set_num_threads(1)
         self.total_steps = self.plan.total_steps(self.config)
@@ -184,16 +174,15 @@ def pool_without_indices(model: SpeedNet) -> None:
 def variants(c: Campaign) -> None:
     """Train the variants, and print which to adopt."""
     DATASETS["cifar10"] = functools.cache(DATASETS["cifar10"])
-    rows = {"today": Row([])} | {name: Row([name]) for name in CHANGES}
-    for name in rows:
-        train(c, rows, name, 0)
-    today = rows["today"]
+    today = Row([])
+    rows = {"today": today} | {name: Row([name]) for name in CHANGES}
+    train(c, rows, "today", 0)
     if not today.seconds:
-        c.say("variants", "FAIL today's recipe does not run")
-        return
-    paying = [name for name in CHANGES if rows[name].seconds]
-    if GPU:
-        paying = [name for name in paying if rows[name].step_ms[0] < PAYS * today.step_ms[0]]
+        raise RuntimeError("today's recipe fails: see above")
+    for name in CHANGES:
+        train(c, rows, name, 0)
+    limit = PAYS * today.step_ms[0] if GPU else math.inf
+    paying = [name for name in CHANGES if rows[name].seconds and rows[name].step_ms[0] < limit]
     if len(paying) > 1:
         rows["all that pay"] = Row(paying)
     rows |= {f"{epochs} epochs, Lookahead": Row(["lookahead"], epochs) for epochs in (9, 8)}
@@ -228,22 +217,16 @@ def train_once(row: Row, seed: int) -> None:
     """Train, test, and add what was measured to the row."""
     trial = Trial(row.changes, row.epochs if GPU else 2, seed)
     began, windows = now(), []
-    trial.steps(2)
-    with refuse_waits():  # a wait of the host would break the capture that follows, and perhaps those of the others
-        trial.steps(1)
-    trial.steps(trial.plan.steps_per_epoch - 3)
     while trial.state.step < trial.total_steps:
         window_began = now()
         trial.steps(trial.plan.steps_per_epoch)
         windows.append(1e3 * (now() - window_began) / trial.plan.steps_per_epoch)
     seconds = now() - began
-    plain = evaluate(trial.model, trial.data.test, trial.runtime)
-    views = evaluate(trial.model, trial.data.test, trial.runtime, trial.config.tta, plain)
+    test = evaluate(trial.model, trial.data.test, trial.runtime, trial.config.tta)
     row.profile = row.profile or (profile_kernels(trial) if GPU else {})
-    row.step_ms.append(median(windows))
+    row.step_ms.append(median(windows[1:]))
     row.seconds.append(seconds)
-    row.plain.append(100 * plain.accuracy)
-    row.accuracy.append(100 * views.accuracy)
+    row.accuracy.append(100 * test.accuracy)
 
 
 def profile_kernels(trial: Trial) -> dict[str, Any]:
@@ -262,8 +245,7 @@ def describe(row: Row, today: Row) -> str:
     """Return what was measured: medians of times, means of accuracies."""
     step, of_today = median(row.step_ms), 100 * median(row.step_ms) / median(today.step_ms)
     times = f"{step:.3f} ms a step ({of_today:.1f} %), {row.profile.get('kernels', 0):.0f} kernels"
-    accuracy = f"{mean(row.accuracy):.2f} % with views, {mean(row.plain):.2f} % without"
-    return f"{times}, {median(row.seconds):.3f} s of training; {accuracy}; seeds: {len(row.seconds)}"
+    return f"{times}, {median(row.seconds):.3f} s of training; {mean(row.accuracy):.2f} %, seeds: {len(row.seconds)}"
 
 
 def verdict(row: Row, today: Row) -> str:

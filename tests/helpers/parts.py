@@ -1,6 +1,5 @@
 """The parts of a training program in this process: for a GPU's checks and timings, the fake GPU and the slow link."""
 
-import contextlib
 import dataclasses
 import warnings
 from collections.abc import Iterator
@@ -101,19 +100,6 @@ class Parts:
     def weights(self) -> Tensor:
         """Return all parameters, float64 [n] on the CPU."""
         return torch.cat([parameter.detach().flatten() for parameter in self.model.parameters()]).double().cpu()
-
-
-@contextlib.contextmanager
-def refuse_waits() -> Iterator[None]:
-    """Run a block in which an error is raised where the host waits for the GPU; without a GPU, just run it."""
-    if GPU:
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        if GPU:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 def relative(a: Tensor, b: Tensor) -> float:
