@@ -174,8 +174,7 @@ def pool_without_indices(model: SpeedNet) -> None:
 def variants(c: Campaign) -> None:
     """Train the variants, and print which to adopt."""
     DATASETS["cifar10"] = functools.cache(DATASETS["cifar10"])
-    today = Row([])
-    rows = {"today": today} | {name: Row([name]) for name in CHANGES}
+    rows = {"today": (today := Row([]))} | {name: Row([name]) for name in CHANGES}
     train(c, rows, "today", 0)
     if not today.seconds:
         raise RuntimeError("today's recipe fails: see above")
@@ -254,11 +253,10 @@ def verdict(row: Row, today: Row) -> str:
     seeds = min(len(row.seconds), len(today.seconds))
     if row is today:
         return "today's recipe"
-    if seeds < MIN_SEEDS:
-        return f"undecided: fewer than {MIN_SEEDS} seeds"
     saved = 1 - median(row.seconds[:seeds]) / median(today.seconds[:seeds])
     difference = mean(row.accuracy[:seeds]) - mean(today.accuracy[:seeds])
     spread = 2 * SPREAD * math.sqrt(2 / seeds)
-    word = "adopt" if saved > 1 - PAYS and difference > -spread else "do not adopt"
-    place = "within" if abs(difference) <= spread else "beyond"
-    return f"{word}: takes {100 * saved:.1f} % less, accuracy {difference:+.2f} %, {place} the spread of {spread:.2f} %"
+    found = f"takes {100 * saved:.1f} % less, accuracy {difference:+.2f} %, spread {spread:.2f} %"
+    if saved <= 1 - PAYS or difference < -spread:
+        return f"do not adopt: {found}"
+    return f"{'undecided' if seeds < MIN_SEEDS else 'adopt'}: {found}"
