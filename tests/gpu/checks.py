@@ -1,18 +1,32 @@
 """Check on a GPU that the numbers are right: python -m tests.gpu.checks [WORD ...]; one line per check."""
 
+import contextlib
 import copy
 import itertools
 import os
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
 
+from cifar.data import DeviceImages, EvalLoader
+from cifar.evaluation import evaluate
 from cifar.models import MODELS, build_model
-from tests.helpers.parts import DEVICE, GPU, RECIPES, Parts, relative
+from tests.helpers.parts import CLASSES, DEVICE, GPU, RECIPES, Parts, random_images, relative
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Run a block with float32 convolutions in full precision, to be compared with the CPU's."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def no_step_waits_for_the_device() -> str:
@@ -34,19 +48,81 @@ def no_step_waits_for_the_device() -> str:
 def gradients_agree_with_float64_on_the_cpu() -> str:
     """Compare one batch's gradients of every model, in float32 without TF32."""
     worst = {}
-    torch.backends.cudnn.allow_tf32 = False  # in this process, to compare with the CPU's
-    for name in MODELS:
-        torch.manual_seed(0)
-        model = build_model(name, 10, lambda: torch.randn(500, 3, 32, 32).clamp(-1, 1))
-        batch, labels = torch.randn(16, 3, 32, 32), torch.randint(0, 10, (16,))
-        gradients = []
-        for device, dtype in (("cpu", torch.float64), (DEVICE, torch.float32)):
-            own = copy.deepcopy(model).to(device, dtype, memory_format=torch.channels_last)
-            F.cross_entropy(own(batch.to(device, dtype)), labels.to(device)).backward()
-            gradients.append(torch.cat([p.grad.flatten() for p in own.parameters() if p.grad is not None]))
-        worst[name] = relative(gradients[1], gradients[0])
-        assert worst[name] < 2e-3, worst
+    with without_tf32():
+        for name in MODELS:
+            torch.manual_seed(0)
+            model = build_model(name, 10, lambda: torch.randn(500, 3, 32, 32).clamp(-1, 1))
+            batch, labels = torch.randn(16, 3, 32, 32), torch.randint(0, 10, (16,))
+            gradients = []
+            for device, dtype in (("cpu", torch.float64), (DEVICE, torch.float32)):
+                own = copy.deepcopy(model).to(device, dtype, memory_format=torch.channels_last)
+                F.cross_entropy(own(batch.to(device, dtype)), labels.to(device)).backward()
+                gradients.append(torch.cat([p.grad.flatten() for p in own.parameters() if p.grad is not None]))
+            worst[name] = relative(gradients[1], gradients[0])
+            assert worst[name] < 2e-3, worst
     return ", ".join(f"{name} {value:.0e}" for name, value in worst.items())
+
+
+def a_captured_step_is_the_eager_one() -> str:
+    """Compare weights after 4, 8 and 16 steps from the same seed: equal bits, or how far apart."""
+    said = []
+    for recipe, precision in itertools.product(RECIPES, ("fp32", "bf16")):
+        plain = Parts(recipe, DEVICE, precision, count=20_000)
+        graphed = Parts(recipe, DEVICE, precision, graph=True, count=20_000)
+        apart = []
+        for count in (4, 4, 8):
+            apart.append(relative(graphed.steps(count).weights(), plain.steps(count).weights()))
+        said.append(f"{recipe} {precision} " + ("bits" if apart[2] == 0 else f"{apart[0]:.0e}..{apart[2]:.0e}"))
+        assert apart[0] < 1e-3, said
+        assert apart[2] < 5e-2, said
+        assert abs(float(plain.state.running_loss) - float(graphed.state.running_loss)) < 0.05, said
+    return "; ".join(said)
+
+
+def a_resumed_run_continues_where_it_was() -> str:
+    """Go through the content of a checkpoint: equal bits where two runs have them."""
+    said = []
+    cases = itertools.product(RECIPES, (False, True)) if GPU else [("tutorial", False), ("net-fast", False)]
+    for recipe, graph in cases:
+        whole = Parts(recipe, DEVICE, graph=graph, count=20_000).steps(8)
+        with tempfile.TemporaryFile() as file:
+            torch.save(whole.save(), file)
+            file.seek(0)
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+        other = Parts(recipe, DEVICE, graph=graph, count=20_000).load(saved)
+        apart = relative(other.steps(8).weights(), whole.steps(8).weights())
+        assert apart < 1e-2, (recipe, graph, apart)
+        said.append(f"{recipe}{' graph' if graph else ''} {'bits' if apart == 0 else f'{apart:.0e}'}")
+    return ", ".join(said)
+
+
+def a_run_moves_between_cpu_and_gpu() -> str:
+    """Resume on the other device, whose filters and momentum have another memory layout."""
+    for here, there in (("cpu", DEVICE), (DEVICE, "cpu")):
+        first = Parts("tutorial", here, count=4_000).steps(5)
+        saved, before = first.save(), first.weights()
+        with without_tf32():
+            stayed = first.steps(5)
+            moved = Parts("tutorial", there, count=4_000).load(saved).steps(5)
+        apart = relative(moved.weights() - before, stayed.weights() - before)
+        assert apart < 0.02, (here, there, apart)
+    return "both ways"
+
+
+def an_evaluation_agrees_with_that_on_the_cpu() -> str:
+    """Compare the predictions with views, and the losses."""
+    found = []
+    saved = Parts("speed94", "cpu", count=2_000).save()
+    images, labels = random_images(2_500 if GPU else 400)
+    with without_tf32():
+        for device in ("cpu", DEVICE):
+            parts = Parts("speed94", device, count=2_000).load(saved)
+            test = EvalLoader(DeviceImages(images, labels, CLASSES, parts.runtime.device), 0, 1)
+            found.append(evaluate(parts.model, test, parts.runtime, "crop"))
+    same = float((found[0].predicted == found[1].predicted).double().mean())
+    assert same > 0.995, same
+    assert abs(found[0].loss - found[1].loss) < 1e-3
+    return f"{100 * same:.1f} % of the predictions"
 
 
 def run_checks(checks: Mapping[str, Callable[[], str]]) -> None:
@@ -67,5 +143,11 @@ def run_checks(checks: Mapping[str, Callable[[], str]]) -> None:
 
 
 if __name__ == "__main__":
-    checks = {"gradients agree with float64 on the CPU": gradients_agree_with_float64_on_the_cpu}
-    run_checks(checks | ({"no step waits for the device": no_step_waits_for_the_device} if GPU else {}))
+    on_gpu = (no_step_waits_for_the_device, a_captured_step_is_the_eager_one) if GPU else ()
+    on_any = (
+        gradients_agree_with_float64_on_the_cpu,
+        a_resumed_run_continues_where_it_was,
+        a_run_moves_between_cpu_and_gpu,
+        an_evaluation_agrees_with_that_on_the_cpu,
+    )
+    run_checks({check.__name__.replace("_", " "): check for check in (*on_gpu, *on_any)})

@@ -1,4 +1,4 @@
-"""What a captured step refuses; that it trains as the eager one is checked on GPUs (tests/gpu/captured.py)."""
+"""What a captured step refuses; that it trains as the eager one is checked on GPUs (tests/gpu/checks.py)."""
 
 import pytest
 
