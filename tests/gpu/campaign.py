@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from cifar.distributed.cpu import available_cores
 from tests.helpers.measuring import Finished, execute
@@ -34,6 +35,7 @@ class Campaign:
         only: words of which one must be in the name of a check that `attempt` runs; empty for all.
         at_once: number of commands that the part runs at once.
         results: by the name of the check; one that has failed begins with FAIL.
+        details: what else the part has measured.
     """
 
     out: Path
@@ -43,6 +45,7 @@ class Campaign:
     at_once: int = 1
     began: float = field(default_factory=time.perf_counter)
     results: dict[str, str] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
 
     def say(self, name: str, verdict: str) -> None:
         """Print and keep a result, with the end of the output of the command `name` if it has failed."""
@@ -116,3 +119,11 @@ class Campaign:
             verdict = f"FAIL torch complains: {complaint[0]}"
         self.say(name, verdict)
         return finished
+
+    def checks(self, name: str, command: Sequence[object], at_most: float) -> None:
+        """Run a command that ends in `checks.run_checks`, and report each of its lines."""
+        output = self.run(name, command, at_most).output
+        for verdict, check, said in re.findall(r"^(PASS|FAIL)  (.*?) \(\d+ s\): (.*)$", output, re.M):
+            self.say(check, f"{verdict} {said}")
+        if not re.search(r"^\d+ failed", output, re.M):
+            self.say(name, "FAIL did not finish")

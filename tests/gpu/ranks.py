@@ -154,10 +154,10 @@ class Ranks:
         passed = place and not late and trains_on
         return f"{'PASS' if passed else 'FAIL'} {len(late)} left after {ended:.1f} s, {said}; trains on: {trains_on}"
 
-    def stopped(self, n: int, torchrun: bool) -> str:
-        """Send SIGTERM to torchrun, or to a rank: all stop after the same step, which is saved."""
+    def stopped(self, n: int) -> str:
+        """Send SIGTERM to torchrun: all stop after the same step, which is saved."""
         with self.started("stopped", n, "--timeout", "600") as run:
-            send(run.agent if torchrun else run.ranks()[-1], signal.SIGTERM)
+            send(run.agent, signal.SIGTERM)
             began = time.monotonic()
             run.end(self.c.left(40))
             said = re.search(r"Stopped by SIGTERM after step ([\d,]+)", run.output())

@@ -35,7 +35,7 @@ def several(c: Campaign) -> None:
             return  # and so would the others end
     c.attempt("killed", partial(ranks.killed, n, RESTART_SECONDS if GPU else 90))
     timeless = [
-        partial(c.attempt, "stopped", partial(ranks.stopped, n, torchrun=True)),
+        partial(c.attempt, "stopped", partial(ranks.stopped, n)),
         partial(c.attempt, "losses", partial(ranks.same_losses, sorted({1, 2, n}))),
         partial(c.attempt, "hooks", partial(ranks.hooks, n)),
         partial(c.attempt, "bits", partial(ranks.bits, n, nvls=0)),

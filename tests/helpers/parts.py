@@ -47,7 +47,6 @@ class Parts:
         device: str,
         precision: str = "fp32",
         graph: bool = False,
-        compile: bool = False,
         count: int = 50_000,
         **changes: Any,
     ) -> None:
@@ -57,7 +56,7 @@ class Parts:
         self.data = self._random_data(count) if config.dataset == "synthetic" else load_data(config, self.runtime)
         self.plan, self.loader, self.train = self.data.plan, self.data.train, self.data.train.dataset
         torch.manual_seed(config.seed)
-        self.model = self.runtime.prepare(build_model(config.model, 10, self.data.sample), compile)
+        self.model = self.runtime.prepare(build_model(config.model, 10, self.data.sample))
         self.optimizer = build_optimizer(self.model, config)
         self.state = TrainState(unwrap(self.model), self.optimizer, self.runtime.scaler)
         self.train_step = CudaGraph(train_step) if graph else train_step

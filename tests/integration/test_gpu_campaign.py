@@ -5,16 +5,44 @@ import re
 import sys
 
 import pytest
+import torch
 
+from tests.gpu.variants import Lookahead
 from tests.helpers.processes import ROOT, run
 
 pytestmark = pytest.mark.slow
+BITS = """
+import torch
+from tests.gpu.variants import Trial
+today, changed = (Trial(changes).steps(4).weights() for changes in ([], ["half", "images", "pool"]))
+assert torch.equal(today, changed)
+fixed = Trial(["fixed bias"], epochs=2).steps(2)
+biases = [fixed.steps(count).model.whiten.bias.clone() for count in (0, 3)]
+assert torch.equal(*biases)
+"""
 
 
 def test_checks_run_on_the_cpu():
-    names = ["batches", "muon", "resumed", "moves"]
-    output = run([sys.executable, "-m", "tests.gpu.checks", *names], ROOT)
-    assert output.stdout.count("PASS  ") == len(names)
+    assert run([sys.executable, "-m", "tests.gpu.checks"], ROOT).stdout.count("PASS") == 4
+
+
+def test_captured_and_variants_run_without_a_gpu(tmp_path):
+    for part, lines, found in (("captured", 6, "PASS same bits after"), ("variants", 8, r", seed 0 +[\d.]+ ms a step")):
+        output = run([sys.executable, "-m", "tests.gpu", part, "--out", tmp_path], ROOT).stdout
+        assert f"{part}: PASS" in output
+        assert len(re.findall(found, output)) == lines, output
+
+
+def test_variants_that_only_save_time_have_todays_bits():
+    run([sys.executable, "-c", BITS], ROOT)  # in a process of its own, in which Triton interprets
+
+
+def test_lookahead_goes_back_by_a_share_that_grows():
+    model = torch.nn.Linear(1, 1, bias=False).requires_grad_(False)
+    lookahead = Lookahead(model, total_steps=10)
+    slow, model.weight[:] = model.weight.clone(), 3.0
+    lookahead.after_step(5)
+    assert torch.allclose(model.weight, 3 + 0.95**5 / 8 * (slow - 3))
 
 
 def test_several_runs_on_three_cpu_ranks(tmp_path):
