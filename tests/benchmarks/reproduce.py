@@ -92,18 +92,17 @@ def train(row: str, seed: int, folder: Path) -> Mapping[str, Any]:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the parsed command line; a mistake in it exits with status 2."""
+    """Return the parsed command line; a mistake in it exits with status 2, or is a BenchmarkError."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog=PROG, description=__doc__, formatter_class=style)
     parser.add_argument("row", metavar="ROW", help="recipe of README's table")
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds to train (default: the published ones)")
     parser.add_argument("--folder", type=Path, help="directory of the runs (default: a new one in runs)")
     args = parser.parse_args(argv)
-    rows = ", ".join(name for name in RECIPES if published(name))
-    if args.row not in RECIPES:
-        parser.exit(2, f"{PROG}: error: there is no row {args.row}: choose from {rows}\n")
     if not published(args.row):
-        parser.exit(2, f"{PROG}: error: {args.row} has no record to compare with: choose from {rows}\n")
+        mistake = "has no record to compare with" if args.row in RECIPES else "is not a row of the results"
+        rows = ", ".join(name for name in RECIPES if published(name))
+        raise BenchmarkError(f"{args.row} {mistake}: choose from {rows}")
     return args
 
 
@@ -119,12 +118,12 @@ def compare(run: Mapping[str, Any], record: Mapping[str, Any] | None) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Train a row, print each result beside the published one, then the verdict; return the exit status."""
-    args = parse(argv)
-    records = published(args.row)
-    for name, facts in {"published on": read_json(RECORDS / "machine.json"), "this machine": machine()}.items():
-        print(f"{name}:", ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None))
     here = {}
     try:
+        args = parse(argv)
+        records = published(args.row)
+        for name, facts in {"published on": read_json(RECORDS / "machine.json"), "this machine": machine()}.items():
+            print(f"{name}:", ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None))
         folder = create_run_dir(args.folder, f"reproduce-{args.row}")
         for seed in args.seeds or records:
             here[seed] = train(args.row, seed, folder)

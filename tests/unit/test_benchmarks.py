@@ -126,16 +126,12 @@ def test_reproduced_or_not(tmp_path, monkeypatch, capsys, published, here, statu
 
 @pytest.mark.parametrize(
     ("row", "message"),
-    [("nope", "there is no row nope: choose from tutorial"), ("resnet18", "no record"), ("wide", "error: no CIFAR-10")],
+    [("nope", "nope is not a row"), ("resnet18", "resnet18 has no record"), ("wide", "error: no CIFAR-10")],
 )
 def test_nothing_to_compare(tmp_path, monkeypatch, capsys, row, message):
     failed = Finished(2, "Traceback\ntrain_ddp.py: error: no CIFAR-10\n", 1.0)
     monkeypatch.setattr(reproduce, "execute", lambda *_: failed)
-    try:
-        status = command.main(["reproduce", row, "--folder", str(tmp_path)])
-    except SystemExit as exit_:
-        status = exit_.code
-    assert status == 2
+    assert command.main(["reproduce", row, "--folder", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
 
 

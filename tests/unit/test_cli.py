@@ -198,6 +198,7 @@ def test_value_out_of_range_is_named_in_one_line(flags):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [("--nesterov --momentum 0", r"--nesterov.*--momentum"),
+     ("--cuda-graph --precision fp16", "--cuda-graph needs --precision fp32 or bf16"),
      ("--comm-hook powersgd --precision fp16", r"--comm-hook powersgd.*--precision bf16"),
      ("--autoresume", "--autoresume needs --run-dir")],
 )  # fmt: skip

@@ -42,18 +42,6 @@ def test_first_signal_and_its_echo_are_only_noted(number):
     assert signal.set_wakeup_fd(-1) == -1
 
 
-def test_terminal_that_closes_does_not_stop_a_run_under_nohup():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with StopRequest(Launch()) as request:
-            os.kill(os.getpid(), signal.SIGHUP)
-            os.kill(os.getpid(), signal.SIGTERM)
-            wait_until(lambda: request.name is not None)
-            assert request.name == "SIGTERM"
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
 def test_training_in_another_thread_leaves_signals_to_the_program():
     before = [signal.getsignal(stop) for stop in STOP_SIGNALS]
 
@@ -100,26 +88,6 @@ def test_endless_step_is_announced_and_left_before_torchrun_kills_it(monkeypatch
     first, last = capfd.readouterr().err.splitlines()
     assert first == "SIGTERM: stopping once this step or test has ended"
     assert last == "SIGTERM, but the step did not end within 1.2 s: quitting"
-
-
-def test_death_of_torchrun_is_a_stop_request():
-    names, write = os.pipe()
-
-    def rank():
-        os.environ["TORCHELASTIC_ERROR_FILE"] = "error.json"
-        with StopRequest(Launch(elastic=True)) as request:
-            os.write(write, b".")
-            wait_until(lambda: request.name is not None)
-            os.write(write, request.name.encode())
-
-    def torchrun():
-        fork(rank)
-        time.sleep(0.3)
-
-    wait(fork(torchrun))
-    os.close(write)
-    with os.fdopen(names) as file:
-        assert file.read() == ".the end of torchrun"
 
 
 @pytest.mark.parametrize("in_notebook", [False, True])
