@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from cifar.errors import UserError
+from cifar.errors import UserError, count
 from cifar.files import read_json
 from cifar.recipes import RECIPES
 from cifar.records.run_dir import create_run_dir
@@ -72,11 +72,10 @@ def verdict(records: Results, here: Results) -> tuple[bool, str]:
 
 
 def describe(runs: Results) -> str:
-    """Return mean, standard deviation and seeds."""
+    """Return mean and standard deviation of the accuracies, and how many there are."""
     values = list(map(accuracy, runs.values()))
     deviation = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
-    seeds = ", ".join(map(str, runs))
-    return f"{mean(values):.2f}{deviation} %, seed{'s' if len(values) > 1 else ''} {seeds}"
+    return f"{mean(values):.2f}{deviation} %, {count(len(values), 'seed')}"
 
 
 def train(row: str, seed: int, folder: Path) -> Mapping[str, Any]:
