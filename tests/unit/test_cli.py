@@ -51,12 +51,6 @@ def be_rank(monkeypatch):
     return set_variables
 
 
-def test_default_is_the_tutorial():
-    config = parse_args([])
-    assert (config.recipe, config.model, config.epochs) == ("tutorial", "net", 4)
-    assert (config.local_batch_size, config.lr, config.momentum, config.log_steps) == (4, 0.001, 0.9, 2000)
-
-
 def test_flags_win_over_the_recipe():
     config = parse_args(["--epochs", "3", "--recipe", "wide", "--lr=0.1"])
     wide = RECIPES["wide"]

@@ -60,11 +60,3 @@ def test_disk_that_is_full_for_a_while_leaves_no_half_line(tmp_path, capsys):
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 4]
     warning = f"WARNING: {tmp_path / 'metrics.jsonl'} cannot be written: No space left on device\n"
     assert capsys.readouterr().out == warning
-
-
-def test_unwritable_metrics_cost_one_warning(tmp_path, capsys):
-    metrics = MetricsFile(tmp_path / "missing")
-    assert metrics.keep_until(0) == []
-    for step in (1, 2):
-        metrics.log(step, {"x": 1})
-    assert capsys.readouterr().out.count("WARNING") == 1

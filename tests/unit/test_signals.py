@@ -42,6 +42,18 @@ def test_first_signal_and_its_echo_are_only_noted(number):
     assert signal.set_wakeup_fd(-1) == -1
 
 
+def test_terminal_that_closes_does_not_stop_a_run_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest(Launch()) as request:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait_until(lambda: request.name is not None)
+            assert request.name == "SIGTERM"
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_training_in_another_thread_leaves_signals_to_the_program():
     before = [signal.getsignal(stop) for stop in STOP_SIGNALS]
 
