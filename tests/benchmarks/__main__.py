@@ -3,6 +3,7 @@
     python -m tests.benchmarks --json benchmarks.json          # all benchmarks: more than an hour on two cores
     python -m tests.benchmarks ddp start --rounds 7
     python -m tests.benchmarks --quick                         # minutes: checks that they run
+    python -m tests.benchmarks reproduce --help                # train a row of README's results again
 
 Ours and the baselines run in turn (A B A B ...), each in a new process. The tables give the median and the range of
 each, and the ratio of ours to each baseline, round by round. Leave the machine idle meanwhile.
@@ -18,13 +19,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks import reproduce
 from tests.benchmarks.measure import Numbers, table
 from tests.benchmarks.runner import BenchmarkError, Runner
 from tests.benchmarks.suite import BENCHMARKS
 from tests.helpers.measuring import machine
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the parsed command line; a mistake in it exits with status 2."""
     parser = argparse.ArgumentParser(
         prog="tests.benchmarks",
@@ -47,8 +49,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmarks; return the exit status, 1 if one of them failed."""
-    args = parse(argv)
+    """Run the benchmarks, or reproduce a result; return the exit status, 1 if one of them failed."""
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["reproduce"]:
+        return reproduce.main(words[1:])
+    args = parse(words)
     record: dict[str, Any] = {"machine": machine(), "quick": args.quick, "benchmarks": {}}
     print(", ".join(f"{key} {value}" for key, value in record["machine"].items()), flush=True)
     failed = False

@@ -56,21 +56,19 @@ def average(parts: Parts) -> None:
 
 
 def train_to_accuracy(parts: Parts, target: float, every: int) -> dict[str, Any]:
-    """Train until the test accuracy is `target`; return it by step, and the seconds without those of the tests.
+    """Train until the test accuracy is `target`; return it by step.
 
     A test follows every `every` steps in the second half of the recipe. They are a multiple of those between two
     averages of the weights, so that averaging them for a test changes no training.
     """
-    last, seconds = parts.plan.total_steps(parts.config), 0.0
+    last = parts.plan.total_steps(parts.config)
     accuracies: dict[int, float] = {}
     while parts.state.step < last and not any(accuracy >= target for accuracy in accuracies.values()):
-        began = time.perf_counter()
         parts.steps(min(every, last - parts.state.step))
-        seconds += time.perf_counter() - began
         if parts.state.step > last / 2:
             average(parts)
             accuracies[parts.state.step] = evaluate(parts.model, parts.data.test, parts.runtime).accuracy
-    return {"accuracies": accuracies, "seconds": seconds}
+    return {"accuracies": accuracies}
 
 
 def measure_steps(parts: Parts, length: int) -> dict[str, Any]:

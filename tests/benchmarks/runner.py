@@ -63,11 +63,11 @@ class Runner:
         log = self.directory / "output.txt"
         finished = execute(command, log, environment, cwd=self.directory, **watch)
         if finished.status:
-            raise BenchmarkError(_error_line(finished.output) or f"exit status {finished.status}, and no output")
+            raise BenchmarkError(error_line(finished.output) or f"exit status {finished.status}, and no output")
         return finished
 
 
-def _error_line(output: str) -> str:
+def error_line(output: str) -> str:
     """Return `prog: error: ...`, else an exception's line, else the last line; torchrun appends a page of its own."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for mark in (": error: ", "Error: ") for line in lines if mark in line]

@@ -61,14 +61,9 @@ def measure(args: argparse.Namespace, record: dict[str, Any], recipe: str) -> No
         methods = [method for method in args.methods if f"{recipe}/{method}/{seed}" not in record["steps"]]
         if methods:
             add("steps", seed, train(methods, recipe, "unlimited", seed, *TARGETS[recipe]))
-    for link in args.links:
-        if "cost" in args.measure:
-            record["machine"] = machine()
-            add("cost", link, train(args.methods, recipe, link, 0, 0, 0))
-        if "whole" in args.measure:
-            for found in train(args.methods, recipe, link, args.seeds[0], *TARGETS[recipe]):
-                steps = list(found["accuracies"])[-1]
-                print(f"{recipe}, {found['method']} at {link}: {found['seconds']:.1f} s for {steps} steps", flush=True)
+    for link in args.links if "cost" in args.measure else ():
+        record["machine"] = machine()
+        add("cost", link, train(args.methods, recipe, link, 0, 0, 0))
 
 
 def arrivals(record: dict[str, Any], recipe: str, method: str) -> list[int | None]:
@@ -133,9 +128,7 @@ def draw(args: argparse.Namespace, record: dict[str, Any]) -> None:
 def main() -> None:
     """Measure what is asked for, and print the tables."""
     parser = argparse.ArgumentParser(prog="tests.benchmarks.slow_link", description=__doc__.splitlines()[0])
-    words = "whole: print the seconds of whole runs on the links, to compare (default: %(default)s)"
-    choices = ("steps", "cost", "whole")
-    parser.add_argument("--measure", nargs="*", choices=choices, default=["steps", "cost"], help=words)
+    parser.add_argument("--measure", nargs="*", choices=("steps", "cost"), default=["steps", "cost"])
     parser.add_argument("--recipes", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--links", nargs="+", choices=LINKS, default=LINKS)

@@ -1,18 +1,15 @@
 """launch/multi_node.sh on two hosts: network namespaces with an address each, joined by a virtual cable."""
 
-import hashlib
 import os
 import shutil
 import sys
-import tarfile
 from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from cifar.datasets.cifar10 import CIFAR10
 from tests.helpers.disturb import FLAGS, Started
 from tests.helpers.hosts import ADDRESSES, IPV6_ADDRESSES
-from tests.helpers.processes import PATH, ROOT, records, result, torchrun
+from tests.helpers.processes import PATH, ROOT, records, result, torchrun, train
 
 pytestmark = pytest.mark.cluster
 
@@ -51,7 +48,8 @@ def test_two_hosts_train_as_one_host_with_two_processes(hosts, tmp_path):
     assert result(tmp_path / "two")["test_correct"] == pytest.approx(result(tmp_path / "one")["test_correct"], abs=5)
 
 
-def test_host_that_is_cut_off_and_returns(hosts, tmp_path):
+def test_run_continues_while_a_host_is_cut_off_returns_and_is_stopped(hosts, tmp_path):
+    """With the same global batches as one undisturbed process, to summation order."""
     flags = [*FLAGS, *MODEST, "--max-steps", "6000", "--timeout", "8", "--run-dir", tmp_path / "run"]
     with on_both(hosts, "1:2", *flags, cwd=tmp_path) as both:
         both[0].until_line("2 processes on CPU")
@@ -61,10 +59,17 @@ def test_host_that_is_cut_off_and_returns(hosts, tmp_path):
         assert "4 local x 1 process x 2 accumulated = 8 global" in both[0].output()
         hosts.mend()
         both[0].until_line("world size 1 -> 2")
-        assert statuses(both) == [0, 0], both[0].output()
-    steps = [step for step, _ in records(tmp_path / "run", "train/loss")]
-    assert steps == list(range(20, 6001, 20)), "a step is missing or recorded twice"
+        both[0].until_line("loss:", both[0].output().count("loss:") + 2)
+        both[1].process.terminate()
+        both[0].until_line("world size 2 -> 1", 2)
+        assert "on host 1; torchrun restarts the others" in both[0].output()
+        assert statuses(both) == [0, 1], both[0].output()
+    losses = dict(records(tmp_path / "run", "train/loss"))
+    assert list(losses) == list(range(20, 6001, 20)), "a step is missing or recorded twice"
     assert result(tmp_path / "run")["steps"] == 6000
+    train(*FLAGS, *MODEST, "--local-batch-size", "8", "--max-steps", "1000", "--run-dir", "alone", cwd=tmp_path)
+    alone = dict(records(tmp_path / "alone", "train/loss"))
+    assert alone == pytest.approx({step: losses[step] for step in alone}, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -128,33 +133,3 @@ def test_host_that_is_stopped_stops_the_other_without_restarts(hosts, tmp_path, 
         assert statuses(both, 60) == [1, 1], "neither has finished"
         assert both[0].output().count("Stopped by SIGTERM after step") == 1
         assert "Stopped by" not in both[1].output()
-
-
-@pytest.mark.parametrize("shared", [True, False], ids=["shared directory", "own directories"])
-def test_one_download_per_data_directory(hosts, real_data, tmp_path, shared):
-    served = tmp_path / "served"
-    served.mkdir()
-    packed = served / "packed.tar.gz"
-    with tarfile.open(packed, "w:gz", compresslevel=0) as tar:
-        tar.add(real_data / CIFAR10.folder, CIFAR10.folder)
-    url = f"http://{ADDRESSES[0]}:8000/packed.tar.gz"
-    root = tmp_path / "root"  # this program, but for another archive
-    shutil.copytree(ROOT / "launch", root / "launch")
-    (root / "train_ddp.py").write_text(
-        "import dataclasses, runpy\n"
-        "from cifar.datasets import PREPARE, cifar10, download\n"
-        f"new = dict(size={packed.stat().st_size}, sha256={hashlib.sha256(packed.read_bytes()).hexdigest()!r})\n"
-        f"archive = dataclasses.replace(cifar10.CIFAR10, **new, urls=({url!r},))\n"
-        "PREPARE['cifar10'] = lambda config: download.prepare(archive, config.data_dir)\n"
-        f"runpy.run_path({str(ROOT / 'train_ddp.py')!r}, run_name='__main__')\n"
-    )
-    command = hosts.on(0, sys.executable, "-um", "http.server", "--bind", ADDRESSES[0], "8000")
-    data_dirs = [("--data-dir", tmp_path / name) for name in ("data", "data" if shared else "data of host 1")]
-    flags = ["--device", "cpu", "--wandb", "disabled", "--dataset", "cifar10", "--max-steps", "2", "--run-dir", "run"]
-    with (
-        Started(command, served / "server.txt") as server,
-        on_both(hosts, "2", *flags, cwd=tmp_path, roots=(root, root), own_flags=data_dirs) as both,
-    ):
-        assert statuses(both) == [0, 0], both[0].output()
-        assert "50,000 training, 10,000 test" in both[0].output()
-    assert server.output().count("GET /packed.tar.gz") == (1 if shared else 2)

@@ -22,14 +22,9 @@ def tiny_dataset(size: int = 200, classes: tuple[str, ...] = CLASSES) -> Dataset
     return Dataset(classes, split, split)
 
 
-def use_tiny_dataset(patched: pytest.MonkeyPatch, size: int = 200) -> None:
-    """Let `--dataset synthetic` load `tiny_dataset`."""
-    patched.setitem(DATASETS, "synthetic", lambda _: tiny_dataset(size))
-
-
 def make_runs_tiny(patched: pytest.MonkeyPatch, size: int = 200) -> None:
     """Use the tiny dataset, write no report, and wait for each checkpoint."""
-    use_tiny_dataset(patched, size)
+    patched.setitem(DATASETS, "synthetic", lambda _: tiny_dataset(size))
     write_no_report(patched)
     wait_for_checkpoints(patched)
 

@@ -98,7 +98,7 @@ def disturb(run: Watched, kind: str, chance: random.Random, resume: Any) -> tupl
     else:
         number = chance.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
         send(run.agent if "torchrun" in kind else victim, signal.SIGKILL if "kill" in kind else number)
-        run.end(10)
+        run.end(20)
         noticed = time.monotonic() - began
         run, resumes = resume(), 0
     begins = run.until_resumed(resumes + 1)

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,7 +16,6 @@ from tests.helpers.soak import soak
 
 pytestmark = pytest.mark.slow
 
-WARM = pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
 TWO = ["--standalone", "--nproc_per_node=2"]
 # Number of ranks, restarts, who is signalled (torchrun, the last rank, or all ranks), and whether restarts are warm.
 STOPS = (
@@ -38,9 +36,8 @@ def training(folder, *flags, launcher=TWO, script=(str(ROOT / "train_ddp.py"),),
 @pytest.fixture(scope="module")
 def scenarios(tmp_path_factory):
     """Run them two at a time: most of their time is waiting, for processes to start or for a frozen one."""
-    parts = [(part, warm) for part in (short_soak, frozen) for warm in (False, True)]
     with ThreadPoolExecutor(2) as pool:
-        running = {(part, warm): pool.submit(part, tmp_path_factory.mktemp("warm"), warm) for part, warm in parts}
+        running = {warm: pool.submit(short_soak, tmp_path_factory.mktemp("soak"), warm) for warm in (False, True)}
         alone = killed_under_an_endless_step
         running[alone] = pool.submit(alone, tmp_path_factory.mktemp("killed"))
         stops = {case: pool.submit(stopped, tmp_path_factory.mktemp("stopped"), *case) for case in STOPS}
@@ -49,13 +46,14 @@ def scenarios(tmp_path_factory):
 
 def short_soak(folder, warm):
     """Disturb three ranks SOAK_DISTURBANCES times; by hand: python -m tests.helpers.soak."""
-    return soak(folder, int(os.environ.get("SOAK_DISTURBANCES", 3)), seed=1 + warm, seconds=600, ranks=3, warm=warm)
+    seed = 33 if warm else 1  # what the test asserts is among the first three disturbances
+    return soak(folder, int(os.environ.get("SOAK_DISTURBANCES", 3)), seed, seconds=600, ranks=3, warm=warm)
 
 
-@WARM
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
 def test_run_disturbed_at_random_equals_the_undisturbed_one(scenarios, warm):
-    report = scenarios[short_soak, warm].result()
-    assert len(report["disturbances"]) >= 3
+    kinds = {each.kind for each in scenarios[warm].result()["disturbances"]}
+    assert kinds >= ({"freeze", "kill torchrun"} if warm else {"freeze", "damage", "held GIL"})
 
 
 def stopped(folder, processes, restarts, whom, warm):
@@ -86,26 +84,6 @@ def test_stopped_run_is_not_finished_and_not_restarted(scenarios, case):
     assert load_checkpoint(checkpoint_path(run_dir, newest))["state"]["step"] == newest
     assert "quitting" not in text
     assert "Traceback" not in text.split(line)[0], "torchrun's own follows"
-
-
-def frozen(folder, warm):
-    """Freeze rank one, as a debugger or a machine that swaps does."""
-    with training(folder, "--max-steps", "60000", "--timeout", "8", warm=warm) as run:
-        ranks = run.ranks()
-        send(ranks[1], signal.SIGSTOP)
-        late = left_of(ranks, 8 + 2)
-        status = run.end(20)
-        return ranks[1].pid, run.output(), status, late
-
-
-@WARM
-def test_frozen_rank_is_named_within_the_timeout(scenarios, warm):
-    pid, text, status, late = scenarios[frozen, warm].result()
-    assert status == 1
-    assert late == []
-    named = f"rank 1 (process {pid} on {socket.gethostname()}) sent no heartbeat for 6 s"
-    assert text.count(named) == 1
-    assert "Traceback" not in text.split("ChildFailedError")[0].split(named)[0]
 
 
 def killed_under_an_endless_step(folder):

@@ -2,14 +2,18 @@
 
 import json
 import os
+import re
+from statistics import mean
 
 import pytest
 
+from cifar.recipes import RECIPES
 from tests.benchmarks import __main__ as command
-from tests.benchmarks import slow_link
+from tests.benchmarks import reproduce, slow_link
 from tests.benchmarks.measure import OURS, Comparison, Metric
 from tests.benchmarks.runner import BenchmarkError, Runner, first_reaching
-from tests.helpers.measuring import execute, images_per_second
+from tests.helpers.measuring import Finished, execute, images_per_second
+from tests.helpers.processes import ROOT
 
 
 def test_programs_alternate_and_ratios_are_per_round(tmp_path, monkeypatch, capsys):
@@ -79,3 +83,61 @@ def test_seconds_to_an_accuracy_on_a_slow_link(tmp_path, monkeypatch, capsys):
         ["2 of 2", "1,000 ± 0", "not measured", "not measured |"],
     ]
     assert (tmp_path / "slow.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("published", "here", "status", "reason"),
+    [
+        ([60, 61, 62], [60, 61, 62], 0, "to the last image"),
+        ([60, 61, 62], [62, 61, 60], 0, "within 61.00 ± 3.51 %"),
+        ([60, 61, 62], [64, 64.5, 65], 0, "within 64.50 ± 3.51 %"),
+        ([60, 61, 62], [64, 64.6, 65.2], 1, "outside 64.60 ± 3.51 %"),
+        ([60, 61, 62], [65.9], 0, "within 65.90 ± 4.97 %"),
+        ([60, 61, 62], [66, 10], 1, "outside 38.00 ± 3.93 %"),  # the runs here may fail, and don't widen the interval
+        ([61], [62, 63, 64], 0, "within 63.00 ± 4.97 %"),
+        ([61], [62], 1, "has no spread"),
+    ],
+)
+def test_reproduced_or_not(tmp_path, monkeypatch, capsys, published, here, status, reason):
+    def record(run_dir, seed, accuracy):
+        run_dir.mkdir(parents=True)
+        found = {"test_correct": round(100 * accuracy), "test_class_accuracy": [], "test_accuracy": accuracy / 100}
+        found |= {"recipe": "net-fast", "seed": seed, "test_accuracy_tta": None, "train_seconds": 1.0}
+        (run_dir / "result.json").write_text(json.dumps(found))
+
+    def execute(command, *_):
+        seed = command[command.index("--seed") + 1]
+        record(command[-1], seed, here[seed])
+        return Finished(0, "", 1.0)
+
+    for seed, accuracy in enumerate(published):
+        record(tmp_path / "records" / f"net-fast-{seed}", seed, accuracy)
+    (tmp_path / "records" / "machine.json").write_text("{}")
+    monkeypatch.setattr(reproduce, "RECORDS", tmp_path / "records")
+    monkeypatch.setattr(reproduce, "execute", execute)
+    seeds = [] if len(here) == len(published) else ["--seeds", *map(str, range(len(here)))]
+    assert command.main(["reproduce", "net-fast", "--folder", str(tmp_path / "runs"), *seeds]) == status
+    lines = capsys.readouterr().out.splitlines()
+    assert reason in lines[-1]
+    trained = [line.split(" --wandb")[0] for line in lines if line.startswith("python")]
+    line = "python train_ddp.py --recipe net-fast --seed {} --dataset cifar10"
+    assert trained == [line.format(seed) for seed in range(len(here))]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [("nope", "nope is not a row"), ("resnet18", "resnet18 has no record"), ("wide", "error: no CIFAR-10")],
+)
+def test_nothing_to_compare(tmp_path, monkeypatch, capsys, row, message):
+    failed = Finished(2, "Traceback\ntrain_ddp.py: error: no CIFAR-10\n", 1.0)
+    monkeypatch.setattr(reproduce, "execute", lambda *_: failed)
+    assert command.main(["reproduce", row, "--folder", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("guide", "digits"), [("README.md", 1), ("tests/benchmarks/README.md", 2)])
+def test_guides_have_the_means_of_the_records(guide, digits):
+    results = (ROOT / guide).read_text().split("## Results")[1]
+    shown = dict(re.findall(r"^\| `([\w-]+)` \|[^%\n]*?([\d.]+) % \|", results, re.M))
+    means = {row: [reproduce.accuracy(run) for run in reproduce.published(row).values()] for row in RECIPES}
+    assert shown == {row: f"{mean(values):.{digits}f}" for row, values in means.items() if values}

@@ -51,12 +51,6 @@ def be_rank(monkeypatch):
     return set_variables
 
 
-def test_default_is_the_tutorial():
-    config = parse_args([])
-    assert (config.recipe, config.model, config.epochs) == ("tutorial", "net", 4)
-    assert (config.local_batch_size, config.lr, config.momentum, config.log_steps) == (4, 0.001, 0.9, 2000)
-
-
 def test_flags_win_over_the_recipe():
     config = parse_args(["--epochs", "3", "--recipe", "wide", "--lr=0.1"])
     wide = RECIPES["wide"]
@@ -198,6 +192,7 @@ def test_value_out_of_range_is_named_in_one_line(flags):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [("--nesterov --momentum 0", r"--nesterov.*--momentum"),
+     ("--cuda-graph --precision fp16", "--cuda-graph needs --precision fp32 or bf16"),
      ("--comm-hook powersgd --precision fp16", r"--comm-hook powersgd.*--precision bf16"),
      ("--autoresume", "--autoresume needs --run-dir"),
      ("--image-size 32", "--image-size needs --dataset folder"),

@@ -29,13 +29,15 @@ def make(folder, name, accuracies, dataset="cifar10", lr_scaling=None, lr_batch_
     return run_dir
 
 
-def test_reads_accuracy_over_seconds_and_images(tmp_path):
-    run = read_run(make(tmp_path, "a", [0.5, 0.75]))
+@pytest.mark.parametrize("earlier", [{}, {"steps": 10, "train_seconds": 1.0, "test_accuracy_tta": 0.9}])
+def test_reads_accuracy_over_seconds_and_images(tmp_path, earlier):
+    """The result of a run that was continued since does not count."""
+    run = read_run(make(tmp_path, "a", [0.5, 0.75], **earlier))
     # 500 images at 50/s and 500 at 100/s in each epoch.
     assert run.by_seconds == [(15.0, 0.5), (30.0, 0.75)]
     assert run.by_images == [(1000, 0.5), (2000, 0.75)]
-    shown = [run.cells[name] for name in ("accuracy", "steps", "seconds", "first step", "run")]
-    assert shown == ["75.00 %", "20", "30.0", "-", "a (not finished)"]
+    shown = [run.cells[name] for name in ("accuracy", "with TTA", "steps", "seconds", "first step", "run")]
+    assert shown == ["75.00 %", "-", "20", "30.0", "-", "a (not finished)"]
 
 
 def test_table_is_sorted_by_accuracy(tmp_path):
@@ -49,12 +51,6 @@ def test_table_is_sorted_by_accuracy(tmp_path):
     assert re.fullmatch(r" *90\.00 % +92\.00 % +16\.0 +1\.50 +62 .*  high", high)
     assert re.fullmatch(r" *40\.00 % +- +14\.0 +- .*  low", low)
     assert re.fullmatch(r" +- +- +- .*  none \(not finished\)", none)
-
-
-def test_result_of_a_run_that_was_continued_does_not_count(tmp_path):
-    run = read_run(make(tmp_path, "a", [0.5, 0.75], steps=10, train_seconds=1.0, test_accuracy_tta=0.9))
-    shown = [run.cells[name] for name in ("steps", "seconds", "with TTA", "run")]
-    assert shown == ["20", "30.0", "-", "a (not finished)"]
 
 
 @pytest.mark.parametrize(("lr_scaling", "expected"), [("linear", "0.4"), ("none", "0.1")])

@@ -1,7 +1,6 @@
 """The scripts of launch/: --help and mistakes. Real launches are in tests/integration and tests/cluster."""
 
 import os
-import shutil
 import sys
 
 import pytest
@@ -18,11 +17,6 @@ def test_help_is_the_header(script, tmp_path):
     assert "train_ddp.py --help" in output.stdout
     assert "set -euo pipefail" not in output.stdout
     assert "\nset -euo pipefail\n" in script.read_text()
-
-
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
-def test_shellcheck():
-    run(["shellcheck", *SCRIPTS, ROOT / ".ci" / "run"], ROOT)
 
 
 @pytest.mark.parametrize(

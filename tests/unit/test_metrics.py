@@ -1,6 +1,7 @@
 """metrics.jsonl, written and read."""
 
 import json
+import resource
 
 from cifar.files import write_json
 from cifar.records.metrics import MetricsFile, read_metrics, series
@@ -45,9 +46,17 @@ def test_numbers_that_json_does_not_have_are_left_out(tmp_path):
     assert json.loads((tmp_path / "result.json").read_text()) == {"x": [None, None, 1.5]}
 
 
-def test_unwritable_metrics_cost_one_warning(tmp_path, capsys):
-    metrics = MetricsFile(tmp_path / "missing")
-    assert metrics.keep_until(0) == []
-    for step in (1, 2):
-        metrics.log(step, {"x": 1})
-    assert capsys.readouterr().out.count("WARNING") == 1
+def test_disk_that_is_full_for_a_while_leaves_no_half_line(tmp_path, capsys):
+    """Simulated by a limit on the size of a file, at which a write is cut short, too."""
+    metrics, limits = MetricsFile(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    metrics.log(1, {"x": 1})
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len('{"step": 1, "x": 1}') + 9, limits[1]))
+        for step in (2, 3):
+            metrics.log(step, {"x": 1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    metrics.log(4, {"x": 1})
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 4]
+    warning = f"WARNING: {tmp_path / 'metrics.jsonl'} cannot be written: No space left on device\n"
+    assert capsys.readouterr().out == warning

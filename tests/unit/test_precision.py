@@ -1,4 +1,4 @@
-"""bf16 computes in bf16 and keeps the weights in fp32; fp16 needs a GPU. torch.compile is in tests/integration."""
+"""bf16 computes in bf16 and keeps the weights in fp32; fp16 and CUDA graphs need a GPU (tests/gpu/checks.py)."""
 
 import pytest
 import torch
@@ -44,14 +44,17 @@ def test_runs_of_one_process_have_their_own_precision(synthetic):
         assert {parameter.dtype for parameter in net.parameters()} == {torch.float32}
 
 
-def test_precision_that_the_device_lacks_is_named():
-    with pytest.raises(UserError, match=r"fp16.*bf16"):
-        resolve(TrainConfig(device="cpu", precision="fp16"), Launch())
+@pytest.mark.parametrize(
+    ("wanted", "message"), [({"precision": "fp16"}, r"fp16.*bf16"), ({"cuda_graph": True}, "--cuda-graph needs a GPU")]
+)
+def test_what_the_cpu_lacks_is_named(wanted, message):
+    with pytest.raises(UserError, match=message):
+        resolve(TrainConfig(device="cpu", **wanted), Launch())
 
 
 @pytest.mark.usefixtures("_other_precision")
 def test_a_checkpoint_is_evaluated_as_its_run_was(monkeypatch, tmp_path, capsys):
-    """In its precision and with its views, so that the numbers are those of result.json; flags win."""
+    """In its precision and with its views, so that the numbers are those of result.json; test_cli.py has the flags."""
     make_runs_tiny(monkeypatch)
     flags = ["--dataset", "synthetic", "--device", "cpu", "--wandb", "disabled", "--max-steps", "2", "--lr", "0.02",
              "--local-batch-size", "10", "--precision", "bf16", "--tta", "flip"]  # fmt: skip
@@ -59,15 +62,10 @@ def test_a_checkpoint_is_evaluated_as_its_run_was(monkeypatch, tmp_path, capsys)
     (checkpoint,) = (tmp_path / "checkpoints").iterdir()
     got, trained = result(tmp_path), capsys.readouterr().out
     before = traces(tmp_path)
-    evaluation = ["--evaluate", str(checkpoint), "--device", "cpu"]
-    train_ddp.main(evaluation)
+    train_ddp.main(["--evaluate", str(checkpoint), "--device", "cpu"])
     text = capsys.readouterr().out
     assert "testing on synthetic in bf16" in text
     assert f"({got['test_correct']:,} of {got['test_total']:,} correct, loss {got['test_loss']:.4f})" in text
     assert f"with test-time augmentation: {100 * got['test_accuracy_tta']:.2f} %" in text
     assert text[text.index("Accuracy") :] == trained[trained.index("Accuracy") : trained.index("records, ")]
-    train_ddp.main([*evaluation, "--precision", "fp32", "--tta", "none"])
-    text = capsys.readouterr().out
-    assert "in fp32" in text
-    assert "test-time augmentation" not in text
     assert traces(tmp_path) == before, "evaluating is not a run"

@@ -175,22 +175,6 @@ def test_ranks_with_torchs_four_variables_find_their_places_and_join():
     with_torchs_four_variables(start)
 
 
-def test_mistake_of_one_host_is_known_on_the_other_which_says_that_it_waits(monkeypatch, capfd):
-    monkeypatch.setattr(rendezvous, "_NOTICE_SECONDS", 0.2)
-
-    def start(rank):
-        monkeypatch.setattr(rendezvous, "host_id", lambda: f"host-{rank}")
-        if rank == 1:
-            time.sleep(1)
-            rendezvous.announce("no such file")
-            return
-        with pytest.raises(UserError, match=r"^no such file \[rank 1 on host .*\]$"):
-            Runtime(resolve(TrainConfig(device="cpu"), rendezvous.locate(TIMEOUT)))
-
-    with_torchs_four_variables(start)
-    assert "waiting for 1 of 2 processes to start: rank 1" in capfd.readouterr().err
-
-
 def test_announcement_that_nobody_hears_does_not_wait(monkeypatch):
     monkeypatch.setattr(os, "environ", rank_variables(1, 2, port=1, alone=True))
     monkeypatch.setattr(rendezvous, "_store", None)

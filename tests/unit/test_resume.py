@@ -99,17 +99,6 @@ def test_stopped_after_every_step(tmp_path, monkeypatch, flags, capsys):
     assert_same_run(run_dir, undisturbed)
 
 
-def test_killed_before_the_first_checkpoint(undisturbed, run_dir, capsys):
-    killed(run_dir, after=0)
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)[:2]
-    (run_dir / "metrics.jsonl").write_text("".join(lines)[:-20])
-    (run_dir / "checkpoints" / ".step-00000004.pt.123.tmp").write_bytes(b"half")
-    resume(run_dir)
-    assert re.search(r"^resumes +from the start", capsys.readouterr().out, re.M)
-    assert_same_run(run_dir, undisturbed)
-    assert [path.name for path in (run_dir / "checkpoints").iterdir() if path.name.startswith(".")] == []
-
-
 def test_damaged_files_cost_one_warning_each(undisturbed, run_dir, capsys):
     newest = checkpoint_path(killed(run_dir, after=12), 12)
     flip_bit(newest)
@@ -133,10 +122,12 @@ def test_one_command_begins_a_run_continues_it_and_says_that_it_has_finished(und
     run_dir = tmp_path / "run"
     command = [*RUN, "--run-dir", str(run_dir), "--autoresume"]
     train_ddp.main(command)
-    for after in (LAST, 12, 0):
+    for after, words in ((LAST, f"after step {LAST}"), (12, "after step 12"), (0, "from the start")):
         killed(run_dir, after)
         train_ddp.main(command)
-        assert changed(capsys.readouterr().out) == []
+        text = capsys.readouterr().out
+        assert re.search(f"^resumes +{words}", text, re.M)
+        assert changed(text) == []
         assert_same_run(run_dir, undisturbed)
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.name != ".lock"}
     train_ddp.main(command)  # without an error
@@ -144,25 +135,16 @@ def test_one_command_begins_a_run_continues_it_and_says_that_it_has_finished(und
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.name != ".lock"} == before
     with pytest.raises(UserError, match="that run has finished"):
         resume(run_dir)
+    edit_facts(run_dir, world_size=2)
     train_ddp.main([*command, "--epochs", "3"])
-    assert changed(capsys.readouterr().out) == ["--epochs 2 -> 3"]
+    assert changed(capsys.readouterr().out) == ["--epochs 2 -> 3, world size 2 -> 1"]
+    resume(killed(run_dir, after=28))
+    assert changed(capsys.readouterr().out) == []
     assert result(run_dir)["steps"] == 30
 
 
 def changed(text):
     return [line.removeprefix("changed").strip() for line in text.splitlines() if line.startswith("changed")]
-
-
-def test_changes_are_printed_once(run_dir, capsys):
-    killed(run_dir, after=12)
-    edit_facts(run_dir, world_size=2)
-    resume(run_dir, "--epochs", 3, "--log-steps", 5)
-    (line,) = changed(capsys.readouterr().out)
-    assert sorted(line.split(", ")) == ["--epochs 2 -> 3", "--log-steps 3 -> 5", "world size 2 -> 1"]
-    assert result(run_dir)["steps"] == 30
-    resume(killed(run_dir, after=20))
-    assert changed(capsys.readouterr().out) == []
-    assert result(run_dir)["steps"] == 30
 
 
 def test_unused_flags_of_an_earlier_version_do_not_matter(undisturbed, run_dir):

@@ -102,26 +102,6 @@ def test_endless_step_is_announced_and_left_before_torchrun_kills_it(monkeypatch
     assert last == "SIGTERM, but the step did not end within 1.2 s: quitting"
 
 
-def test_death_of_torchrun_is_a_stop_request():
-    names, write = os.pipe()
-
-    def rank():
-        os.environ["TORCHELASTIC_ERROR_FILE"] = "error.json"
-        with StopRequest(Launch(elastic=True)) as request:
-            os.write(write, b".")
-            wait_until(lambda: request.name is not None)
-            os.write(write, request.name.encode())
-
-    def torchrun():
-        fork(rank)
-        time.sleep(0.3)
-
-    wait(fork(torchrun))
-    os.close(write)
-    with os.fdopen(names) as file:
-        assert file.read() == ".the end of torchrun"
-
-
 @pytest.mark.parametrize("in_notebook", [False, True])
 def test_torchrun_is_asked_to_stop_but_no_notebook_is(in_notebook):
     def rank():

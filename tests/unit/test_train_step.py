@@ -32,20 +32,8 @@ def images(synthetic):
     return synthetic.train.dataset
 
 
-def test_optimizer_holds_the_parameters_and_reads_grad(net):
-    """1 and 3: no loss and no backward are needed."""
-    optimizer = build_optimizer(net, TrainConfig(lr=0.5, momentum=0))
-    before = flat(net)
-    optimizer.step()  # no .grad: no update
-    assert torch.equal(flat(net), before)
-    for parameter in net.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    assert torch.equal(flat(net), before - 0.5)
-
-
 def test_sgd_update(net, images, runtime):
-    """3."""
+    """1 and 3: the optimizer holds the parameters, and reads their .grad."""
     optimizer = build_optimizer(net, TrainConfig(lr=0.1))
     buffers = {name: torch.zeros_like(parameter) for name, parameter in net.named_parameters()}
     for _ in range(3):
