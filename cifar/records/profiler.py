@@ -46,11 +46,8 @@ class StepProfiler:
             self._profile.stop()
 
     def _write(self, finished: profile) -> None:
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            finished.export_chrome_trace(str(self._path))
-        except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
-            print(f"WARNING: {self._path} cannot be written: {error}", flush=True)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        finished.export_chrome_trace(str(self._path))
         operations = finished.key_averages(group_by_input_shape=True)
         table = operations.table(sort_by=self._order, row_limit=_ROWS, max_shapes_column_width=_SHAPES)
         self._print(f"The most expensive operations of steps {FIRST} to {LAST}:\n{table}")

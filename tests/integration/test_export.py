@@ -55,8 +55,9 @@ def test_every_model(tmp_path, name):
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 2)
-    images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
-    metadata = {"model": name, "classes": '["a", "b", "c", "d", "e", "f", "g"]'}
+    size = 32 if name.startswith("net") else 40
+    images = torch.randint(256, (3, 3, size, size), dtype=torch.uint8)
+    metadata = {"model": name, "image_size": str(size), "classes": '["a", "b", "c", "d", "e", "f", "g"]'}
     for format_, convert in FORMATS.items():
         (tmp_path / f"{NAME}.{format_}").write_bytes(convert(model.train(), metadata))
         with torch.no_grad():

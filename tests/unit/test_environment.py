@@ -260,13 +260,9 @@ def test_cores_of_a_container(monkeypatch, tmp_path, group, files, cores):
 def test_threads_per_process(environment, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert [threads_per_process(n) for n in (2, 3, 16)] == [4, 2, 1]
-    for users, threads in (("1", 4), ("3", 3), ("3,2", 3), ("many", 4)):  # 1 is torchrun's default
+    cases = (("1", 4, "1"), ("3", 3, "3"), ("3,2", 3, "3"), ("many", 4, None), ("", 4, None))
+    for users, threads, left in cases:  # 1 is torchrun's default
         environment(OMP_NUM_THREADS=users)
         assert threads_per_process(2) == threads
-
-
-@pytest.mark.parametrize(("users", "left"), [("3,2", "3"), ("", None), ("many", None), ("1", "1")])
-def test_accelerate_gets_one_number_of_threads(environment, users, left):
-    environment(OMP_NUM_THREADS=users)
-    prepare_libraries()
-    assert os.environ.get("OMP_NUM_THREADS") == left
+        prepare_libraries()
+        assert os.environ.get("OMP_NUM_THREADS") == left, "accelerate takes one number"
