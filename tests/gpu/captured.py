@@ -20,10 +20,7 @@ STEPS, TIMED_STEPS = (30, 100) if GPU else (2, 1)
 
 
 def captured(c: Campaign) -> None:
-    """Run this file in a process for each precision, which accelerate keeps, with the variable that torch's notes name.
-
-    Whether it works without the variable, too, is information.
-    """
+    """Run this file in a process for each precision, which accelerate keeps, with the variable of torch's notes."""
     start = [*TORCHRUN, "--nproc_per_node=1", "-m", "tests.gpu.captured"]
     for precision in ("fp32", "bf16"):
         command = ["env", "TORCH_NCCL_ASYNC_ERROR_HANDLING=0", *start, f"in {precision}"]

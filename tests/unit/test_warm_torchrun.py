@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import os
 import sys
 
@@ -45,11 +46,13 @@ def test_rank_is_forked_if_it_can_be(case, forked, monkeypatch, tmp_path, capfd)
     monkeypatch.setattr(sys, "argv", ["warm_torchrun.py", *flags])
 
     def work():
+        torchrun_log.addHandler(logging.StreamHandler(os.fdopen(2, "w")))
         try:
             warm_torchrun.main()
         except SystemExit as end:
             os._exit(end.code)
 
+    torchrun_log = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
     agent = fork(work)
     assert wait(agent) == 0
     facts = [json.loads(line) for line in (tmp_path / "facts.txt").read_text().splitlines()]
