@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-import torch
 import tyro
 
 from cifar.augment import AUGMENTATIONS
@@ -21,7 +20,7 @@ from cifar.datasets.folder import IMAGE_SIZE
 from cifar.distributed.device import resolve
 from cifar.distributed.rendezvous import locate
 from cifar.distributed.runtime import Runtime
-from cifar.errors import LocalError, StoppedError, UserError, first_line, out_of_memory, without_credentials
+from cifar.errors import LocalError, StoppedError, UserError, out_of_memory, without_credentials
 from cifar.models import MODELS
 from cifar.recipes import RECIPES, config_from_recipe
 from cifar.resume import find_own_run
@@ -70,7 +69,6 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "train_ddp.py") ->
     paths = {"data_dir": parsed.data_dir.absolute(), "evaluate": named.evaluate}
     config = TrainConfig(**vars(parsed) | paths)
     config.check()
-    _check_image_size(config)
     if config.autoresume and named.resume is not None:
         # The run may have been recorded under another path, of another mount, and has chosen its precision.
         precision = base.precision if config.precision == "auto" else config.precision
@@ -105,19 +103,6 @@ def _spell_booleans(argv: Sequence[str]) -> list[str]:
         prefix = values.get(value.lower()) if equals else "--"
         words.append(name.replace("--", prefix, 1) if name in booleans and prefix else word)
     return words
-
-
-def _check_image_size(config: TrainConfig) -> None:
-    """Check that the model takes images of --image-size, on torch's device "meta", which computes only shapes."""
-    if config.image_size is None:
-        return
-    with torch.device("meta"), torch.no_grad():
-        model, images = MODELS[config.model](2).eval(), torch.empty(1, 3, config.image_size, config.image_size)
-        try:
-            model(images)
-        except RuntimeError as error:
-            reason = f"the model {config.model} does not take such images ({first_line(error)})"
-            raise UserError(f"--image-size {config.image_size}: {reason}: try --model resnet18") from error
 
 
 def _flags_that_decide_defaults(argv: Sequence[str]) -> argparse.Namespace:

@@ -79,6 +79,8 @@ def _summarize(name: str, facts: dict[str, Any], records: list[dict[str, Any]], 
         "precision": str(config.get("precision", "-")),
         "seed": f"{int(config['seed'])}",
         "recipe": str(config.get("recipe", "-")),
+        "model": str(config.get("model", "-")),
+        "pixels": str(facts.get("image_size", "-")),
         "dataset": str((result or facts)["dataset"]),
         "run": name + ("" if result else " (not finished)"),
     }

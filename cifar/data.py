@@ -14,8 +14,10 @@ from cifar.augment import AUGMENTATIONS, Augmentation, derive_seed
 from cifar.batch_plan import BatchPlan
 from cifar.config import TrainConfig
 from cifar.datasets.choice import choose_dataset
+from cifar.datasets.folder import IMAGE_SIZE
 from cifar.distributed.runtime import Runtime
-from cifar.errors import LocalError, out_of_memory
+from cifar.errors import LocalError, UserError, first_line, out_of_memory
+from cifar.models import MODELS
 
 # In pixels, so that larger images need no more memory; CIFAR's have 2**10.
 EVAL_BATCH = 1000 * 2**10
@@ -162,7 +164,9 @@ class Data:
         """Return the dataset in one phrase, for the banner."""
         source = "" if self.name == "synthetic" else f", from {data_dir}"
         sizes = f"{len(self.train.dataset):,} training, {len(self.test.dataset):,} test"
-        return f"{self.name}{source}: {sizes}, {len(self.classes)} classes" + (f"; {self.note}" if self.note else "")
+        pixels = "" if self.image_size == IMAGE_SIZE else f", {self.image_size} x {self.image_size}"
+        note = f"; {self.note}" if self.note else ""
+        return f"{self.name}{source}: {sizes}{pixels}, {len(self.classes)} classes{note}"
 
     @property
     def image_size(self) -> int:
@@ -176,8 +180,14 @@ class Data:
 
 
 def load_data(config: TrainConfig, runtime: Runtime) -> Data:
-    """Load the dataset, the same on every rank, onto the device. Collective."""
+    """Load the dataset, the same on every rank, onto the device. Collective.
+
+    A UserError says that the model does not take images of this size, or that they do not fit the device.
+    """
+    if config.image_size is not None:
+        _check_model(config.model, config.image_size)
     name, dataset = choose_dataset(config, runtime)
+    _check_model(config.model, dataset.image_size)
     try:
         train, test = (
             DeviceImages(*split, dataset.classes, runtime.device, runtime.memory_format)
@@ -186,8 +196,8 @@ def load_data(config: TrainConfig, runtime: Runtime) -> Data:
     except RuntimeError as error:
         if out_of_memory(error) is None:
             raise
-        size = sum(images.nbytes for images, _ in (dataset.train, dataset.test))
-        reason = f"the images of {name} take {size / 1e9:.1f} GB, which {runtime.device} does not have free"
+        total = sum(images.nbytes for images, _ in (dataset.train, dataset.test))
+        reason = f"the images of {name} take {total / 1e9:.1f} GB, which {runtime.device} does not have free"
         raise LocalError(f"{reason}: lower --image-size, or end the other programs that use it") from error
     train.augment = AUGMENTATIONS[config.augment](config, train.images)
     plan = BatchPlan.make(config, runtime.world_size, len(train))
@@ -195,3 +205,16 @@ def load_data(config: TrainConfig, runtime: Runtime) -> Data:
     test_loader = EvalLoader(test, runtime.rank, runtime.world_size)
     about = (dataset.note, dataset.fingerprint, dataset.decoder)
     return Data(name, dataset.classes, plan, train_loader, test_loader, *about)
+
+
+def _check_model(name: str, image_size: int) -> None:
+    """Check that a model takes images of this size, by one; all take CIFAR's."""
+    if image_size == IMAGE_SIZE:
+        return
+    model, image = MODELS[name](2).eval(), torch.zeros(1, 3, image_size, image_size)
+    try:
+        with torch.no_grad():
+            model(image)
+    except RuntimeError as error:
+        mistake = f"the model {name} does not take images of {image_size} x {image_size}: try --model speed"
+        raise UserError(f"{mistake} ({first_line(error)})") from error

@@ -110,6 +110,7 @@ class Run:
             "dataset": self.data.name,
             "images": self.data.fingerprint,
             "decoder": self.data.decoder,
+            "image_size": self.data.image_size,
             "world_size": self.runtime.world_size,
             "accumulation": self.plan.accumulation,
             "steps_per_epoch": self.plan.steps_per_epoch,

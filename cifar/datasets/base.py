@@ -24,13 +24,18 @@ class Dataset:
     note: str = ""  # what the banner says besides
     decoder: str = ""  # the library that has decoded the images, with its version, if another may give other pixels
 
+    @property
+    def image_size(self) -> int:
+        """Return the side of an image in pixels."""
+        return self.train[0].shape[-2]
+
     def check(self, name: str) -> None:
         """Check types, shapes, labels and class names, not the pixels; a UserError says what is wrong with `name`."""
         if not self.classes or not all(self.classes) or len(set(self.classes)) < len(self.classes):
             raise UserError(f"dataset {name}: the class names must be non-empty and unique, not {self.classes}")
         for split, (images, labels) in (("training", self.train), ("test", self.test)):
             about = f"dataset {name}: {split}"
-            form, size = f"{images.dtype} {list(images.shape)}", self.train[0].shape[-2]
+            form, size = f"{images.dtype} {list(images.shape)}", self.image_size
             if images.dtype != torch.uint8 or images.shape[1:] != (3, size, size) or len(images) == 0:
                 square = f"torch.uint8 [n, 3, {size}, {size}]"
                 raise UserError(f"{about} images must be {square}, with n > 0, not {form}")

@@ -114,7 +114,7 @@ def _decode(data_dir: Path, files: Files, image_size: int) -> Pictures:
     The processes start as is the platform's default: on Linux by fork, in milliseconds. They use neither torch's
     threads nor the GPU, which do not survive a fork.
     """
-    print(f"decoding {len(files):,} pictures in {data_dir}", flush=True)
+    print(f"decoding {len(files):,} pictures in {data_dir} to {image_size} x {image_size}", flush=True)
     pixels, problems = np.empty((len(files), image_size, image_size, 3), np.uint8), {}
     workers = max(1, min(available_cores(), len(files) // 50))  # another worker costs as much as 50 files
     pool = ProcessPoolExecutor(workers, initializer=_start_worker)

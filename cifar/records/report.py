@@ -61,15 +61,17 @@ def write_report(run_dir: Path, test: Evaluation, images: Tensor) -> None:
         # The picture has to say what the page says around the charts.
         title, color = (f"SYNTHETIC DATASET, NOT CIFAR-10. {headline}", _ALARM) if is_synthetic else (headline, _INK)
         figure.suptitle(title, x=0.01, ha="left", fontsize=17, fontweight="bold", color=color)
+        if unknown := [name for name in drawn.classes if name not in test.classes]:
+            summary += f"; no font here has the names of {', '.join(unknown)}: see index.html"
         figure.supxlabel(textwrap.fill(summary, 150), x=0.01, ha="left", fontsize=10, color=_SOFT)
         write_atomically(run_dir / "report.png", lambda file: figure.savefig(file, format="png", dpi=110))
 
 
 def _summary(result: dict[str, Any]) -> str:
-    tta = result.get("test_accuracy_tta")
+    tta, size = result.get("test_accuracy_tta"), result["image_size"]
     with_tta = "" if tta is None else f"{100 * tta:.2f} % with test-time augmentation ({result['tta']}), "
     return (
-        f"{with_tta}dataset {result['dataset']}, recipe {result['recipe']}, model {result['model']}, "
+        f"{with_tta}dataset {result['dataset']}, {size} x {size}, recipe {result['recipe']}, model {result['model']}, "
         f"{result['steps']:,} steps of {result['global_batch_size']:,} images, "
         f"{result['trained_on']}, {result['precision']}, seed {result['seed']}, "
         f"{result['train_seconds']:,.0f} s of training, {result['images_per_second']:,.0f} images/s"
@@ -118,7 +120,7 @@ def _figure(records: list[dict[str, Any]], smoothing: float, test: Evaluation) -
     accuracy.set_ylim(0, 100)
     _plot(throughput, "Images per second", series(records, "train/images_per_second"), color=_TRAIN)
     throughput.set_ylim(0, 1.1 * throughput.get_ylim()[1])
-    throughput.yaxis.set_major_formatter("{x:,.0f}")
+    throughput.yaxis.set_major_formatter("{x:,g}")
     classes, matrix = below.subplots(1, 2)
     _draw_class_accuracies(classes, test)
     _draw_confusion(matrix, test)

@@ -67,6 +67,7 @@ def make_result(
     return {
         **{name: getattr(config, name) for name in ("recipe", "model", "epochs", "seed", "precision", "tta")},
         "dataset": facts["dataset"],
+        "image_size": facts["image_size"],
         "steps": state.step,
         "trained_on": ", then ".join(f"{count(size, 'process', 'es')} on {device}" for size, device in trained_on),
         "world_size": plan.world_size,

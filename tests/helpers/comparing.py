@@ -70,8 +70,9 @@ def same(a: Any, b: Any) -> bool:
 
 
 def traces(directory: Path) -> dict[str, Any]:
-    """Return the bytes and the time of modification of each file below `directory`, by name."""
-    return {
-        str(path.relative_to(directory)): (path.read_bytes(), path.stat().st_mtime_ns) if path.is_file() else None
-        for path in directory.rglob("*")
-    }
+    """Return the bytes and the time of modification of each file below `directory`, by name; of a lock, the bytes."""
+    found: dict[str, Any] = {}
+    for path in directory.rglob("*"):
+        modified = None if path.name == ".lock" else path.stat().st_mtime_ns
+        found[str(path.relative_to(directory))] = (path.read_bytes(), modified) if path.is_file() else None
+    return found

@@ -66,7 +66,7 @@ def test_picture_and_table_of_a_directory_of_runs(tmp_path, capsys):
     out = tmp_path / "out.png"
     main([str(make(tmp_path, "a", [0.5])), str(tmp_path / "sweep"), "--out", str(out)])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[14] for line in lines[1:4]] == ["c", "a", r"$\b$"]
+    assert [line.split()[16] for line in lines[1:4]] == ["c", "a", r"$\b$"]
     assert lines[4:] == ["on the synthetic dataset, not on CIFAR-10: $\\b$, c", f"picture: {out}"]
     pixels = np.array(Image.open(out).convert("RGB"))
     for color in ((31, 119, 180), (255, 127, 14), (44, 160, 44)):

@@ -197,6 +197,17 @@ def test_images_that_do_not_fit_the_device_are_refused_with_their_size(monkeypat
 
 
 @pytest.mark.usefixtures("source")
+def test_model_that_does_not_take_images_of_this_size_is_refused(monkeypatch):
+    tiny = tiny_dataset(10)
+    labels, zeros = tiny.train[1], torch.zeros(10, 3, 48, 48, dtype=torch.uint8)
+    larger = replace(tiny, train=(zeros, labels), test=(zeros, labels))
+    monkeypatch.setitem(choice.DATASETS, "cifar10", lambda _: larger)
+    with pytest.raises(UserError, match=r"^the model net does not take images of 48 x 48: try --model speed \(mat1"):
+        load("auto")
+    assert load("auto", model="speed").image_size == 48
+
+
+@pytest.mark.usefixtures("source")
 @pytest.mark.parametrize(("augment", "kind"), [("none", type(None)), ("crop-flip", CropFlip)])
 def test_only_training_images_are_augmented(augment, kind):
     data = load("auto", augment=augment)
