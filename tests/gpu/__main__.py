@@ -28,9 +28,10 @@ SECONDS = {"captured": 120, "variants": 290}
 
 def main() -> int:
     """Run a part; return the exit status, 1 if anything failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("tests.gpu", description=__doc__, formatter_class=style)
     parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--out", type=Path, default=Path("gpu-results"))
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="what stays (default: %(default)s)")
     parser.add_argument("--seconds", type=float, help="what the part may take (default: 540, or as above)")
     parser.add_argument("--only", nargs="*", default=[], help="words of the names of the checks to run, in some parts")
     args = parser.parse_args()

@@ -5,9 +5,7 @@ import re
 import sys
 
 import pytest
-import torch
 
-from tests.gpu.variants import Lookahead
 from tests.helpers.processes import ROOT, run
 
 pytestmark = pytest.mark.slow
@@ -35,14 +33,6 @@ def test_captured_and_variants_run_without_a_gpu(tmp_path):
 
 def test_variants_that_only_save_time_have_todays_bits():
     run([sys.executable, "-c", BITS], ROOT)  # in a process of its own, in which Triton interprets
-
-
-def test_lookahead_goes_back_by_a_share_that_grows():
-    model = torch.nn.Linear(1, 1, bias=False).requires_grad_(False)
-    lookahead = Lookahead(model, total_steps=10)
-    slow, model.weight[:] = model.weight.clone(), 3.0
-    lookahead.after_step(5)
-    assert torch.allclose(model.weight, 3 + 0.95**5 / 8 * (slow - 3))
 
 
 def test_several_runs_on_three_cpu_ranks(tmp_path):

@@ -198,9 +198,8 @@ def test_images_that_do_not_fit_the_device_are_refused_with_their_size(monkeypat
 
 @pytest.mark.usefixtures("source")
 def test_model_that_does_not_take_images_of_this_size_is_refused(monkeypatch):
-    tiny = tiny_dataset(10)
-    labels, zeros = tiny.train[1], torch.zeros(10, 3, 48, 48, dtype=torch.uint8)
-    larger = replace(tiny, train=(zeros, labels), test=(zeros, labels))
+    split = torch.zeros(10, 3, 48, 48, dtype=torch.uint8), torch.zeros(10, dtype=torch.int64)
+    larger = replace(tiny_dataset(10), train=split, test=split)
     monkeypatch.setitem(choice.DATASETS, "cifar10", lambda _: larger)
     with pytest.raises(UserError, match=r"^the model net does not take images of 48 x 48: try --model speed \(mat1"):
         load("auto")
