@@ -46,7 +46,7 @@ class DeviceImages(Dataset[tuple[Tensor, Tensor]]):
         return len(self.labels)
 
     def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return images, float32 [batch, 3, size, size] in [-1, 1], and labels, int64 [batch], at int64 [batch]."""
+        """Return images, float32 [n, 3, size, size] in [-1, 1], and labels, int64 [n], of int64 [n] `indices`."""
         # index_select copies whole images where [indices] would gather single bytes, but it ignores memory formats.
         images = self.images.permute(0, 2, 3, 1).index_select(0, indices).permute(0, 3, 1, 2)
         if self.augment is not None:
