@@ -62,7 +62,7 @@ def write_report(run_dir: Path, test: Evaluation, images: Tensor) -> None:
         title, color = (f"SYNTHETIC DATASET, NOT CIFAR-10. {headline}", _ALARM) if is_synthetic else (headline, _INK)
         figure.suptitle(title, x=0.01, ha="left", fontsize=17, fontweight="bold", color=color)
         if unknown := [name for name in drawn.classes if name not in test.classes]:
-            summary += f"; no font here has the names of {', '.join(unknown)}: see index.html"
+            summary += f"; without a font for the names of {', '.join(unknown)}: see index.html"
         figure.supxlabel(textwrap.fill(summary, 150), x=0.01, ha="left", fontsize=10, color=_SOFT)
         write_atomically(run_dir / "report.png", lambda file: figure.savefig(file, format="png", dpi=110))
 
