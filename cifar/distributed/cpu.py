@@ -10,7 +10,9 @@ import torch
 
 from cifar.distributed.environment import chosen_threads
 
-SMALL_BATCH = 4  # images up to which native convolutions are faster than oneDNN's
+SMALL_BATCH = 4  # images up to which these models' native convolutions are faster than oneDNN's
+# A step of net-wide takes 3.8 instead of 4.6 ms, but one of resnet18 213 instead of 115 (two cores, torch 2.14).
+NATIVE_MODELS = ("net", "net-wide")
 # Parameters x images of such a batch up to which one thread is as fast as two, which mostly wait for each other: a step
 # of the tutorial's Net takes 3.2 ms with one thread and 3.1 with two, but beside one busy process 3.0 and 178 (two
 # cores, torch 2.14).
