@@ -184,10 +184,11 @@ def load_data(config: TrainConfig, runtime: Runtime) -> Data:
 
     A UserError says that the model does not take images of this size, or that they do not fit the device.
     """
-    if config.image_size is not None:
+    if config.image_size is not None:  # before its pictures are decoded
         _check_model(config.model, config.image_size)
     name, dataset = choose_dataset(config, runtime)
-    _check_model(config.model, dataset.image_size)
+    if config.image_size is None:
+        _check_model(config.model, dataset.image_size)
     try:
         train, test = (
             DeviceImages(*split, dataset.classes, runtime.device, runtime.memory_format)

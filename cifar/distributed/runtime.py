@@ -47,11 +47,11 @@ class Runtime:
         # Scales the loss under fp16.
         self.scaler = self.accelerator.scaler or torch.amp.GradScaler(self.device.type, enabled=False)
         # oneDNN, and cuDNN with tensor cores, are faster with channels-last; torch's kernels for tiny batches are not.
-        small = config.local_batch_size <= cpu.SMALL_BATCH and config.model in cpu.NATIVE_MODELS
-        on_cpu = self.device.type == "cpu" and self.precision == "fp32"
-        self._native_convolutions = on_cpu and small
+        is_fp32_on_cpu = self.device.type == "cpu" and self.precision == "fp32"
+        is_small = config.local_batch_size <= cpu.SMALL_BATCH and config.model in cpu.NATIVE_MODELS
+        self._native_convolutions = is_fp32_on_cpu and is_small
         self.memory_format = torch.contiguous_format if self._native_convolutions else torch.channels_last
-        self._trains_small_batches = on_cpu and config.evaluate is None
+        self._trains_small_batches = is_fp32_on_cpu and config.evaluate is None
         self._local_batch_size = config.local_batch_size
         self._threads_before: int | None = None
         if self.device.type == "cpu":

@@ -15,9 +15,9 @@ import pytest
 import torchvision
 
 from cifar.config import TrainConfig
-from cifar.datasets import DATASETS, cifar10
+from cifar.datasets import DATASETS, PREPARE, cifar10
 from cifar.datasets.cifar10 import CLASSES, load_cifar10
-from cifar.datasets.download import UnavailableError, prepare
+from cifar.datasets.download import UnavailableError
 from cifar.errors import UserError
 from tests.helpers.checkpoints import flip_bit
 from tests.helpers.http_server import Reply, says, serves
@@ -61,7 +61,7 @@ def set_sources(monkeypatch, *urls: str) -> None:
 
 
 def prepare_cifar10(data_dir: Path, data_url: str | None) -> None:
-    prepare(cifar10.CIFAR10, data_dir, data_url)
+    PREPARE["cifar10"](TrainConfig(data_dir=data_dir, data_url=data_url))
 
 
 @pytest.fixture
@@ -106,8 +106,9 @@ def test_cifar100_downloaded_unpacked_and_read(server, tmp_path, monkeypatch):
         images = random.integers(256, size=(100, 3072), dtype=np.uint8)
         files[split] = {"data": images, "fine_labels": list(range(100)), "coarse_labels": [0] * 100}
     packed = count_as(monkeypatch, "CIFAR100", files)
-    prepare(cifar10.CIFAR100, tmp_path, server.plays("/mine", serves(packed)))
-    data = DATASETS["cifar100"](TrainConfig(data_dir=tmp_path))
+    config = TrainConfig(data_dir=tmp_path, data_url=server.plays("/mine", serves(packed)))
+    PREPARE["cifar100"](config)
+    data = DATASETS["cifar100"](config)
     data.check("cifar100")
     assert data.classes == tuple(names)
     for split, (images, labels) in (("train", data.train), ("test", data.test)):

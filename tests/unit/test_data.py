@@ -3,6 +3,7 @@
 import contextlib
 import socket
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -119,7 +120,7 @@ def source(monkeypatch):
     source = SimpleNamespace(missing=None, asked=[])
 
     def prepare(config):
-        source.asked.append(config)
+        source.asked.append((config.data_dir, config.data_url))
         if source.missing:
             raise UnavailableError(source.missing)
 
@@ -130,7 +131,7 @@ def source(monkeypatch):
 
 
 def load(dataset: str, rank=None, **fields) -> Data:
-    config = TrainConfig(dataset=dataset, **fields)
+    config = TrainConfig(dataset=dataset, data_dir=Path("somewhere"), data_url="http://127.0.0.1:1/a", **fields)
     return load_data(config, rank or make_rank())
 
 
@@ -154,7 +155,7 @@ def test_auto_uses_cifar10_or_says_why_not(source, dataset, local_rank, missing,
     data = load(dataset, rank)
     assert (data.name, data.classes, len(data.train.dataset)) == (name, CLASSES, {"cifar10": 50, "synthetic": 10}[name])
     downloads = dataset == "auto" and local_rank == 0
-    assert len(source.asked) == downloads
+    assert source.asked == [(Path("somewhere"), "http://127.0.0.1:1/a")] * downloads
     expected = f"WARNING: training on the synthetic dataset, not on CIFAR-10: {warns}"
     assert rank.printed == ([expected] if warns else [])
 
@@ -203,7 +204,8 @@ def test_model_that_does_not_take_images_of_this_size_is_refused(monkeypatch):
     monkeypatch.setitem(choice.DATASETS, "cifar10", lambda _: larger)
     with pytest.raises(UserError, match=r"^the model net does not take images of 48 x 48: try --model speed \(mat1"):
         load("auto")
-    assert load("auto", model="speed").image_size == 48
+    loaded = load("auto", model="speed")
+    assert (loaded.image_size, loaded.train.dataset.count(5 * 48**2 - 1)) == (48, 4)
 
 
 @pytest.mark.usefixtures("source")

@@ -75,7 +75,9 @@ assert torch.get_num_threads() == threads
 before = set(sys.modules)
 torch.cuda.is_available, torch.cuda.device_count = lambda: False, lambda: 0
 import cifar.datasets, cifar.run, train_ddp
-images = cifar.datasets.DATASETS["synthetic"](cifar.cli.parse_args(flags)).train[0]
+load = cifar.datasets.DATASETS["synthetic"]
+images = load(cifar.cli.parse_args(flags)).train[0]
+assert load(cifar.cli.parse_args([*flags, "--data-dir", "other"])).train[0] is not images
 def after_step(run):
     assert run.data.train.dataset.images.data_ptr() == images.data_ptr(), "the images are not shared"
     imported = set(sys.modules) - before - {"train_ddp"}
